@@ -1,0 +1,20 @@
+"""Qwen2 and Qwen2.5, and distilled models that share the type."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="qwen2",
+    title="Qwen2, Qwen2.5",
+    examples=(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    ),
+    odd=(
+        "Queries, keys and values have biases; they become biases of the mixer's convolution.",
+        "Layers above max_window_layers may use a sliding window; stage 1 sees it in the teacher's mask.",
+    ),
+    model_class="Qwen2ForCausalLM",
+    config_class="Qwen2Config",
+    mlx_module="qwen2",
+)

@@ -1,0 +1,1 @@
+"""Write a finished student in the formats people run."""

@@ -1,0 +1,59 @@
+"""What a stage is: the parameters it trains and one micro-batch of forward and backward. The loop is the same for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mohawkify.data.packing import Batch
+from mohawkify.spec import StudentSpec
+
+# Takes a loss and adds its gradients; the engine's.
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The teacher, the student and the student's facts."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    spec: StudentSpec
+
+
+class Stage(ABC):
+    """One stage of MOHAWK.
+
+    Args:
+        pair: teacher and student; the teacher is never trained.
+    """
+
+    name: str
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The student's parameters this stage trains, by name; the optimiser sees no others."""
+
+    @abstractmethod
+    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            batch: packed tokens.
+            backward: called once or several times with losses whose sum is this micro-batch's loss.
+
+        Returns:
+            ``loss`` and further figures, detached scalars averaged over the micro-batch.
+        """
+
+
+def teacher_trunk(teacher: PreTrainedModel) -> nn.Module:
+    """The teacher without its head: all that the layer-wise stages need to run."""
+    return teacher.base_model

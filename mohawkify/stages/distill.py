@@ -1,0 +1,44 @@
+"""Stage 3, knowledge distillation: the whole student moves towards the teacher's next-token distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mohawkify.data.packing import Batch
+from mohawkify.ops.losses import distill_loss
+from mohawkify.recipe import DistillRecipe
+from mohawkify.stages.base import Backward, Pair, Stage
+from mohawkify.stages.parameters import trainable_parameters
+
+
+class Distill(Stage):
+    """Mean over tokens of the soft cross-entropy between teacher and student.
+
+    Args:
+        pair: teacher and student.
+        recipe: temperature and the parts to train; all of them as in Llamba, no MLP as in MOHAWK.
+
+    Source: MOHAWK (arXiv 2408.10189), section 4.3; Llamba (arXiv 2502.14458), section 4.1.
+    """
+
+    name = "distill"
+
+    def __init__(self, pair: Pair, recipe: DistillRecipe) -> None:
+        super().__init__(pair)
+        self.temperature = recipe.temperature
+        self.parts = recipe.train
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The chosen parts of the whole student."""
+        return trainable_parameters(self.pair.student, self.pair.spec.layers, self.parts)
+
+    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+        """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        with torch.no_grad():
+            teacher_blv = self.pair.teacher(**inputs).logits
+        student_blv = self.pair.student(**inputs).logits
+        loss, kl = distill_loss(student_blv, teacher_blv, self.temperature)
+        backward(loss)
+        return {"loss": loss.detach(), "kl": kl}

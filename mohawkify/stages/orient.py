@@ -1,0 +1,52 @@
+"""Stage 1, matrix orientation: every mixer's matrix moves towards its teacher's attention matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mohawkify.data.packing import Batch
+from mohawkify.ops.orient_loss import orient_loss
+from mohawkify.ops.scan import mixing_matrix
+from mohawkify.stages.base import Backward, Stage, teacher_trunk
+from mohawkify.stages.parameters import mixers_by_layer, mixing_parameters
+from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+
+
+class Orient(Stage):
+    """Sum over layers of the mean Frobenius distance between mixing and attention matrices.
+
+    One teacher forward without gradients; a hook on each attention module runs and differentiates that layer's mixer
+    at once, so that one layer's matrices exist at a time. Scan, gate, output projection and MLP are not computed.
+
+    Source: MOHAWK (arXiv 2408.10189), section 4.1; Llamba (arXiv 2502.14458), section 4.1.
+    """
+
+    name = "orient"
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the matrices are made of: B, C, their convolutions, the decay and the skip."""
+        return mixing_parameters(self.pair.student)
+
+    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+        """See `Stage.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
+        pair, spec = self.pair, self.pair.spec
+        mixers = mixers_by_layer(pair.student, spec.layers, spec.attention, spec.grafted_layers)
+        attentions = mixers_by_layer(pair.teacher, spec.layers, spec.attention, spec.grafted_layers)
+        starts_bl = batch.position_ids == 0
+        losses, relatives = [], []
+
+        def on_attention(call: LayerCall) -> None:
+            assert call.attention is not None
+            parts = mixers[call.index].mixing_parts(call.hidden_bld, starts_bl)
+            matrix_bhls = mixing_matrix(*parts, starts_bl)
+            loss, relative = orient_loss(matrix_bhls, call.attention.probabilities())
+            backward(loss)
+            losses.append(loss.detach())
+            relatives.append(relative)
+
+        with torch.no_grad(), capture_attention(pair.teacher), listen(attentions, on_attention):
+            teacher_trunk(pair.teacher)(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            )
+        return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}

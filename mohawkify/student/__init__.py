@@ -1,0 +1,1 @@
+"""The student: the teacher's own model with Discrete Mamba-2 mixers in place of attention."""

@@ -1,0 +1,103 @@
+"""The student's cache for generation: a fixed-size state per mixer, the usual cache where attention was kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class RecurrentLayer(CacheLayerMixin):
+    """One mixer's memory: the last inputs of its convolutions and its state.
+
+    Shapes: b batch, k convolution taps, f convolved features (x, B and C side by side), h heads, p head width,
+    n state width. Its size does not depend on the number of tokens seen.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tail_bkf: torch.Tensor | None = None
+        self.state_bhpn: torch.Tensor | None = None
+        self.num_tokens = 0
+        self.is_initialized = False
+
+    def write(self, tail_bkf: torch.Tensor, state_bhpn: torch.Tensor, num_new_tokens: int) -> None:
+        """Store the memory after ``num_new_tokens`` more tokens."""
+        self.tail_bkf, self.state_bhpn = tail_bkf, state_bhpn
+        self.num_tokens += num_new_tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen."""
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The same, under its name in transformers before 5.20."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset that the model's mask for kept attention is built with."""
+        return self.num_tokens + query_length, 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare: the mixer's first call fills the layer."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise TypeError("a recurrent layer holds a state, not keys and values")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: a state cannot forget its last tokens."""
+        if tokens_to_remove != 0:
+            raise ValueError("a recurrent state cannot be cropped: it does not hold its past tokens")
+
+    def _select(self, index: torch.Tensor) -> None:
+        if self.state_bhpn is not None and self.tail_bkf is not None:
+            self.tail_bkf = self.tail_bkf.index_select(0, index.to(self.tail_bkf.device))
+            self.state_bhpn = self.state_bhpn.index_select(0, index.to(self.state_bhpn.device))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow a beam search's choice of rows."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.state_bhpn is not None and self.tail_bkf is not None:
+            self.tail_bkf = self.tail_bkf.repeat_interleave(repeats, dim=0)
+            self.state_bhpn = self.state_bhpn.repeat_interleave(repeats, dim=0)
+
+
+class StudentCache(Cache):
+    """A layer of memory for every decoder layer of a student.
+
+    Args:
+        config: the student's configuration; ``config.mixer["grafted_layers"]`` names the recurrent ones.
+    """
+
+    def __init__(self, config: Any) -> None:
+        grafted = set(config.mixer["grafted_layers"])
+        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        layers: list[CacheLayerMixin] = []
+        for index in range(config.num_hidden_layers):
+            if index in grafted:
+                layers.append(RecurrentLayer())
+            elif layer_types[index] == "sliding_attention":
+                layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
+            else:
+                layers.append(DynamicLayer())
+        super().__init__(layers=layers)

@@ -1,0 +1,115 @@
+"""Graft, don't fork: a transformers model whose chosen attention modules are Discrete Mamba-2 mixers.
+
+This file, the mixer, the cache and the two operators travel with every exported student, so that it loads without
+mohawkify. They import nothing but each other, torch and transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mohawkify.student.cache import StudentCache
+from mohawkify.student.mixer import DiscreteMamba2
+
+
+def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
+    """The decoder layers at an attribute path such as ``model.layers``."""
+    return model.get_submodule(path)
+
+
+def graft_mixers(model: nn.Module, config: Any) -> None:
+    """Put a mixer in place of the attention module of every grafted layer.
+
+    Args:
+        model: a causal language model of transformers.
+        config: its configuration; ``config.mixer`` says where the layers and their attention are, which layers are
+            grafted, and the mixer's sizes.
+    """
+    mixer = config.mixer
+    layers = find_layers(model, mixer["layers"])
+    for index in mixer["grafted_layers"]:
+        old = getattr(layers[index], mixer["attention"])
+        reference = next(old.parameters())
+        with reference.device:
+            new = DiscreteMamba2(
+                hidden_size=config.hidden_size,
+                num_heads=mixer["num_heads"],
+                head_width=mixer["head_width"],
+                state_width=mixer["state_width"],
+                conv_width=mixer["conv_width"],
+                decay_bias=mixer["decay_bias"],
+                out_bias=mixer["out_bias"],
+                layer_idx=index,
+            )
+        setattr(layers[index], mixer["attention"], new.to(reference.dtype))
+
+
+class GraftedModel:
+    """What a student adds to its teacher's class; the first base, the teacher's causal model class the second."""
+
+    _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        graft_mixers(self, config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, DiscreteMamba2):
+            if not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StudentCache(self.config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the teacher's forward; a cache made here is a `StudentCache`, and the mixers see the padding."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = StudentCache(self.config)
+        padding_mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            padding_mask=padding_mask,
+            **kwargs,
+        )
+
+
+def student_classes(config_class: type, model_class: type) -> tuple[type, type]:
+    """The student's configuration and model class for a teacher family.
+
+    Args:
+        config_class: the teacher's configuration class.
+        model_class: the teacher's causal language model class.
+
+    Returns:
+        ``Mohawk...Config`` with the type ``mohawk_<teacher type>``, and ``Mohawk...ForCausalLM``.
+    """
+    student_config = type(
+        f"Mohawk{config_class.__name__}", (config_class,), {"model_type": f"mohawk_{config_class.model_type}"}
+    )
+    student_model = type(f"Mohawk{model_class.__name__}", (GraftedModel, model_class), {"config_class": student_config})
+    return student_config, student_model

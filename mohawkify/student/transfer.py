@@ -1,0 +1,153 @@
+"""Where the student's weights come from: the teacher's tensors for all it keeps, its attention for the mixers' start.
+
+Shapes: h query heads, g key heads, p head width, n state width, d model width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.errors import TeacherError
+from mohawkify.student.grafting import find_layers
+from mohawkify.student.mixer import DiscreteMamba2
+
+LONGEST_HALF_LIFE = 160.0  # tokens; measured on stories260k, see docs/log.md
+
+
+def read_projections(attention: nn.Module) -> AttentionWeights:
+    """Read q_proj, k_proj, v_proj and o_proj, the names most families use; raises TeacherError without them."""
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"):
+        if not hasattr(attention, name):
+            raise TeacherError(
+                f"{type(attention).__name__} has no {name}", hint="its adapter needs a read_weights function"
+            )
+    width = attention.head_dim
+
+    def heads(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        bias = None if linear.bias is None else linear.bias.unflatten(0, (-1, width))
+        return linear.weight.unflatten(0, (-1, width)), bias
+
+    q_hpd, q_bias_hp = heads(attention.q_proj)
+    k_gpd, k_bias_gp = heads(attention.k_proj)
+    v_gpd, v_bias_gp = heads(attention.v_proj)
+    out = attention.o_proj
+    return AttentionWeights(
+        q_hpd=q_hpd,
+        k_gpd=k_gpd,
+        v_gpd=v_gpd,
+        out_dhp=out.weight.unflatten(1, (-1, width)),
+        q_bias_hp=q_bias_hp,
+        k_bias_gp=k_bias_gp,
+        v_bias_gp=v_bias_gp,
+        out_bias_d=out.bias,
+    )
+
+
+@torch.no_grad()
+def copy_kept_weights(teacher: nn.Module, student: nn.Module) -> list[str]:
+    """Copy every tensor that teacher and student share by name; buffers too.
+
+    Returns:
+        The teacher's tensors that have no place in the student: those of the replaced attention modules.
+    """
+    source = teacher.state_dict()
+    target = student.state_dict()
+    for name in source.keys() & target.keys():
+        target[name].copy_(source[name])
+    return sorted(source.keys() - target.keys())
+
+
+@torch.no_grad()
+def start_as_published(student: nn.Module, layers: str, attention: str, grafted_layers: tuple[int, ...]) -> None:
+    """The published start: identity convolution, gate and skip; random projections, the last one scaled down.
+
+    Source: Llamba (arXiv 2502.14458), section 3 and the authors' initializer map.
+    """
+    stack = find_layers(student, layers)
+    for index in grafted_layers:
+        mixer = getattr(stack[index], attention)
+        mixer.reset_parameters()
+        mixer.out_proj.weight.mul_(1.0 / math.sqrt(len(stack)))
+
+
+@torch.no_grad()
+def start_from_attention(
+    teacher: nn.Module,
+    student: nn.Module,
+    adapter: Adapter,
+    grafted_layers: tuple[int, ...],
+) -> None:
+    """The attention start: x from V, out from O, C from Q (with 1/sqrt(p)), B from K, key heads repeated per query head."""
+    teacher_stack, student_stack = find_layers(teacher, adapter.layers), find_layers(student, adapter.layers)
+    read = adapter.read_weights or read_projections
+    for index in grafted_layers:
+        weights = read(getattr(teacher_stack[index], adapter.attention))
+        start_mixer_from_attention(getattr(student_stack[index], adapter.attention), weights)
+
+
+@torch.no_grad()
+def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights) -> None:
+    """Give one mixer the attention start.
+
+    Biases become biases of the convolutions, which start as the identity. The skip starts at 0, since attention has
+    none. With a decay bias the heads' half-lives are spread from 1 token to LONGEST_HALF_LIFE.
+    """
+    mixer.reset_parameters()
+    num_heads, width, state_width = mixer.num_heads, mixer.head_width, mixer.state_width
+    q_hpd = weights.q_hpd.float()
+    repeats = num_heads // weights.k_gpd.shape[0]
+    k_hpd = weights.k_gpd.float().repeat_interleave(repeats, dim=0)
+    v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
+    scale = 1.0 / math.sqrt(q_hpd.shape[1])
+
+    c_hnd, b_hnd = _fit_state_width(q_hpd * scale, k_hpd, mixer.b_proj.weight.float().unflatten(0, (num_heads, -1)))
+    mixer.x_proj.weight.copy_(v_hpd.flatten(0, 1))
+    mixer.c_proj.weight.copy_(c_hnd.flatten(0, 1))
+    mixer.b_proj.weight.copy_(b_hnd.flatten(0, 1))
+    mixer.out_proj.weight.copy_(weights.out_dhp.flatten(1))
+    if weights.out_bias_d is not None:
+        mixer.out_proj.bias.copy_(weights.out_bias_d)
+    if weights.v_bias_gp is not None:
+        mixer.x_conv.bias.copy_(weights.v_bias_gp.repeat_interleave(repeats, dim=0).flatten())
+    if state_width >= width:
+        # Where the state is narrower than a head the biases are left out: they have no basis there.
+        if weights.q_bias_hp is not None:
+            mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(weights.q_bias_hp * scale)
+        if weights.k_bias_gp is not None:
+            biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0)
+            mixer.b_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
+    mixer.d.zero_()
+    if mixer.decay_proj.bias is not None:
+        mixer.decay_proj.bias.copy_(spread_decay_bias(num_heads, LONGEST_HALF_LIFE))
+
+
+def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the rows of C and B from those of Q and K where state width n and head width p differ.
+
+    A wider state: the further rows of C are 0 and those of B random, so that the product is unchanged and learning can
+    use them. A narrower one: the best approximation of rank n of every head's Q^T K.
+    """
+    width, state_width = q_hpd.shape[1], random_hnd.shape[1]
+    if state_width >= width:
+        c_hnd, b_hnd = torch.zeros_like(random_hnd), random_hnd.clone()
+        c_hnd[:, :width], b_hnd[:, :width] = q_hpd, k_hpd
+        return c_hnd, b_hnd
+    # SVD of the p x p core between the orthonormal row bases of Q and K: never a d x d matrix.
+    q_basis_hdp, q_core_hpp = torch.linalg.qr(q_hpd.transpose(1, 2))
+    k_basis_hdp, k_core_hpp = torch.linalg.qr(k_hpd.transpose(1, 2))
+    u_hpp, s_hp, v_hpp = torch.linalg.svd(q_core_hpp @ k_core_hpp.transpose(1, 2))
+    root_hn = s_hp[:, :state_width].sqrt()
+    c_hdn = q_basis_hdp @ (u_hpp[:, :, :state_width] * root_hn.unsqueeze(1))
+    b_hdn = k_basis_hdp @ (v_hpp.transpose(1, 2)[:, :, :state_width] * root_hn.unsqueeze(1))
+    return c_hdn.transpose(1, 2), b_hdn.transpose(1, 2)
+
+
+def spread_decay_bias(num_heads: int, longest_half_life: float) -> Tensor:
+    """Biases of a_log whose heads forget half in 1 ... ``longest_half_life`` tokens, evenly in the logarithm."""
+    half_life_h = torch.logspace(0.0, math.log10(longest_half_life), num_heads)
+    # softplus(a_log) = ln 2 / half-life
+    return torch.expm1(math.log(2.0) / half_life_h).log()

@@ -1,0 +1,1 @@
+"""Find, inspect, load and listen to the teacher."""

@@ -1,0 +1,123 @@
+"""Listen to the teacher's own full forward pass: queries and keys, and what enters and leaves each layer.
+
+Shapes: b batch, h query heads, g key heads, l target position, s source position, p head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from mohawkify.ops.orient_loss import attention_probabilities
+
+CAPTURE = "mohawk_capture"
+
+
+class CapturedAttention(NamedTuple):
+    """What determines one attention matrix; grouped keys are not repeated."""
+
+    q_bhlp: Tensor
+    k_bgsp: Tensor
+    scaling: float
+    mask_bhls: Tensor
+    softcap: float | None
+
+    def probabilities(self) -> Tensor:
+        """The attention matrices (b, h, l, s)."""
+        return attention_probabilities(*self)
+
+
+class LayerCall(NamedTuple):
+    """One call of a module in the teacher's forward pass: its input, its other arguments and its output."""
+
+    index: int
+    hidden_bld: Tensor
+    arguments: dict[str, Any]
+    output_bld: Tensor
+    attention: CapturedAttention | None
+
+
+def capturing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for transformers' interface: attends, and leaves queries and keys on the module."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    captured = CapturedAttention(query, key, scaling, attention_mask, softcap)
+    module.captured_attention = captured  # type: ignore[assignment]
+    repeats = query.shape[1] // key.shape[1]
+    if softcap is None:
+        keys, values = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=attention_mask, scale=scaling)
+    else:
+        output = captured.probabilities().to(value.dtype) @ value.repeat_interleave(repeats, dim=1)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """transformers' boolean mask, always written out: causal, windowed and within documents as the model wants it."""
+    kwargs["allow_is_causal_skip"] = False
+    mask = sdpa_mask(*args, **kwargs)
+    assert mask is not None
+    return mask
+
+
+def register_capture() -> None:
+    """Make the capturing attention known to transformers."""
+    AttentionInterface.register(CAPTURE, capturing_attention)
+    AttentionMaskInterface.register(CAPTURE, explicit_mask)
+
+
+@contextmanager
+def capture_attention(teacher: PreTrainedModel) -> Iterator[None]:
+    """Within the block the teacher attends through `capturing_attention`."""
+    register_capture()
+    before = teacher.config._attn_implementation
+    teacher.set_attn_implementation(CAPTURE)
+    try:
+        yield
+    finally:
+        teacher.set_attn_implementation(before)
+
+
+@contextmanager
+def listen(modules: dict[int, nn.Module], on_call: Callable[[LayerCall], None]) -> Iterator[None]:
+    """Within the block, ``on_call`` runs after each forward of the given modules, with gradients enabled.
+
+    Args:
+        modules: decoder layers or attention modules by layer index.
+        on_call: receives the call; what it does not keep is freed before the next layer runs.
+    """
+
+    def hook_for(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            arguments = dict(kwargs)
+            hidden = args[0] if args else arguments.pop("hidden_states")
+            attention = module.__dict__.pop("captured_attention", None)
+            first = output[0] if isinstance(output, tuple) else output
+            with torch.enable_grad():
+                on_call(LayerCall(index, hidden, arguments, first, attention))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(index), with_kwargs=True) for index, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,29 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+from mohawkify.recipe import ScheduleRecipe
+
+
+def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleRecipe) -> float:
+    """Warm-up, stable, decay: linear up over the first steps, constant, linear down to the floor over the last.
+
+    Args:
+        step: the step about to be taken, from 0.
+        num_steps: steps of the whole stage.
+        peak: the rate of the stable part.
+        schedule: fractions of warm-up and decay, and the floor.
+
+    Returns:
+        The learning rate of this step.
+
+    Source: Llamba (arXiv 2502.14458), section 4.2.
+    """
+    warmup_steps = round(schedule.warmup * num_steps)
+    decay_steps = round(schedule.decay * num_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    remaining = num_steps - step
+    if remaining <= decay_steps:
+        return schedule.floor + (peak - schedule.floor) * remaining / (decay_steps + 1)
+    return peak

@@ -1,0 +1,43 @@
+"""Shared test settings and real material; everything heavy is made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def _shared(*parts: str) -> Path:
+    path = SHARED_DATA.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs ../shared/data/{'/'.join(parts)}, which is not here")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_teacher() -> Path:
+    """The folder of a real Llama with grouped key heads, 260 k parameters."""
+    return _shared("stories260k", "model")
+
+
+@pytest.fixture(scope="session")
+def stories_text() -> Path:
+    """The folder of its training and held-out text."""
+    return _shared("stories260k", "text")
+
+
+@pytest.fixture(scope="session")
+def teacher_configs() -> Path:
+    """The folder of real config.json files of teachers people use."""
+    return _shared("configs")
