@@ -12,7 +12,10 @@ ADAPTER = Adapter(
         "HuggingFaceTB/SmolLM2-135M",
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     ),
-    odd=("Grouped key heads: each is repeated for its query heads.", "The head is tied to the embedding in small models."),
+    odd=(
+        "Grouped key heads: each is repeated for its query heads.",
+        "The head is tied to the embedding in small models.",
+    ),
     model_class="LlamaForCausalLM",
     config_class="LlamaConfig",
     mlx_module="llama",

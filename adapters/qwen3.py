@@ -1,15 +1,12 @@
 """Qwen3 dense models."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mohawkify.adapter import Adapter, AttentionWeights
 
-if TYPE_CHECKING:
-    from torch import nn
 
-
-def read_weights(attention: "nn.Module") -> AttentionWeights:
+def read_weights(attention: Any) -> AttentionWeights:
     """Fold the weights of the query and key norms into the projections; their division by the length cannot be."""
     from mohawkify.student.transfer import read_projections
 
@@ -23,7 +20,7 @@ ADAPTER = Adapter(
     title="Qwen3",
     examples=("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"),
     odd=(
-        "Queries and keys are normalised per head: stage 1 sees them after it; the attention start folds in its weights.",
+        "Queries and keys are normalised per head; stage 1 sees the result, the attention start folds in the weights.",
         "The head width need not be the model width divided by the heads.",
     ),
     model_class="Qwen3ForCausalLM",

@@ -1,13 +1,13 @@
-"""What a family file in `adapters/` says about its teachers: data first, a function only where a family truly differs."""
+"""What a family file in `adapters/` says about its teachers: data first, functions only where a family differs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,6 @@ class Adapter:
     config_class: str
     layers: str = "model.layers"
     attention: str = "self_attn"
-    read_weights: Callable[[nn.Module], AttentionWeights] | None = None
+    read_weights: Callable[[Any], AttentionWeights] | None = None
     mlx_module: str | None = None
     mlx_layers: str = "model.layers"

@@ -44,7 +44,9 @@ def test_chunks_equal_recurrence(length, borders, stateful):
         y, final = scan(*tensors, state, starts_bl)
         wanted = [*tensors, state] if stateful else tensors
         results.append((y, final, *torch.autograd.grad(y.sin().sum() + final.cos().sum(), wanted)))
-    for name, actual, expected in zip(("y", "state", "dx", "dB", "dC", "dlog_decay", "dstate"), *results[::-1]):
+    for name, actual, expected in zip(
+        ("y", "state", "dx", "dB", "dC", "dlog_decay", "dstate"), *results[::-1], strict=False
+    ):
         assert_close(name, actual, expected)
 
 
@@ -61,7 +63,7 @@ def test_matrix_equals_recurrence(length, borders):
     assert matrix.triu(1).abs().max() == 0
     actual = torch.autograd.grad(torch.einsum("bhls,bshp->blhp", matrix, x).sin().sum(), (b, c, log_decay))
     reference = torch.autograd.grad(expected.sin().sum(), (b, c, log_decay))
-    for name, one, other in zip(("dB", "dC", "dlog_decay"), actual, reference):
+    for name, one, other in zip(("dB", "dC", "dlog_decay"), actual, reference, strict=True):
         assert_close(name, one, other)
 
 

@@ -44,6 +44,7 @@ def causal_conv(
         lagged_blf = padded[:, begin : begin + length]
         if reach_bl is not None:
             lagged_blf = lagged_blf * reach_bl.unsqueeze(-1)
+            assert starts_bl is not None
             # Reaching one token further back also needs that token's predecessor to be of the same document.
             reach_bl = ~starts_bl & F.pad(reach_bl, (1, 0), value=True)[:, :length]
         y_blf = y_blf + weight_fk[:, begin] * lagged_blf

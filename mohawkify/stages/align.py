@@ -1,4 +1,4 @@
-"""Stage 2, hidden-state alignment: every student layer, given the teacher's input, moves towards the teacher's output."""
+"""Stage 2, hidden-state alignment: every student layer, given the teacher's input, learns the teacher's output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.losses import align_loss
 from mohawkify.recipe import AlignRecipe
-from mohawkify.stages.base import Backward, Pair, Stage, teacher_trunk
+from mohawkify.stages.base import Backward, Pair, Stage, run_trunk
 from mohawkify.stages.parameters import layer_parameters, mixers_by_layer
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.capture import LayerCall, listen
@@ -46,7 +46,7 @@ class Align(Stage):
         losses, relatives = [], []
 
         def on_layer(call: LayerCall) -> None:
-            output = students[call.index](call.hidden_bld, **call.arguments)
+            output = students[call.layer](call.hidden_bld, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
             loss, relative = align_loss(output_bld, call.output_bld)
             backward(loss)
@@ -54,9 +54,7 @@ class Align(Stage):
             relatives.append(relative)
 
         with torch.no_grad(), listen(teachers, on_layer):
-            teacher_trunk(self.pair.teacher)(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            )
+            run_trunk(self.pair.teacher, batch)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}
 
     def _modules(self, model: nn.Module) -> dict[int, nn.Module]:

@@ -1,4 +1,4 @@
-"""What a stage is: the parameters it trains and one micro-batch of forward and backward. The loop is the same for all."""
+"""What a stage is: the parameters it trains, and one micro-batch of forward and backward."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ class Stage(ABC):
         """
 
 
-def teacher_trunk(teacher: PreTrainedModel) -> nn.Module:
-    """The teacher without its head: all that the layer-wise stages need to run."""
-    return teacher.base_model
+def run_trunk(teacher: PreTrainedModel, batch: Batch) -> None:
+    """Run the teacher's full forward pass except for its head, which the layer-wise stages do not need."""
+    teacher.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.orient_loss import orient_loss
 from mohawkify.ops.scan import mixing_matrix
-from mohawkify.stages.base import Backward, Stage, teacher_trunk
+from mohawkify.stages.base import Backward, Stage, run_trunk
 from mohawkify.stages.parameters import mixers_by_layer, mixing_parameters
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
 
@@ -38,15 +38,13 @@ class Orient(Stage):
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
-            parts = mixers[call.index].mixing_parts(call.hidden_bld, starts_bl)
-            matrix_bhls = mixing_matrix(*parts, starts_bl)
+            parts = mixers[call.layer].mixing_parts(call.hidden_bld, starts_bl)
+            matrix_bhls = mixing_matrix(parts.b_blhn, parts.c_blhn, parts.log_decay_blh, parts.d_h, starts_bl)
             loss, relative = orient_loss(matrix_bhls, call.attention.probabilities())
             backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)
 
         with torch.no_grad(), capture_attention(pair.teacher), listen(attentions, on_attention):
-            teacher_trunk(pair.teacher)(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            )
+            run_trunk(pair.teacher, batch)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
 
-# The mixing matrix is made of these modules and parameters of a mixer; x, z and the output projection have no part in it.
+# What a mixing matrix is made of; x, z and the output projection have no part in it.
 MIXING = ("b_proj", "c_proj", "decay_proj", "b_conv", "c_conv", "d")
 
 
-def part_of_parameters(student: nn.Module, layers: str) -> dict[str, str]:
+def part_of_parameters(student: PreTrainedModel, layers: str) -> dict[str, str]:
     """Say for every parameter of the student which part it belongs to.
 
     Args:
@@ -24,7 +26,7 @@ def part_of_parameters(student: nn.Module, layers: str) -> dict[str, str]:
         Parameter name to ``mixer``, ``attention`` (kept layers), ``norm``, ``mlp``, ``embedding`` or ``head``.
     """
     parts: dict[str, str] = {}
-    owner = {name: module for name, module in student.named_modules()}
+    owner = dict(student.named_modules())
     mixers = [name for name, module in owner.items() if isinstance(module, DiscreteMamba2)]
     embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
     for name, parameter in student.named_parameters():
@@ -44,7 +46,7 @@ def part_of_parameters(student: nn.Module, layers: str) -> dict[str, str]:
     return parts
 
 
-def trainable_parameters(student: nn.Module, layers: str, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+def trainable_parameters(student: PreTrainedModel, layers: str, parts: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters of the given parts by name; with ``mlp``, the attention that a hybrid keeps trains too."""
     wanted = set(parts)
     if "mlp" in wanted:
@@ -54,7 +56,7 @@ def trainable_parameters(student: nn.Module, layers: str, parts: Iterable[str]) 
 
 
 def layer_parameters(
-    student: nn.Module, layers: str, grafted_layers: tuple[int, ...], parts: Iterable[str]
+    student: PreTrainedModel, layers: str, grafted_layers: tuple[int, ...], parts: Iterable[str]
 ) -> dict[str, nn.Parameter]:
     """As `trainable_parameters`, but only inside the grafted layers: what a layer-wise stage can reach."""
     prefixes = tuple(f"{layers}.{index}." for index in grafted_layers)
@@ -72,7 +74,7 @@ def mixing_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def mixers_by_layer(model: nn.Module, layers: str, attention: str, grafted_layers: tuple[int, ...]) -> dict[int, nn.Module]:
+def mixers_by_layer(model: nn.Module, layers: str, attention: str, grafted_layers: tuple[int, ...]) -> dict[int, Any]:
     """The modules at the attention's place in the grafted layers."""
     stack = find_layers(model, layers)
     return {index: getattr(stack[index], attention) for index in grafted_layers}

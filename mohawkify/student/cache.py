@@ -92,7 +92,7 @@ class StudentCache(Cache):
     def __init__(self, config: Any) -> None:
         grafted = set(config.mixer["grafted_layers"])
         layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        layers: list[CacheLayerMixin] = []
+        layers: list[Any] = []
         for index in range(config.num_hidden_layers):
             if index in grafted:
                 layers.append(RecurrentLayer())

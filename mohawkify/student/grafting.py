@@ -6,7 +6,7 @@ mohawkify. They import nothing but each other, torch and transformers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from mohawkify.student.mixer import DiscreteMamba2
 
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
     """The decoder layers at an attribute path such as ``model.layers``."""
-    return model.get_submodule(path)
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def graft_mixers(model: nn.Module, config: Any) -> None:
@@ -47,7 +49,13 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
         setattr(layers[index], mixer["attention"], new.to(reference.dtype))
 
 
-class GraftedModel:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as TeacherModel
+else:
+    TeacherModel = object  # the second base brings it
+
+
+class GraftedModel(TeacherModel):
     """What a student adds to its teacher's class; the first base, the teacher's causal model class the second."""
 
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
@@ -85,7 +93,9 @@ class GraftedModel:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = StudentCache(self.config)
-        padding_mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        padding_mask = (
+            attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -98,7 +108,7 @@ class GraftedModel:
         )
 
 
-def student_classes(config_class: type, model_class: type) -> tuple[type, type]:
+def student_classes(config_class: Any, model_class: Any) -> tuple[Any, Any]:
     """The student's configuration and model class for a teacher family.
 
     Args:

@@ -114,7 +114,10 @@ class DiscreteMamba2(nn.Module):
         b_blf, _ = self.b_conv(self.b_proj(hidden_bld), None, starts_bl)
         c_blf, _ = self.c_conv(self.c_proj(hidden_bld), None, starts_bl)
         return MixingParts(
-            self._heads(b_blf, self.state_width), self._heads(c_blf, self.state_width), self._log_decay(hidden_bld), self.d
+            self._heads(b_blf, self.state_width),
+            self._heads(c_blf, self.state_width),
+            self._log_decay(hidden_bld),
+            self.d,
         )
 
     def forward(
@@ -139,7 +142,7 @@ class DiscreteMamba2(nn.Module):
             The output (b, l, d), and None in place of attention weights.
         """
         hidden_bld = hidden_states
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        memory: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         continues = memory is not None and memory.num_tokens > 0
         starts_bl = None
         if position_ids is not None and not continues and hidden_bld.shape[1] > 1:

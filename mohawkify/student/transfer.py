@@ -6,6 +6,7 @@ Shapes: h query heads, g key heads, p head width, n state width, d model width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from mohawkify.errors import TeacherError
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
 
-LONGEST_HALF_LIFE = 160.0  # tokens; measured on stories260k, see docs/log.md
+LONGEST_HALF_LIFE = 60.0  # tokens; measured on stories260k, see docs/log.md
 
 
-def read_projections(attention: nn.Module) -> AttentionWeights:
+def read_projections(attention: Any) -> AttentionWeights:
     """Read q_proj, k_proj, v_proj and o_proj, the names most families use; raises TeacherError without them."""
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"):
         if not hasattr(attention, name):
@@ -81,7 +82,7 @@ def start_from_attention(
     adapter: Adapter,
     grafted_layers: tuple[int, ...],
 ) -> None:
-    """The attention start: x from V, out from O, C from Q (with 1/sqrt(p)), B from K, key heads repeated per query head."""
+    """The attention start of every grafted layer: x from V, out from O, C from Q, B from K, head by head."""
     teacher_stack, student_stack = find_layers(teacher, adapter.layers), find_layers(student, adapter.layers)
     read = adapter.read_weights or read_projections
     for index in grafted_layers:
@@ -94,17 +95,26 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
     """Give one mixer the attention start.
 
     Biases become biases of the convolutions, which start as the identity. The skip starts at 0, since attention has
-    none. With a decay bias the heads' half-lives are spread from 1 token to LONGEST_HALF_LIFE.
+    none. With a decay bias the heads' half-lives are spread from 1 token to LONGEST_HALF_LIFE. C is scaled by
+    1 - decay: a sum over the past with weights decay^k is 1 / (1 - decay) times too large for an average, which is
+    what attention computes.
     """
     mixer.reset_parameters()
+    if mixer.decay_proj.bias is not None:
+        mixer.decay_proj.bias.copy_(spread_decay_bias(mixer.num_heads, LONGEST_HALF_LIFE))
+        decay_h = torch.sigmoid(-mixer.decay_proj.bias.float())
+    else:
+        decay_h = torch.full((mixer.num_heads,), 0.5)  # a_log starts near 0
     num_heads, width, state_width = mixer.num_heads, mixer.head_width, mixer.state_width
     q_hpd = weights.q_hpd.float()
     repeats = num_heads // weights.k_gpd.shape[0]
     k_hpd = weights.k_gpd.float().repeat_interleave(repeats, dim=0)
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
-    scale = 1.0 / math.sqrt(q_hpd.shape[1])
+    scale_h = (1.0 - decay_h) / math.sqrt(q_hpd.shape[1])
 
-    c_hnd, b_hnd = _fit_state_width(q_hpd * scale, k_hpd, mixer.b_proj.weight.float().unflatten(0, (num_heads, -1)))
+    c_hnd, b_hnd = _fit_state_width(
+        q_hpd * scale_h[:, None, None], k_hpd, mixer.b_proj.weight.float().unflatten(0, (num_heads, -1))
+    )
     mixer.x_proj.weight.copy_(v_hpd.flatten(0, 1))
     mixer.c_proj.weight.copy_(c_hnd.flatten(0, 1))
     mixer.b_proj.weight.copy_(b_hnd.flatten(0, 1))
@@ -116,13 +126,11 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
     if state_width >= width:
         # Where the state is narrower than a head the biases are left out: they have no basis there.
         if weights.q_bias_hp is not None:
-            mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(weights.q_bias_hp * scale)
+            mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(weights.q_bias_hp * scale_h[:, None])
         if weights.k_bias_gp is not None:
             biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0)
             mixer.b_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
     mixer.d.zero_()
-    if mixer.decay_proj.bias is not None:
-        mixer.decay_proj.bias.copy_(spread_decay_bias(num_heads, LONGEST_HALF_LIFE))
 
 
 def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class CapturedAttention(NamedTuple):
 class LayerCall(NamedTuple):
     """One call of a module in the teacher's forward pass: its input, its other arguments and its output."""
 
-    index: int
+    layer: int
     hidden_bld: Tensor
     arguments: dict[str, Any]
     output_bld: Tensor
@@ -113,9 +113,7 @@ def listen(modules: dict[int, nn.Module], on_call: Callable[[LayerCall], None]) 
 
         return hook
 
-    handles = [
-        module.register_forward_hook(hook_for(index), with_kwargs=True) for index, module in modules.items()
-    ]
+    handles = [module.register_forward_hook(hook_for(index), with_kwargs=True) for index, module in modules.items()]
     try:
         yield
     finally:

@@ -1,0 +1,408 @@
+"""A recipe: everything that decides a run, as one frozen value, read from YAML and written back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from mohawkify.errors import RecipeError
+from mohawkify.recipe_fields import explain, show, show_key
+from mohawkify.recipe_types import (
+    COUNT,
+    Count,
+    Layers,
+    Line,
+    ListOf,
+    Name,
+    Pair,
+    Parts,
+    PositiveCount,
+    Scalars,
+    Section,
+    Text,
+    conflict,
+    format_count,
+)
+from mohawkify.shelf import recipe_text
+from mohawkify.strict_yaml import KeyPath, Lines, YamlProblem, dump_yaml, load_yaml, parse_yaml, read_text
+
+
+class StudentRecipe(Section):
+    """What the student is made of."""
+
+    name: Name | None = Field(
+        default=None, description="name of the student and of its run folder; null: the teacher's, with -mohawk"
+    )
+    init: Literal["attention", "identity"] = Field(
+        default="attention",
+        description="start of the mixers: from the teacher's attention weights, or as published (identity)",
+    )
+    state_width: int = Field(default=64, ge=1, description="width of the state per head")
+    conv_width: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
+    decay_bias: bool = Field(
+        default=True,
+        description="learned bias on the decay, half-lives spread over the heads; not representable in Llamba's layout",
+    )
+    keep_attention: Layers = Field(
+        default=(), description="numbers of the layers that keep the teacher's attention: a hybrid"
+    )
+
+
+class Condition(Section):
+    """Keeps the rows of a source whose column compares true."""
+
+    column: Text = Field(description="column that is compared")
+    operator: Literal["==", "!=", "<", "<=", ">", ">=", "in"] = Field(description="comparison")
+    value: Scalars = Field(description="what the column is compared with; a list for the operator in")
+
+    @model_validator(mode="after")
+    def _list_for_in(self) -> Self:
+        if self.operator == "in" and not isinstance(self.value, tuple):
+            conflict(("value",), f"found {show(self.value)}, expected a list for the operator in")
+        if self.operator != "in" and isinstance(self.value, tuple):
+            conflict(("value",), f"found a list, expected one value for the operator {self.operator}")
+        return self
+
+
+class Source(Section):
+    """Where text comes from: exactly one of path, hub and demo."""
+
+    path: Text | None = Field(
+        default=None,
+        description="file, folder or glob of .txt, .jsonl or .parquet; teacher:FILE starts at the teacher's folder",
+    )
+    hub: Text | None = Field(default=None, description="dataset id on the Hugging Face Hub")
+    demo: Literal["train", "validation"] | None = Field(
+        default=None, description="the demo stories that come with mohawkify"
+    )
+    name: Text | None = Field(default=None, description="configuration of the Hub dataset")
+    split: Text = Field(default="train", description="split of the Hub dataset")
+    text: Text = Field(default="text", description="column that holds the text")
+    chat: Text | None = Field(
+        default=None,
+        description="column that holds a conversation, written with the teacher's chat template; replaces text",
+    )
+    separator: Text | None = Field(
+        default="<|endoftext|>", description="where a new document begins in a .txt file; null: a file is one document"
+    )
+    where: ListOf[Condition] = Field(default=(), description="conditions that a row must meet, all of them")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [key for key in ("path", "hub", "demo") if getattr(self, key) is not None]
+        if len(given) != 1:
+            conflict((), f"found {' and '.join(given) or 'none'}, expected exactly one of path, hub and demo")
+        for key, is_default in (("name", self.name is None), ("split", self.split == "train")):
+            if self.hub is None and not is_default:
+                conflict((key,), f"found {show(getattr(self, key))} without hub, expected it for a Hub dataset only")
+        return self
+
+
+class DataRecipe(Section):
+    """The text of a run."""
+
+    train: ListOf[Source] = Field(default=(), description="text of all stages")
+    finish: ListOf[Source] = Field(default=(), description="text of the end of a stage that has finish")
+    validation: ListOf[Source] = Field(
+        default=(), description="held-out text; empty: the last documents of train are held out"
+    )
+
+
+class Finish(Section):
+    """The end of a stage, on other text and at another length."""
+
+    tokens: Count = Field(description="how many of the stage's tokens, its last, come from data.finish")
+    sequence_length: int = Field(ge=2, description="tokens per sequence at the end of the stage")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of steps on the same text at the same length.
+
+    Args:
+        data: which sources of `DataRecipe` the steps read.
+        num_steps: optimizer steps.
+        sequence_length: tokens per sequence.
+    """
+
+    data: Literal["train", "finish"]
+    num_steps: int
+    sequence_length: int
+
+
+class StageRecipe(Section):
+    """What every stage has."""
+
+    tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
+    sequence_length: int = Field(ge=2, description="tokens per sequence")
+    batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    finish: Finish | None = Field(default=None, description="other text at another length for the end of the stage")
+
+    @model_validator(mode="after")
+    def _finish_fits(self) -> Self:
+        if self.finish is not None and self.finish.tokens > self.tokens:
+            most, found = format_count(self.tokens), format_count(self.finish.tokens)
+            conflict(("finish", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step before the finish."""
+        return self.batch_sequences * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return sum(segment.num_steps for segment in self.segments())
+
+    def segments(self) -> list[Segment]:
+        """Lists the stage's segments in order; a segment without tokens is left out, any other has a step at least."""
+        finish_tokens = self.finish.tokens if self.finish else 0
+        segments = [self._segment("train", self.tokens - finish_tokens, self.sequence_length)]
+        if self.finish:
+            segments.append(self._segment("finish", finish_tokens, self.finish.sequence_length))
+        return [segment for segment in segments if segment.num_steps > 0]
+
+    def _segment(self, data: Literal["train", "finish"], tokens: int, sequence_length: int) -> Segment:
+        num_steps = max(1, round(tokens / (self.batch_sequences * sequence_length))) if tokens else 0
+        return Segment(data, num_steps, sequence_length)
+
+
+class OrientRecipe(StageRecipe):
+    """Stage 1: the student's mixing matrices learn the teacher's attention matrices."""
+
+
+class AlignRecipe(StageRecipe):
+    """Stage 2: each layer learns the teacher's output for the teacher's input."""
+
+    target: Literal["block", "mixer"] = Field(
+        default="block", description="output that is matched: the whole block's or the mixer's"
+    )
+    train: Parts = Field(
+        default=("mixer", "mlp", "norm"),
+        description="parts of the student that learn; only the mixer where that is the target",
+    )
+
+
+class DistillRecipe(StageRecipe):
+    """Stage 3: the whole student learns the teacher's predictions."""
+
+    temperature: float = Field(
+        default=1.0, gt=0, description="temperature of both softmaxes; the loss is multiplied by its square"
+    )
+    train: Parts = Field(
+        default=("mixer", "mlp", "norm", "embedding", "head"), description="parts of the student that learn"
+    )
+
+
+class StagesRecipe(Section):
+    """The three stages of MOHAWK, in order."""
+
+    orient: OrientRecipe = Field(description="stage 1, matrix orientation")
+    align: AlignRecipe = Field(description="stage 2, hidden-state alignment")
+    distill: DistillRecipe = Field(description="stage 3, distillation")
+
+
+class OptimizerRecipe(Section):
+    """AdamW."""
+
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="decay rates of AdamW's two averages"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled weight decay of the matrices that learn; vectors do not decay"
+    )
+    epsilon: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
+    gradient_clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="largest gradient norm; null: no clipping"
+    )
+
+
+class ScheduleRecipe(Section):
+    """Warm-up, stable, decay."""
+
+    warmup: float = Field(
+        default=0.1, ge=0, le=1, description="fraction of a stage's steps in which the learning rate rises"
+    )
+    decay: float = Field(default=0.1, ge=0, le=1, description="fraction of a stage's steps in which it falls")
+    floor: float = Field(default=1e-8, ge=0, description="learning rate that the decay falls towards")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup + self.decay > 1:
+            conflict(("decay",), f"found {self.decay} beside a warmup of {self.warmup}, expected a sum of at most 1")
+        return self
+
+
+class ComputeRecipe(Section):
+    """How the run uses the machine; changes the result by rounding only."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="arithmetic of the forward passes; weights stay fp32"
+    )
+    micro_batch_sequences: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="sequences per forward pass, a divisor of batch_sequences; null: the whole batch at once",
+    )
+    activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
+    threads: Annotated[int, Field(ge=1)] | None = Field(default=None, description="CPU threads; null: torch decides")
+
+
+class EvaluationRecipe(Section):
+    """The comparison with the teacher after every stage."""
+
+    tokens: PositiveCount = Field(default=200_000, description="held-out tokens that are used, at most")
+    sequence_length: int = Field(default=2048, ge=2, description="tokens per sequence")
+    batch_sequences: int = Field(default=8, ge=1, description="sequences per forward pass")
+
+
+class CheckpointRecipe(Section):
+    """What is kept of a run to continue it."""
+
+    every_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+
+
+class Recipe(Section):
+    """Everything that decides a run but the teacher."""
+
+    name: Name = Field(description="name of the recipe")
+    description: Line = Field(description="what the recipe is for")
+    teacher: Text | None = Field(
+        default=None, description="teacher that the recipe was made for; the command line decides"
+    )
+    student: StudentRecipe = Field(default=StudentRecipe(), description="the student")
+    data: DataRecipe = Field(default=DataRecipe(), description="the text")
+    stages: StagesRecipe = Field(description="the three stages")
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="AdamW")
+    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="learning rate over a stage")
+    compute: ComputeRecipe = Field(default=ComputeRecipe(), description="use of the machine")
+    evaluation: EvaluationRecipe = Field(default=EvaluationRecipe(), description="comparison with the teacher")
+    checkpoint: CheckpointRecipe = Field(default=CheckpointRecipe(), description="checkpoints")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="seed of the start values and of the order of the text"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        micro = self.compute.micro_batch_sequences
+        for name in StagesRecipe.model_fields:
+            stage: StageRecipe = getattr(self.stages, name)
+            if stage.finish is not None and not self.data.finish:
+                conflict(("stages", name, "finish"), "found without sources in data.finish, expected both or neither")
+            if micro is not None and stage.batch_sequences % micro:
+                message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
+                conflict(("compute", "micro_batch_sequences"), message)
+        return self
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Reads a recipe from YAML.
+
+    Args:
+        text: the YAML.
+        source: the name of its file, for errors.
+
+    Raises:
+        RecipeError: the text is not YAML or breaks the schema; names file, line and key.
+    """
+    data, lines = load_yaml(text, source)
+    return _validate(data, source, lines)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a bundled recipe by its name, or any recipe by the path of its .yaml file.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is not YAML or breaks the schema.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        return parse_recipe(read_text(Path(name), name), name)
+    return parse_recipe(recipe_text(name), f"{name}.yaml")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Writes a recipe with every value spelt out, so that reading it back gives an equal recipe."""
+    return dump_yaml(_plain(recipe))
+
+
+def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    """Changes single values of a recipe.
+
+    Args:
+        recipe: the recipe to start from.
+        overrides: ``key=value`` each, the key with dots, the value as in YAML: ``stages.distill.tokens=5B``. A list
+            item is named by its index; the index one past the end appends. Later ones win.
+
+    Raises:
+        RecipeError: an override is malformed, its key unknown or its value wrong.
+    """
+    data = _plain(recipe)
+    set_keys = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(
+                f"--set {show(override)}: found no =, expected key=value, such as stages.distill.tokens=5B"
+            )
+        path = tuple(int(part) if re.fullmatch("[0-9]{1,4}", part) else part for part in key.strip().split("."))
+        try:
+            value, _ = parse_yaml(text)
+        except YamlProblem as error:
+            raise RecipeError(f"--set {show_key(path)}: {error.problem}") from error
+        _set(data, path, value)
+        set_keys.append(path)
+    return _validate(data, "--set", {}, tuple(set_keys))
+
+
+def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Puts a value into nested plain data; sections on the way that are absent are made, for the schema to judge."""
+    container: Any = data
+    for depth, part in enumerate(path):
+        place = f"--set {show_key(path)}"
+        is_last = depth == len(path) - 1
+        if isinstance(container, list):
+            if not isinstance(part, int) or part > len(container):
+                wanted = f"an index of at most {len(container)}"
+                raise RecipeError(
+                    f"{place}: found {show(part)} for an item of {show_key(path[:depth])}, expected {wanted}"
+                )
+            if part == len(container):
+                container.append({})
+        elif isinstance(container, dict):
+            part = str(part)
+            if not is_last and container.get(part) is None:
+                container[part] = {}
+        else:
+            raise RecipeError(f"{place}: {show_key(path[:depth])} holds a value and has no keys")
+        if is_last:
+            container[part] = value
+        container = container[part]
+
+
+def _validate(data: Any, source: str, lines: Lines, set_keys: tuple[KeyPath, ...] = ()) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        message, hint = explain(error, Recipe, source, lines, set_keys)
+        raise RecipeError(message, hint) from error
+
+
+def _plain(value: Any, field_metadata: tuple[Any, ...] = ()) -> Any:
+    """Turns a recipe into plain data as a YAML file would hold it, without the keys that are null when left out."""
+    if isinstance(value, Section):
+        return {
+            name: _plain(getattr(value, name), tuple(field.metadata))
+            for name, field in type(value).model_fields.items()
+            if getattr(value, name) is not None or field.default is not None
+        }
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return format_count(value) if COUNT in field_metadata else value

@@ -1,0 +1,110 @@
+"""A run's folder: what lies where, and which run is meant when none is named. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mohawkify.errors import UsageError
+from mohawkify.recipe import Recipe, load_recipe
+from mohawkify.storage import read_json, write_json
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one conversion.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        """What was planned."""
+        return self.path / "plan.json"
+
+    @property
+    def teacher_file(self) -> Path:
+        """The teacher's facts and the hashes of its files."""
+        return self.path / "teacher.json"
+
+    @property
+    def student_file(self) -> Path:
+        """The student's facts."""
+        return self.path / "student.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """A line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results_file(self) -> Path:
+        """Quality after every stage."""
+        return self.path / "results.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a stopped run continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def corpora(self) -> Path:
+        """Tokenised text."""
+        return self.path / "corpora"
+
+    @property
+    def final(self) -> Path:
+        """The finished student as a Hugging Face folder."""
+        return self.path / "final"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the conversion reached its end."""
+        return self.final.is_dir() and self.results_file.is_file()
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was made with."""
+        return load_recipe(self.recipe_file)
+
+    def results(self) -> dict[str, Any]:
+        """What has been measured so far."""
+        return read_json(self.results_file) if self.results_file.is_file() else {"teacher": {}, "stages": {}}
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Replace the results."""
+        write_json(self.results_file, results)
+
+
+def finished_run(path: Path | None, root: Path = RUNS) -> RunFolder:
+    """The run that a command means.
+
+    Args:
+        path: the run's folder; None for the newest finished run below ``root``.
+        root: where runs lie.
+
+    Raises:
+        UsageError: there is no such run, or it is not finished.
+    """
+    if path is not None:
+        run = RunFolder(path)
+        if not path.is_dir():
+            raise UsageError(f"no such run: {path}", hint="a run is a folder written by `mohawkify convert`")
+        if not run.is_finished:
+            raise UsageError(f"{path} is not a finished run", hint="the same `mohawkify convert` command continues it")
+        return run
+    candidates = [RunFolder(entry) for entry in sorted(root.iterdir())] if root.is_dir() else []
+    finished = [run for run in candidates if run.is_finished]
+    if not finished:
+        raise UsageError(f"no finished run in {root}/", hint="run `mohawkify convert TEACHER --recipe NAME` first")
+    return max(finished, key=lambda run: run.results_file.stat().st_mtime)

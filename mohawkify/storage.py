@@ -1,0 +1,496 @@
+"""Everything that reaches the disk goes through here: whole files, whole folders, the run's log and its lock.
+
+A file or folder appears under its name complete or not at all, whenever the process is killed or the power fails: it is
+written beside its place as `.tmp-<name>-<pid>`, flushed to the disk, renamed, and the rename flushed too. Other modules
+only write inside a temporary folder that `atomic_directory` hands them. What the operating system refuses becomes one
+`StorageError` that names the path and the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+
+MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".lock"
+
+_MANIFEST_FORMAT = "mohawkify-manifest"
+_MANIFEST_VERSION = 1
+_TEMPORARY_NAME = re.compile(r"\.tmp-.+-(\d{1,9})", re.DOTALL)
+_HINTS = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
+    errno.EFBIG: "the limit on the size of a file is reached: see `ulimit -f`",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: afterwards it holds the new bytes, or after a failure still the old ones.
+
+    Raises:
+        StorageError: the file could not be written.
+    """
+    path = _absolute(path)
+    temporary = _temporary_for(path)
+    with _clear_errors("write", path):
+        temporary.unlink(missing_ok=True)  # left by a killed process that had our number
+        try:
+            _write_new_file(temporary, data)
+            os.rename(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a strict JSON file atomically, keys in the order given.
+
+    Raises:
+        NumericsError: the value holds a number that is not finite.
+        StorageError: the file could not be written.
+    """
+    write_text(path, _render_json(value, path))
+
+
+def read_json(path: Path) -> Any:
+    """Read a strict JSON file; raise `CheckpointError` if it is not: NaN, infinities and duplicate keys are refused."""
+    with _clear_errors("read", path):
+        data = path.read_bytes()
+    return _parse_json(data, str(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Hash the content of a file: 64 hexadecimal digits."""
+    with _clear_errors("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record to a log as a line of strict JSON, after dropping a torn last line.
+
+    A number that is not finite is written as the string "nan", "inf" or "-inf", which `float()` reads back. The line is
+    handed to the operating system but not forced to the disk: it outlives the process, not a power cut.
+
+    Raises:
+        StorageError: the line could not be written; the log is as it was.
+    """
+    line = json.dumps(_spell_non_finite(record), allow_nan=False).encode() + b"\n"
+    with _clear_errors("append to", path), path.open("a+b", buffering=0) as file:
+        end = _end_of_whole_lines(file)
+        file.truncate(end)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a log written by `append_line`; a last line without its line end is torn and does not count.
+
+    Returns:
+        The records in order; none if the file does not exist yet.
+
+    Raises:
+        StorageError: the file cannot be read.
+        CheckpointError: a line is not a JSON object.
+    """
+    with _clear_errors("read", path):
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse_json(line, f"{path}, line {number},")
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}, line {number}, is not a JSON object")
+        records.append(record)
+    return records
+
+
+@contextmanager
+def atomic_directory(target: Path, *, facts: Mapping[str, Any] | None = None, manifest: bool = True) -> Iterator[Path]:
+    """Write a folder that appears complete or not at all.
+
+    The block writes into the temporary folder it is given. When it ends, the manifest is added, everything is flushed
+    to the disk and the folder is renamed to the target. When it raises, the temporary folder is removed.
+
+    Args:
+        target: the folder to create: it must not exist yet, or be empty. Missing parents are created.
+        facts: what the manifest says beside the files: any JSON object; read when the block ends.
+        manifest: whether to write `manifest.json`, which `verify_directory` needs.
+
+    Raises:
+        StorageError: the target is in use, or the folder could not be written.
+    """
+    target = _absolute(target)
+    temporary = _temporary_for(target)
+    with _clear_errors("write", target):
+        _make_directory(target.parent)
+        _require_vacant(target)
+        _remove_tree(temporary)  # left by a killed process that had our number
+        try:
+            temporary.mkdir()
+            yield temporary
+            if manifest:
+                _write_manifest(temporary, facts or {})
+            _sync_tree(temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(target.parent)
+
+
+def verify_directory(path: Path) -> dict[str, Any]:
+    """Hash every file of a folder again and compare with its manifest.
+
+    Returns:
+        The manifest: "facts" as given to `atomic_directory`, "files" with the size and hash of each.
+
+    Raises:
+        CheckpointError: a file is missing, extra or changed, or the manifest is; the message names the first such file.
+        UsageError: another version of mohawkify wrote the manifest.
+    """
+    try:
+        with _clear_errors("read", path):
+            manifest = _read_manifest(path / MANIFEST_NAME)
+            _compare(path, manifest["files"])
+    except StorageError as error:  # for the caller a file that cannot be read is as bad as a changed one
+        raise CheckpointError(error.message) from error
+    return manifest
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that a kill on the way leaves a temporary folder to sweep, never half of this one."""
+    path = _absolute(path)
+    aside = _temporary_for(path)
+    with _clear_errors("remove", path):
+        _remove_tree(aside)
+        os.rename(path, aside)
+        _sync_directory(path.parent)
+        shutil.rmtree(aside)
+
+
+def sweep_temporaries(directory: Path) -> list[str]:
+    """Remove what killed processes left half-written directly in a folder.
+
+    Call it at the start of a run, with the lock held and before anything is written: a temporary that carries this
+    process's own number is then the work of a predecessor (in a container, process numbers repeat).
+
+    Returns:
+        The names removed.
+    """
+    removed = []
+    with _clear_errors("clean up", directory):
+        for path in sorted(directory.glob(".tmp-*")):
+            match = _TEMPORARY_NAME.fullmatch(path.name)
+            if match is None or _another_process_lives(int(match[1])):
+                continue
+            _remove_tree(path)
+            removed.append(path.name)
+    return removed
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel frees it when the process ends, however it ends.
+
+    Raises:
+        UsageError: another process holds the folder.
+        StorageError: the lock file could not be created or locked.
+    """
+    handle = _take_lock(directory)
+    try:
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with a forked child that is still alive
+        os.close(handle)
+
+
+def ensure_writable(directory: Path) -> None:
+    """Create a folder if it is missing and prove, or refuse, that a file can be written in it."""
+    directory = _absolute(directory)
+    probe = _temporary_for(directory / "probe")
+    with _clear_errors("write in", directory):
+        _make_directory(directory)
+        probe.unlink(missing_ok=True)
+        try:
+            _write_new_file(probe, b"probe\n")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def free_bytes(directory: Path) -> int:
+    """Ask how many bytes this user may still write in a folder, which need not exist yet."""
+    directory = _absolute(directory)
+    with _clear_errors("look at", directory):
+        while not directory.exists():
+            directory = directory.parent
+        return shutil.disk_usage(directory).free
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse to begin writing `needed` bytes that the disk cannot hold."""
+    free = free_bytes(directory)
+    if free < needed:
+        raise StorageError(f"{directory} needs {needed:,} bytes, {free:,} are free", hint=_HINTS[errno.ENOSPC])
+
+
+@contextmanager
+def _clear_errors(action: str, path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into one line: what was tried, where, and why it failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not from the operating system: some libraries derive their own errors from OSError
+            raise
+        reason = error.strerror or str(error)
+        if error.filename is not None and str(error.filename) != str(path):
+            reason = f"{reason} ({error.filename})"
+        raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno)) from error
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _temporary_for(path: Path) -> Path:
+    """Name the place, in the same folder and so on the same file system, where a file or folder is prepared."""
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}")
+
+
+def _another_process_lives(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, and belongs to another user
+    return True
+
+
+def _take_lock(directory: Path) -> int:
+    """Lock a folder and leave our process number for the message that another process will show."""
+    with _clear_errors("lock", directory):
+        _make_directory(_absolute(directory))
+        handle = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, b"%d\n" % os.getpid(), 0)
+        except BlockingIOError as error:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise UsageError(
+                f"another process (pid {holder}) is working in {directory}",
+                hint="wait for it to end, or choose another output folder",
+            ) from error
+        except BaseException:
+            os.close(handle)
+            raise
+    return handle
+
+
+def _render_json(value: Any, path: Path) -> str:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise NumericsError(f"cannot write {path} as strict JSON: {error}") from error
+
+
+def _parse_json(data: bytes, name: str) -> Any:
+    try:
+        return json.loads(
+            data.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object_without_duplicates
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not strict JSON: {error}") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text} is not finite")
+    return number
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _spell_non_finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: _spell_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spell_non_finite(item) for item in value]
+    return value
+
+
+def _end_of_whole_lines(file: FileIO) -> int:
+    """Find where the last complete line of a log ends, in bytes from its start."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.readall().rfind(b"\n") + 1
+
+
+def _write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
+    files = {name: _describe(directory / name) for name in sorted(_files_below(directory))}
+    body = {"format": _MANIFEST_FORMAT, "version": _MANIFEST_VERSION, "facts": dict(facts), "files": files}
+    _write_new_file(directory / MANIFEST_NAME, _sealed(body, directory / MANIFEST_NAME))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    manifest = _parse_json(data, str(path))
+    if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of mohawkify")
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    # Comparing the text, not the values, finds a changed space as well.
+    if _sealed(body, path) != data:
+        raise CheckpointError(f"{path} has changed: it does not carry its own hash")
+    if manifest.get("version") != _MANIFEST_VERSION:
+        raise UsageError(
+            f"{path} has version {manifest.get('version')}, this mohawkify reads version {_MANIFEST_VERSION}",
+            hint="use the version of mohawkify that wrote it",
+        )
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("facts"), dict):
+        raise CheckpointError(f"{path} lists no files or no facts")
+    return manifest
+
+
+def _compare(directory: Path, listed: dict[str, Any]) -> None:
+    """Refuse the first file that is missing, extra or changed."""
+    present = _files_below(directory) - {MANIFEST_NAME}
+    for name in sorted(listed.keys() ^ present):
+        problem = "is not in the manifest" if name in present else "is missing"
+        raise CheckpointError(f"{directory / name} {problem}")
+    for name in sorted(listed):
+        found = _describe(directory / name)
+        if found != listed[name]:
+            content = f"{found['bytes']:,} bytes with sha256 {found['sha256'][:12]}..."
+            raise CheckpointError(f"{directory / name} has changed: it now holds {content}")
+
+
+def _sealed(body: dict[str, Any], path: Path) -> bytes:
+    """Render a manifest with the hash of its own text, so that a change to the manifest shows too."""
+    seal = hashlib.sha256(_render_json(body, path).encode()).hexdigest()
+    return _render_json({**body, "sha256": seal}, path).encode()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return {"bytes": status.st_size, "sha256": file_sha256(path)}
+
+
+def _files_below(directory: Path) -> set[str]:
+    """Name all that is not a folder, relative to the top; a link is never followed."""
+    names: set[str] = set()
+    for folder, folders, files in os.walk(directory, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        names.update((Path(folder) / name).relative_to(directory).as_posix() for name in files + links)
+    return names
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _write_new_file(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _require_vacant(target: Path) -> None:
+    hint = "choose another folder, or remove it"
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise StorageError(f"{target} is not a folder", hint=hint)
+    if target.is_dir() and any(target.iterdir()):
+        raise StorageError(f"{target} is not empty", hint=hint)
+
+
+def _make_directory(directory: Path) -> None:
+    """Create a folder and its missing parents so that they outlive a power cut."""
+    if directory.is_dir():
+        return
+    if directory.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    _sync_directory(directory.parent)
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Flush all files and folders to the disk, and give the files the permissions of the folder.
+
+    The permissions because safetensors 0.8 creates files that only their owner can read (measured).
+    """
+    permissions = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    for name in _files_below(directory):
+        handle = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(handle, permissions)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    for folder, _, _ in os.walk(directory, topdown=False, onerror=_raise):
+        _sync_directory(Path(folder))
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

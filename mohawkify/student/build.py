@@ -1,0 +1,109 @@
+"""Design a student from a teacher's facts, and build it with its start values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mohawkify.adapter import Adapter
+from mohawkify.errors import RecipeError
+from mohawkify.recipe import StudentRecipe
+from mohawkify.spec import StudentSpec, TeacherSpec
+from mohawkify.student.grafting import student_classes
+from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
+
+# Keys of a configuration that name the teacher's class or the file it came from, not the architecture.
+NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
+
+
+def classes_for(adapter: Adapter) -> tuple[Any, Any]:
+    """The student's configuration and model class for a family."""
+    return student_classes(getattr(transformers, adapter.config_class), getattr(transformers, adapter.model_class))
+
+
+def student_config(teacher_config: PretrainedConfig, adapter: Adapter, mixer: dict[str, Any]) -> PretrainedConfig:
+    """The teacher's configuration under the student's type, with the mixer's facts."""
+    values = {key: value for key, value in teacher_config.to_dict().items() if key not in NOT_INHERITED}
+    config_class, _ = classes_for(adapter)
+    return config_class(**values, mixer=mixer)
+
+
+def design_student(
+    name: str, teacher: TeacherSpec, teacher_config: PretrainedConfig, adapter: Adapter, recipe: StudentRecipe
+) -> StudentSpec:
+    """Decide what the student is; its parameters are counted on the meta device.
+
+    Raises:
+        RecipeError: a layer to keep does not exist, or none is left to graft.
+    """
+    wrong = [index for index in recipe.keep_attention if index >= teacher.num_layers]
+    if wrong:
+        raise RecipeError(
+            f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {teacher.num_layers - 1}"
+        )
+    grafted = tuple(index for index in range(teacher.num_layers) if index not in recipe.keep_attention)
+    if not grafted:
+        raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
+    heads, width, state = teacher.num_heads, teacher.head_width, recipe.state_width
+    sizes: dict[str, Any] = {
+        "layers": adapter.layers,
+        "attention": adapter.attention,
+        "grafted_layers": grafted,
+        "num_heads": heads,
+        "head_width": width,
+        "state_width": state,
+        "conv_width": recipe.conv_width,
+        "decay_bias": recipe.decay_bias,
+        "out_bias": any(bias in ("o_proj", "dense", "out_proj", "c_proj") for bias in teacher.attention_biases),
+    }
+    config_class, model_class = classes_for(adapter)
+    with torch.device("meta"):
+        modules = model_class(student_config(teacher_config, adapter, {**sizes, "grafted_layers": list(grafted)}))
+    return StudentSpec(
+        name=name,
+        model_type=config_class.model_type,
+        teacher_type=adapter.model_type,
+        **sizes,
+        num_parameters=sum(p.numel() for p in modules.parameters()),
+        mixer_parameters=sum(
+            p.numel() for m in modules.modules() if isinstance(m, DiscreteMamba2) for p in m.parameters()
+        ),
+        state_numbers=len(grafted) * heads * (width * state + (recipe.conv_width - 1) * (width + 2 * state)),
+    )
+
+
+def build_student(
+    teacher: PreTrainedModel, adapter: Adapter, spec: StudentSpec, init: str, seed: int
+) -> PreTrainedModel:
+    """Build the student in float32 on the teacher's device, with the teacher's tensors and the chosen start.
+
+    Args:
+        teacher: the loaded teacher.
+        adapter: its family.
+        spec: the student's facts.
+        init: ``attention`` or ``identity``.
+        seed: of the random start values.
+
+    Returns:
+        The student, in training mode, every parameter trainable.
+    """
+    _, model_class = classes_for(adapter)
+    torch.manual_seed(seed)
+    student = model_class(student_config(teacher.config, adapter, spec.mixer_config())).float()
+    student.generation_config = teacher.generation_config
+    copy_kept_weights(teacher, student)
+    if init == "attention":
+        start_from_attention(teacher, student, adapter, spec.grafted_layers)
+    else:
+        start_as_published(student, spec.layers, spec.attention, spec.grafted_layers)
+    return student.to(teacher.device).train()
+
+
+def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:
+    """The student's mixers in layer order."""
+    return [module for module in student.modules() if isinstance(module, DiscreteMamba2)]

@@ -1,0 +1,128 @@
+"""The training loop, the only one: batches in their global order, one optimiser step after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mohawkify.data.corpus import Corpus
+from mohawkify.data.order import sequence_indices
+from mohawkify.data.packing import Batch, num_sequences, packed_batch
+from mohawkify.recipe import Recipe, StageRecipe
+from mohawkify.stages.base import Stage
+from mohawkify.train.engine import Engine
+from mohawkify.train.guard import require_finite, require_gradients
+from mohawkify.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive steps over one corpus at one length.
+
+    Args:
+        corpus: the tokens.
+        num_steps: optimiser steps.
+        sequence_length: tokens per sequence.
+        first_sequence: place in the corpus's global order where the stretch begins; earlier stages used what is before.
+    """
+
+    corpus: Corpus
+    num_steps: int
+    sequence_length: int
+    first_sequence: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one step.
+
+    Args:
+        step: number of the step within its stage, from 1.
+        tokens: tokens of this step.
+        learning_rate: the rate it was taken with.
+        gradient_norm: before clipping.
+        seconds: its duration.
+        figures: ``loss`` and the stage's other figures.
+    """
+
+    step: int
+    tokens: int
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    figures: dict[str, float]
+
+
+def run_stage(
+    stage: Stage,
+    engine: Engine,
+    stretches: list[Stretch],
+    stage_recipe: StageRecipe,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    first_step: int,
+    on_step: Callable[[StepReport], None],
+) -> None:
+    """Train one stage from a given step to its end.
+
+    Batch and learning rate are pure functions of the step, so a resumed stage does what the uninterrupted one would.
+
+    Args:
+        stage: what is computed.
+        engine: holds gradients and optimiser.
+        stretches: what is read, in order.
+        stage_recipe: batch size and peak learning rate.
+        recipe: seed, schedule and micro-batch.
+        device: where batches go.
+        first_step: steps already taken.
+        on_step: called after each step; may raise to stop.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite, or a parameter has no gradient.
+    """
+    num_steps = sum(stretch.num_steps for stretch in stretches)
+    parameters = stage.parameters()
+    for step in range(first_step, num_steps):
+        begin = time.perf_counter()
+        place = f"step {step + 1} of stage {stage.name}"
+        batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
+        micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
+        totals: dict[str, float] = {}
+        for first in range(0, stage_recipe.batch_sequences, micro):
+            part = Batch(*(tensor[first : first + micro].to(device) for tensor in batch))
+            share = micro / stage_recipe.batch_sequences
+
+            def backward(loss: torch.Tensor, share: float = share) -> None:
+                engine.backward(loss * share)
+
+            with engine.autocast():
+                figures = stage.run(part, backward)
+            for name, value in figures.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * share
+        require_finite(totals, place)
+        if step == first_step:
+            require_gradients(parameters, place)
+        rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
+        norm = engine.step(rate)
+        require_finite({"the gradient norm": norm}, place)
+        seconds = time.perf_counter() - begin
+        on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
+
+
+def batch_at(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
+    """The batch of a step: a pure function of its arguments."""
+    for stretch in stretches:
+        if step < stretch.num_steps:
+            indices = sequence_indices(
+                num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
+                seed=seed,
+                first=stretch.first_sequence + step * batch_sequences,
+                count=batch_sequences,
+            )
+            return packed_batch(stretch.corpus, stretch.sequence_length, indices)
+        step -= stretch.num_steps
+    raise IndexError("the step is beyond the stage's end")

@@ -1,0 +1,42 @@
+"""Stop on request: the first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+from mohawkify.errors import MohawkifyError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(MohawkifyError):
+    """The run was asked to stop, saved itself and left; the exit code is 128 + the signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, hint="the same command continues it")
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Within the block, remembers the first signal; a second one ends the process the ordinary way."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in SIGNALS:
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)

@@ -1,0 +1,181 @@
+"""The student: grafting keeps everything else the teacher's, and every path through a mixer gives the same result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mohawkify.adapter import AttentionWeights
+from mohawkify.errors import RecipeError
+from mohawkify.student.grafting import find_layers
+from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.student.transfer import read_projections, spread_decay_bias, start_mixer_from_attention
+from tests.close import assert_close
+from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request, tmp_path):
+    pair = tiny_pair(request.param, tmp_path, student={"keep_attention": (1,)})
+    pair.student.eval()
+    return pair
+
+
+def test_everything_but_the_grafted_attention_is_the_teachers(pair):
+    teacher, student = pair.teacher.state_dict(), pair.student.state_dict()
+    unused = {name for name in teacher if name not in student}
+    assert unused == {name for name in teacher if ".layers.0.self_attn." in name or ".layers.2.self_attn." in name}
+    for name in teacher.keys() & student.keys():
+        assert torch.equal(teacher[name], student[name]), name
+    new = {name for name in student if name not in teacher}
+    assert all(".layers.0.self_attn." in name or ".layers.2.self_attn." in name for name in new)
+
+
+@torch.no_grad()
+def test_with_the_attention_put_back_the_logits_are_the_teachers(pair):
+    batch = packed()
+    for index in pair.spec.grafted_layers:
+        find_layers(pair.student, "model.layers")[index].self_attn = find_layers(pair.teacher, "model.layers")[
+            index
+        ].self_attn
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    assert torch.equal(pair.student(**inputs).logits, pair.teacher(**inputs).logits)
+
+
+@torch.no_grad()
+def test_token_by_token_equals_the_full_pass(pair):
+    ids = packed(length=37).input_ids
+    full = pair.student(ids, use_cache=False).logits
+    out = pair.student(ids[:, :20], use_cache=True)
+    pieces = [out.logits]
+    for t in range(20, 37):
+        pieces.append(pair.student(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True).logits)
+    assert_close("logits", torch.cat(pieces, 1), full)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(pair):
+    ids = packed(length=30).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = pair.student(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    single = pair.student(ids[1:, 11:], use_cache=True)
+    assert_close("logits", padded.logits[1:, 11:], single.logits)
+    next_id = torch.tensor([[5], [5]])
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+    after = pair.student(
+        next_id, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
+        past_key_values=padded.past_key_values, use_cache=True,
+    )  # fmt: skip
+    after_single = pair.student(next_id[1:], past_key_values=single.past_key_values, use_cache=True)
+    assert_close("next logits", after.logits[1:], after_single.logits)
+
+
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(pair):
+    batch = packed(length=24, borders=(0, 9, 10))
+    logits = pair.student(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    for begin, end in ((0, 9), (9, 10), (10, 24)):
+        alone = pair.student(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits
+        assert_close(f"document {begin}", logits[:, begin:end], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"use_cache": False}], ids=str)
+def test_generate(pair, options):
+    ids = packed(length=13).input_ids
+    mask = torch.ones_like(ids)
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = pair.student.generate(ids, **settings, **options)
+    expected = pair.student.generate(ids, **{**settings, **options, "use_cache": False, "prefill_chunk_size": None})
+    assert torch.equal(found, expected)
+
+
+def test_the_state_does_not_grow(pair):
+    ids = packed(length=40).input_ids
+    sizes = []
+    for length in (5, 40):
+        cache = pair.student(ids[:, :length], use_cache=True).past_key_values
+        layers = [cache.layers[index] for index in pair.spec.grafted_layers]
+        sizes.append(sum(layer.tail_bkf.numel() + layer.state_bhpn.numel() for layer in layers))
+    assert sizes[0] == sizes[1] == ids.shape[0] * pair.spec.state_numbers
+
+
+def mixer(state_width: int, decay_bias: bool = True) -> DiscreteMamba2:
+    """A mixer of 4 heads of width 8 on a width of 32."""
+    torch.manual_seed(0)
+    return DiscreteMamba2(32, 4, 8, state_width, 4, decay_bias, True, 0)
+
+
+def attention_weights() -> AttentionWeights:
+    """The weights of a grouped attention with biases: 4 query heads over 2 key heads."""
+    return read_projections(find_layers(tiny_teacher("llama"), "model.layers")[0].self_attn)
+
+
+@pytest.mark.parametrize("state_width", [8, 20])
+def test_attention_start_is_linear_attention(state_width):
+    weights, ours = attention_weights(), mixer(state_width)
+    start_mixer_from_attention(ours, weights)
+    hidden = torch.randn(1, 6, 32)
+    parts = ours.mixing_parts(hidden)
+    q = torch.einsum("bld,hpd->blhp", hidden, weights.q_hpd) + weights.q_bias_hp
+    k = torch.einsum("bld,gpd->blgp", hidden, weights.k_gpd) + weights.k_bias_gp
+    k = k.repeat_interleave(2, dim=2)
+    keep_h = 1 - parts_decay(ours)
+    expected = torch.einsum("blhp,bshp->bhls", q, k) / 8**0.5 * keep_h[:, None, None]
+    actual = torch.einsum("blhn,bshn->bhls", parts.c_blhn, parts.b_blhn)
+    assert_close("products", actual, expected)
+    assert ours.d.abs().max() == 0
+
+
+def parts_decay(ours: DiscreteMamba2) -> torch.Tensor:
+    """The decay of every head at a_log = its bias."""
+    return torch.sigmoid(-ours.decay_proj.bias.detach())
+
+
+def test_a_narrow_state_gets_the_best_low_rank_product():
+    weights, ours = attention_weights(), mixer(3)
+    start_mixer_from_attention(ours, weights)
+    c = ours.c_proj.weight.detach().unflatten(0, (4, 3))
+    b = ours.b_proj.weight.detach().unflatten(0, (4, 3))
+    scale = (1 - parts_decay(ours)) / 8**0.5
+    for head in range(4):
+        exact = weights.q_hpd[head].T @ weights.k_gpd[head // 2] * scale[head]
+        u, s, v = torch.linalg.svd(exact)
+        best = u[:, :3] * s[:3] @ v[:3]
+        assert_close(f"head {head}", c[head].T @ b[head], best)
+
+
+def test_values_and_output_are_the_attentions_own():
+    weights, ours = attention_weights(), mixer(16)
+    start_mixer_from_attention(ours, weights)
+    hidden = torch.randn(1, 1, 32)
+    ours.d.data.fill_(1.0)
+    ours.c_proj.weight.data.zero_()
+    ours.c_conv.bias.data.zero_()
+    out, _ = ours(hidden)
+    v = (torch.einsum("bld,gpd->blgp", hidden, weights.v_gpd) + weights.v_bias_gp).repeat_interleave(2, dim=2)
+    assert_close("output", out, torch.einsum("blhp,dhp->bld", v, weights.out_dhp) + weights.out_bias_d)
+
+
+def test_published_start_is_the_identity_of_conv_gate_and_skip(tmp_path):
+    pair = tiny_pair("llama", tmp_path, init="identity", student={"decay_bias": False})
+    ours = find_layers(pair.student, "model.layers")[0].self_attn
+    hidden = torch.randn(1, 7, 32)
+    ours.c_proj.weight.data.zero_()
+    out, _ = ours(hidden)
+    assert_close("output", out, ours.out_proj(ours.x_proj(hidden)))
+
+
+def test_half_lives_are_spread():
+    decay = torch.sigmoid(-spread_decay_bias(5, 16.0))
+    half_lives = torch.log(torch.tensor(0.5)) / torch.log(decay)
+    assert_close("half-lives", half_lives, torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]))
+
+
+def test_layers_to_keep_are_checked(tmp_path):
+    with pytest.raises(RecipeError, match="found layer 3, expected layers 0 to 2"):
+        tiny_pair("llama", tmp_path, student={"keep_attention": (3,)})
+    with pytest.raises(RecipeError, match="at least one"):
+        tiny_pair("llama", tmp_path, student={"keep_attention": (0, 1, 2)})

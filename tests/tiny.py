@@ -1,0 +1,88 @@
+"""Tiny random teachers made on the fly, with the oddities of their families switched on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from mohawkify.data.packing import Batch
+from transformers import PreTrainedModel
+
+from mohawkify.adapter import Adapter
+from mohawkify.recipe import StudentRecipe
+from mohawkify.shelf import load_adapter
+from mohawkify.stages.base import Pair
+from mohawkify.student.build import build_student, design_student
+from mohawkify.teacher.inspect import inspect_teacher
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "attention_bias": True},
+    "qwen2": {
+        "tie_word_embeddings": False,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+        "initializer_range": 0.3,
+    },
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A small configuration of a family."""
+    adapter = load_adapter(family)
+    return getattr(transformers, adapter.config_class)(**{**COMMON, **FAMILIES[family], **changes})
+
+
+def tiny_teacher(family: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+    """A frozen random teacher; every tensor is random, biases and norms too. The same weights for every call."""
+    adapter = load_adapter(family)
+    config = tiny_config(family, **changes)
+    model = getattr(transformers, adapter.model_class)._from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1.0 + 0.2 * noise if "norm" in name else 0.3 * noise)
+    return model.eval().requires_grad_(False)
+
+
+def save_teacher(teacher: PreTrainedModel, folder: Path) -> Path:
+    """Write a teacher as a folder, without a tokenizer."""
+    teacher.save_pretrained(folder)
+    return folder
+
+
+def tiny_pair(family: str, folder: Path, init: str = "attention", student: dict[str, Any] | None = None) -> Pair:
+    """A random teacher and its student."""
+    teacher = tiny_teacher(family)
+    save_teacher(teacher, folder)
+    inspection = inspect_teacher(str(folder))
+    adapter: Adapter = inspection.adapter
+    recipe = StudentRecipe(**{"state_width": 16, "init": init, **(student or {})})
+    spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
+    return Pair(teacher, build_student(teacher, adapter, spec, init, seed=0), spec)
+
+
+def packed(length: int = 24, batch: int = 2, borders: tuple[int, ...] = (0, 9, 10), vocabulary: int = 97) -> Batch:
+    """Random tokens with document borders at the given positions in every row."""
+    ids = torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
+    positions = torch.zeros(length, dtype=torch.long)
+    for t in range(length):
+        positions[t] = 0 if t in borders else positions[t - 1] + 1
+    return Batch(ids, positions.expand(batch, -1).clone())
