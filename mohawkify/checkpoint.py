@@ -253,7 +253,7 @@ def _require_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or not tensor.is_floating_point():
             continue
-        # Both extremes are NaN where any element is. Measured 100 times faster than isfinite over all, and no copy.
+        # Both extremes are NaN where any element is. Measured over 50 times faster than isfinite on a CPU, and no copy.
         extremes = torch.stack(torch.aminmax(tensor.detach()))
         if not torch.isfinite(extremes).all():
             raise NumericsError(

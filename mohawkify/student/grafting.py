@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mohawkify.student.cache import StudentCache
-from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.student.mixer import PRECISE_PARAMETERS, DiscreteMamba2
 
 
 def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
@@ -59,6 +59,7 @@ class GraftedModel(TeacherModel):
     """What a student adds to its teacher's class; the first base, the teacher's causal model class the second."""
 
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
+    _keep_in_fp32_modules_strict = PRECISE_PARAMETERS
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -1,0 +1,193 @@
+"""Local text files: which ones a path names, and the rows inside them."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mohawkify.errors import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEACHER_PREFIX = "teacher:"
+_PARQUET_ROWS_AT_ONCE = 256
+_CHECK_PATH = "check the path under data in the recipe"
+
+
+class Row(NamedTuple):
+    """One row of a table of text.
+
+    Args:
+        place: where the row stands, for messages: ``train.jsonl, line 7``.
+        columns: the values by column name.
+    """
+
+    place: str
+    columns: dict[str, Any]
+
+
+def find_files(path: str, teacher_directory: Path | None) -> list[Path]:
+    """List the files that a file, folder or glob names, sorted by path.
+
+    Folders are searched with their subfolders; in folders and globs, files of other kinds are passed over.
+
+    Args:
+        path: as written in the recipe; ``teacher:REL`` is relative to the teacher's folder.
+        teacher_directory: the teacher's folder, if it has one.
+
+    Raises:
+        DataError: if nothing readable is found there.
+    """
+    location = _locate(path, teacher_directory)
+    try:
+        files = _list_files(location)
+    except OSError as error:
+        raise DataError(f"cannot read {location}: {error.strerror}", hint=_CHECK_PATH) from error
+    if not files:
+        raise DataError(f"{location} matches no {', '.join(SUFFIXES)} file", hint=_CHECK_PATH)
+    return files
+
+
+def read_rows(file: Path, *, columns: Collection[str], text_column: str, separator: str | None) -> Iterator[Row]:
+    """Read one file row by row, without holding it in memory.
+
+    Args:
+        file: a ``.txt``, ``.jsonl`` or ``.parquet`` file.
+        columns: the columns that will be looked at; a ``.parquet`` file is read for these only.
+        text_column: the name under which a document of a ``.txt`` file is given.
+        separator: the line between two documents of a ``.txt`` file; None takes the file as one document.
+
+    Raises:
+        DataError: if the file is empty, binary, malformed or cannot be opened.
+    """
+    found = False
+    try:
+        if file.suffix == ".jsonl":
+            rows = _jsonl_rows(file)
+        elif file.suffix == ".parquet":
+            rows = _parquet_rows(file, columns)
+        else:
+            rows = _text_rows(file, text_column, separator)
+        for row in rows:
+            found = True
+            yield row
+    except OSError as error:
+        raise DataError(
+            f"cannot read {file}: {error.strerror or error}", hint="check the file and its permissions"
+        ) from error
+    if not found:
+        raise DataError(f"{file} is empty", hint="remove it from the data, or fill it")
+
+
+def _locate(path: str, teacher_directory: Path | None) -> Path:
+    if not path.startswith(TEACHER_PREFIX):
+        return Path(os.path.expanduser(path))
+    if teacher_directory is None:
+        raise DataError(
+            f"{path} is relative to the teacher's folder, but the teacher is not a local folder",
+            hint="give the text as a path of its own",
+        )
+    return teacher_directory / path.removeprefix(TEACHER_PREFIX)
+
+
+def _list_files(location: Path) -> list[Path]:
+    # A name that is really there wins over its reading as a pattern.
+    if location.is_file():
+        if location.suffix not in SUFFIXES:
+            raise DataError(f"{location} is not one of the known kinds of text file", hint=f"use {', '.join(SUFFIXES)}")
+        return [location]
+    if location.is_dir():
+        candidates = [file for file in location.rglob("*") if not _is_hidden(file.relative_to(location))]
+    elif glob.has_magic(str(location)):
+        candidates = [Path(name) for name in glob.glob(str(location), recursive=True)]
+    else:
+        raise DataError(f"there is no file or folder {location}", hint=_CHECK_PATH)
+    return sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line with its newline), strictly decoded; a leading byte-order mark is dropped."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if b"\0" in raw:
+                raise DataError(
+                    f"{file}, line {number} holds a zero byte: expected UTF-8 text, this looks binary",
+                    hint="remove the file from the data, or convert it to UTF-8",
+                )
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{file}, line {number} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}",
+                    hint="remove the file from the data, or convert it to UTF-8",
+                ) from error
+            yield number, line.replace("\r\n", "\n")
+
+
+def _text_rows(file: Path, text_column: str, separator: str | None) -> Iterator[Row]:
+    lines: list[str] = []
+    first = 1
+
+    def document() -> Iterator[Row]:
+        text = "".join(lines).strip("\n")
+        if text.strip():
+            yield Row(f"{file}, line {first}", {text_column: text})
+
+    for number, line in _lines(file):
+        if separator is not None and line.strip() == separator:
+            yield from document()
+            lines.clear()
+            first = number + 1
+        else:
+            lines.append(line)
+    yield from document()
+
+
+def _jsonl_rows(file: Path) -> Iterator[Row]:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number}"
+        try:
+            value = json.loads(line)
+        # Besides syntax errors: integers of thousands of digits, and brackets nested too deep for the parser.
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place} is not valid JSON: {error}", hint="expected one JSON object per line") from error
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{place} holds a JSON {type(value).__name__}, expected an object",
+                hint='write each document as one line such as {"text": "..."}',
+            )
+        yield Row(place, value)
+
+
+def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            missing = sorted(set(columns) - set(names))
+            if missing:
+                raise DataError(
+                    f"{file} has no column {missing[0]!r}; it has: {', '.join(names)}",
+                    hint="name one of these columns under data in the recipe",
+                )
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=sorted(columns)):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file}, row {number}", values)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} is not a readable parquet file (after row {number}): {str(error).splitlines()[0]}",
+            hint="the file is damaged or of another kind; fetch it again",
+        ) from error

@@ -1,0 +1,59 @@
+"""Packed batches: a corpus cut into sequences of one length, document borders given by positions that start again at 0.
+
+Shapes: b batch, l length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mohawkify.data.corpus import Corpus
+from mohawkify.errors import DataError
+
+
+class Batch(NamedTuple):
+    """A batch of packed sequences.
+
+    Args:
+        input_ids: (b, l) int64 token ids.
+        position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
+            sequence, of the sequence. A 0 marks a border: nothing may look across it.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+
+
+def num_sequences(corpus: Corpus, sequence_length: int) -> int:
+    """Count the whole sequences of a corpus; the tokens after the last one are not used.
+
+    Raises:
+        DataError: if there is not even one.
+    """
+    count = corpus.num_tokens // sequence_length
+    if count == 0:
+        raise DataError(
+            f"the text has {corpus.num_tokens} tokens, expected at least one sequence of {sequence_length}",
+            hint="give more text under data, or a smaller sequence_length",
+        )
+    return count
+
+
+def packed_batch(corpus: Corpus, sequence_length: int, indices: np.ndarray) -> Batch:
+    """Gather sequences of a corpus; sequence i holds the tokens from i * sequence_length on.
+
+    Args:
+        corpus: the tokens.
+        sequence_length: l, tokens per sequence.
+        indices: (b,) numbers of the sequences, each below `num_sequences`.
+    """
+    starts_b1 = np.asarray(indices, dtype=np.int64)[:, None] * sequence_length
+    places_bl = starts_b1 + np.arange(sequence_length)
+    document_bl = np.searchsorted(corpus.offsets, places_bl, side="right") - 1
+    document_start_bl = corpus.offsets[document_bl]
+    position_bl = places_bl - np.maximum(document_start_bl, starts_b1)
+    input_ids_bl = corpus.tokens[places_bl].astype(np.int64)
+    return Batch(torch.from_numpy(input_ids_bl), torch.from_numpy(position_bl))

@@ -1,0 +1,168 @@
+"""A student as a self-contained Hugging Face folder, and back.
+
+The folder carries the code it needs: copies of the files below and a generated `modeling_mohawk.py`, so that
+transformers loads it with ``trust_remote_code=True`` where mohawkify is not installed. Where it is, its own classes are
+registered and no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mohawkify.adapter import Adapter
+from mohawkify.errors import CheckpointError
+from mohawkify.shelf import load_adapter
+from mohawkify.storage import read_json
+from mohawkify.student.build import classes_for
+from mohawkify.student.mixer import PRECISE_PARAMETERS
+
+TYPE_PREFIX = "mohawk_"
+MODEL_FILE = "modeling_mohawk"
+CARRIED_FILES = {
+    "mohawkify.ops": ("conv.py", "scan.py"),
+    "mohawkify.student": ("cache.py", "mixer.py", "grafting.py"),
+}
+
+_OUR_IMPORT = re.compile(r"^from mohawkify\.\w+\.(\w+) import", re.MULTILINE)
+_MODEL_TEXT = '''"""The student's classes for transformers; written by mohawkify."""
+
+from transformers import {config}, {model}
+
+from .grafting import GraftedModel
+
+
+class Mohawk{config}({config}):
+    model_type = "{model_type}"
+
+
+class Mohawk{model}(GraftedModel, {model}):
+    config_class = Mohawk{config}
+'''
+
+
+def save_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a student with its tokenizer and its code.
+
+    Args:
+        student: the model; it is not changed.
+        tokenizer: its teacher's tokenizer.
+        directory: an existing, empty folder; make it with `storage.atomic_directory`.
+        dtype: of the weights; None keeps theirs. The parameters of `PRECISE_PARAMETERS` never go below float32.
+    """
+    model: Any = student  # transformers' own types do not know the grafted class
+    dtype = dtype or model.dtype
+    adapter = family_of(model.config.model_type)
+    tied = model.all_tied_weights_keys
+    weights = {name: _cast(name, tensor, dtype) for name, tensor in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(weights, directory, max_shard_size="5GB")
+
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [f"Mohawk{adapter.model_class}"]
+    config.auto_map = {
+        "AutoConfig": f"{MODEL_FILE}.Mohawk{adapter.config_class}",
+        "AutoModelForCausalLM": f"{MODEL_FILE}.Mohawk{adapter.model_class}",
+    }
+    config.name_or_path = ""  # may be a path of this machine
+    config.save_pretrained(directory)
+    # Not save_pretrained: it refuses sampling settings without do_sample, which published teachers have.
+    model.generation_config.to_json_file(directory / "generation_config.json")
+    save_tokenizer(tokenizer, directory)
+    _write_code(adapter, directory)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer without what transformers notes about where it was loaded from."""
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        facts.pop(key, None)
+    file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a folder written by `save_student` with mohawkify's own classes; its code is not run.
+
+    Args:
+        directory: the folder.
+        dtype: precision of the weights; the parameters of `PRECISE_PARAMETERS` stay in float32.
+
+    Returns:
+        The student on the CPU, in evaluation mode.
+
+    Raises:
+        UnknownFamilyError: no adapter knows the student's teacher.
+        CheckpointError: not a student, or damaged: tensors missing, left over or misshapen.
+    """
+    config = read_json(directory / "config.json")
+    _, model_class = register_family(family_of(config.get("model_type", "")))
+    try:
+        student, info = model_class.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{directory} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    for problem, wording in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has an unexpected"),
+        ("mismatched_keys", "has a wrong shape for"),
+    ):
+        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[problem])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"the student in {directory} {wording} tensor {names[0]}{more}")
+    return student.eval()
+
+
+def family_of(model_type: str) -> Adapter:
+    """The adapter of a student's teacher, by the student's model type; raises CheckpointError if it is none."""
+    if not isinstance(model_type, str) or not model_type.startswith(TYPE_PREFIX):
+        raise CheckpointError(f"found a model of type {model_type!r}, expected a student of type {TYPE_PREFIX}...")
+    return load_adapter(model_type.removeprefix(TYPE_PREFIX))
+
+
+@cache
+def register_family(adapter: Adapter) -> tuple[Any, Any]:
+    """Make a family's students known to transformers' Auto classes; returns their configuration and model class."""
+    config_class, model_class = classes_for(adapter)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+def is_precise(name: str) -> bool:
+    """Whether a parameter stays in float32 whatever the student's precision."""
+    return any(re.search(pattern, name) for pattern in PRECISE_PARAMETERS)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.promote_types(dtype, torch.float32) if is_precise(name) else dtype)
+    return tensor.contiguous()
+
+
+def _write_code(adapter: Adapter, directory: Path) -> None:
+    for package, names in CARRIED_FILES.items():
+        for name in names:
+            text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+            (directory / name).write_text(_OUR_IMPORT.sub(r"from .\1 import", text), encoding="utf-8")
+    text = _MODEL_TEXT.format(
+        config=adapter.config_class, model=adapter.model_class, model_type=TYPE_PREFIX + adapter.model_type
+    )
+    (directory / f"{MODEL_FILE}.py").write_text(text, encoding="utf-8")

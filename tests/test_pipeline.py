@@ -1,0 +1,179 @@
+"""The whole method on a tiny teacher: convert, stop anywhere, continue to the same bits; refuse what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mohawkify.errors import UsageError
+from mohawkify.pipeline import convert, plan
+from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
+from mohawkify.storage import read_lines
+from mohawkify.train.progress import StageProgress
+from mohawkify.train.stop import Interrupted
+from tests.tiny import save_teacher, tiny_teacher
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+RECIPE = """
+name: tiny
+description: a few steps of every stage
+student: {state_width: 8}
+data:
+  train: [{path: "teacher:text.jsonl"}]
+stages:
+  orient: {tokens: 256, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
+  align: {tokens: 320, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
+  distill: {tokens: 384, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
+compute: {precision: fp32, device: cpu, micro_batch_sequences: 2}
+evaluation: {tokens: 200, sequence_length: 32, batch_sequences: 2}
+checkpoint: {every_steps: 2, keep: 2}
+"""
+STEPS = {"orient": 4, "align": 5, "distill": 6}
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory) -> Path:
+    """A tiny random Llama with a tokenizer and text beside it."""
+    folder = save_teacher(tiny_teacher("llama"), tmp_path_factory.mktemp("teacher") / "tiny-llama")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    order = torch.Generator().manual_seed(3)
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(80):
+            picks = torch.randint(0, len(WORDS), (int(torch.randint(5, 40, (), generator=order)),), generator=order)
+            file.write(json.dumps({"text": " ".join(WORDS[i] for i in picks)}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return parse_recipe(RECIPE, "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole_run(teacher_folder, tmp_path_factory):
+    """A conversion that nothing disturbed."""
+    output = tmp_path_factory.mktemp("run") / "whole"
+    return convert(
+        str(teacher_folder), parse_recipe(RECIPE, "tiny.yaml"), output=output, resume="auto", report=lambda line: None
+    )
+
+
+def test_a_run_holds_what_it_promises(whole_run):
+    names = {entry.name for entry in whole_run.path.iterdir()}
+    promised = "recipe.yaml plan.json teacher.json student.json metrics.jsonl checkpoints final results.json"
+    assert names >= set(promised.split())
+    results = whole_run.results()
+    assert results["teacher"]["perplexity"] > 1
+    assert list(results["stages"]) == ["init", "orient", "align", "distill"]
+    for name, row in results["stages"].items():
+        assert {"tokens", "perplexity", "kl", "top1", "seconds"} <= row.keys(), name
+    assert [row["tokens"] for row in results["stages"].values()] == [0, 256, 576, 960]
+    steps = [(line["stage"], line["step"]) for line in read_lines(whole_run.metrics_file)]
+    assert steps == [(stage, step + 1) for stage, count in STEPS.items() for step in range(count)]
+    assert whole_run.recipe() == parse_recipe(RECIPE, "tiny.yaml")
+
+
+def test_training_brings_the_student_nearer(whole_run):
+    stages = whole_run.results()["stages"]
+    assert stages["distill"]["kl"] < stages["init"]["kl"]
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 4), (4, 9), (6, 7, 8), (14,)], ids=str)
+def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_run, tmp_path, monkeypatch, stops):
+    remaining = list(stops)
+    count = 0
+    update = StageProgress.update
+
+    def update_and_stop(self, report):
+        nonlocal count
+        count += 1
+        update(self, report)
+        if remaining and count == remaining[0]:
+            remaining.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StageProgress, "update", update_and_stop)
+    for _ in stops:
+        with pytest.raises(Interrupted) as stopped:
+            convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        assert stopped.value.exit_code == 143
+    run = convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[line["loss"] for line in read_lines(each.metrics_file)] for each in (run, whole_run)]
+    assert losses[0] == losses[1]
+    for name, row in whole_run.results()["stages"].items():
+        assert run.results()["stages"][name]["kl"] == row["kl"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(teacher_folder, recipe, whole_run, tmp_path, monkeypatch):
+    update = StageProgress.update
+
+    def stop_at_eight(self, report):
+        update(self, report)
+        if report.step == 4 and self.name == "align":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StageProgress, "update", stop_at_eight)
+    with pytest.raises(Interrupted) as stopped:
+        convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    assert stopped.value.exit_code == 130
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] / "model.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-5] ^= 1
+    newest.write_bytes(damaged)
+    monkeypatch.setattr(StageProgress, "update", update)
+    lines: list[str] = []
+    run = convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lines.append)
+    assert any("model.safetensors" in line for line in lines)
+    ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_run_is_left_alone(teacher_folder, recipe, whole_run):
+    before = whole_run.results_file.read_bytes()
+    lines: list[str] = []
+    convert(str(teacher_folder), recipe, output=whole_run.path, resume="auto", report=lines.append)
+    assert "already finished" in lines[-1]
+    assert whole_run.results_file.read_bytes() == before
+
+
+def test_another_recipe_or_teacher_or_folder_is_refused(teacher_folder, recipe, whole_run, tmp_path):
+    other = apply_overrides(recipe, ["seed=1"])
+    with pytest.raises(UsageError, match="another recipe"):
+        convert(str(teacher_folder), other, output=whole_run.path, resume="auto", report=lambda line: None)
+    with pytest.raises(UsageError, match="already holds a run"):
+        convert(str(teacher_folder), recipe, output=whole_run.path, resume="never", report=lambda line: None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    with pytest.raises(UsageError, match="is not empty"):
+        convert(str(teacher_folder), recipe, output=tmp_path / "mine", resume="auto", report=lambda line: None)
+    assert [entry.name for entry in (tmp_path / "mine").iterdir() if not entry.name.startswith(".")] == ["thesis.txt"]
+
+
+def test_plan_counts_what_training_does(teacher_folder, recipe, whole_run):
+    planned = plan(str(teacher_folder), recipe)
+    assert {name: row["steps"] for name, row in planned["stages"].items()} == STEPS
+    assert planned["tokens"] == 960
+    final = load_file(whole_run.final / "model.safetensors")
+    assert planned["student"]["num_parameters"] == sum(tensor.numel() for tensor in final.values())
+
+
+def test_a_skipped_stage_is_skipped(teacher_folder, recipe, tmp_path):
+    short = apply_overrides(recipe, ["stages.orient.tokens=0", "stages.align.tokens=0", "stages.distill.tokens=64"])
+    run = convert(str(teacher_folder), short, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    assert list(run.results()["stages"]) == ["init", "distill"]
