@@ -116,18 +116,28 @@ def convert(source: str, recipe: Recipe, *, output: Path | None, resume: str, re
     folder = find_folder(source)
     hashes = teacher_hashes(folder)
     run = RunFolder(output or RUNS / student.name)
+    is_new = not run.path.exists()
     storage.ensure_writable(run.path)
     with storage.run_lock(run.path):
-        identity = _claim(run, recipe, hashes, resume)
-        if run.is_finished:
-            report(f"{run.path} is already finished")
-            return run
-        storage.sweep_temporaries(run.path)
-        storage.require_space(run.path, sum(planned["disk_bytes"].values()))
-        storage.write_json(run.plan_file, planned)
-        storage.write_json(run.teacher_file, {**inspection.spec.to_json(), "files": hashes})
-        storage.write_json(run.student_file, student.to_json())
-        conversion = _prepare(run, recipe, identity, folder, inspection, student, device, report)
+        try:
+            identity = _claim(run, recipe, hashes, resume)
+            if run.is_finished:
+                report(f"{run.path} is already finished")
+                return run
+            storage.sweep_temporaries(run.path)
+            storage.sweep_temporaries(run.checkpoints)
+            if not run.checkpoints.is_dir():
+                storage.require_space(run.path, sum(planned["disk_bytes"].values()))
+            storage.write_json(run.plan_file, planned)
+            facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
+            storage.write_json(run.teacher_file, facts)
+            storage.write_json(run.student_file, student.to_json())
+            conversion = _prepare(run, recipe, identity, folder, inspection, student, device, report)
+        except BaseException:
+            # Nothing was trained: a folder made for this run would only stand in the way of the corrected command.
+            if is_new:
+                storage.remove_directory(run.path)
+            raise
         with StopRequest() as stop:
             _train(conversion, stop)
         _finish(conversion)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify.errors import UsageError
+from mohawkify.errors import DataError, UsageError
 from mohawkify.pipeline import convert, plan
 from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
 from mohawkify.storage import read_lines
@@ -177,3 +177,10 @@ def test_a_skipped_stage_is_skipped(teacher_folder, recipe, tmp_path):
     short = apply_overrides(recipe, ["stages.orient.tokens=0", "stages.align.tokens=0", "stages.distill.tokens=64"])
     run = convert(str(teacher_folder), short, output=tmp_path / "run", resume="auto", report=lambda line: None)
     assert list(run.results()["stages"]) == ["init", "distill"]
+
+
+def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_path):
+    wrong = apply_overrides(recipe, ["data.train.0.path=teacher:missing.jsonl"])
+    with pytest.raises(DataError):
+        convert(str(teacher_folder), wrong, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    assert not (tmp_path / "run").exists()
