@@ -77,8 +77,9 @@ def test_tokenizer_that_adds_bos_itself_gives_one() -> None:
     assert ids.count(BOS) == 1
 
 
-def test_many_batches_give_what_single_documents_give() -> None:
-    texts = [f"story {number} " * (number % 7 + 1) for number in range(1200)] + ["x" * 2_100_000, "last"]
+def test_many_batches_give_what_single_documents_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mohawkify.data.encoding._CHARACTERS_AT_ONCE", 30_000)
+    texts = [f"story {number} " * (number % 7 + 1) for number in range(1200)] + ["x" * 30_001, "last"]
     tokenizer = bytes_tokenizer()
     together = list(encode_documents(texts, tokenizer, 258))
     assert len(together) == len(texts)
@@ -111,8 +112,10 @@ def test_num_tokens_cuts_exactly(tmp_path: Path, num_tokens: int) -> None:
 def test_stops_reading_when_it_has_enough(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("this is not JSON")
-    corpus = build(tmp_path, write_texts(tmp_path / "a.jsonl"), Source(path=str(bad)), num_tokens=20)
-    assert corpus.num_documents == 2
+    good = write_texts(tmp_path / "a.jsonl", TEXTS * 200)  # more than is read ahead for one call of the tokenizer
+    assert build(tmp_path, good, Source(path=str(bad)), num_tokens=20).num_documents == 2
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1 is not valid JSON"):
+        build(tmp_path, good, Source(path=str(bad)))
 
 
 def test_progress_counts_tokens(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
-"""How near a student is to its teacher on held-out text: perplexity, KL divergence and top-1 agreement.
-
-Shapes: b batch, l length, v vocabulary, t predicted tokens.
-"""
+"""How closely a student follows its teacher on held-out text. Shapes: b batch, l length, t predicted tokens, v vocabulary."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,27 +15,34 @@ from transformers import PreTrainedModel
 
 from mohawkify.errors import DataError, NumericsError
 
-CHUNK_BYTES = 64 * 2**20  # of float32 log-probabilities held at a time, for each model
+MAX_COPY_BYTES = 64 * 1024 * 1024  # of float32 copies of logits that exist at a time
+_COPIES = 7  # live at the peak of `_add_chunk`: both logits, both log-softmaxes, the probabilities, two temporaries
+_LARGEST_EXPONENT = 700.0  # exp of a mean loss beyond this is not a float64
 
 
-class TokenRows(Protocol):
-    """Right-padded rows of tokens."""
+class Batch(Protocol):
+    """Right-padded rows of text: ``input_ids`` (b, l) int64, and ``valid`` (b, l) bool, true where a token is real."""
 
-    input_ids: Tensor
-    valid: Tensor
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids."""
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are real."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Figures over the same next-token predictions of both models.
+    """A student against its teacher, over the same predicted tokens.
 
     Args:
-        tokens: number of predictions.
-        perplexity: the student's.
+        tokens: how many next-token predictions were compared.
+        perplexity: the student's, exp of its mean loss in nats.
         teacher_perplexity: the teacher's.
-        kl: KL(teacher || student), nats per token.
-        top1: share of predictions in which both rank the same token first.
-        seconds: duration of the measurement.
+        kl: mean KL(teacher || student) in nats per token.
+        top1: share of positions where both find the same token most likely, 0 to 1.
+        seconds: wall time of the measurement.
     """
 
     tokens: int
@@ -48,59 +53,137 @@ class Agreement:
     seconds: float
 
 
-@torch.no_grad()
+@dataclass
+class _Sums:
+    """Running sums over predicted tokens, in Python's float64."""
+
+    tokens: int = 0
+    student_loss: float = 0.0
+    teacher_loss: float = 0.0
+    kl: float = 0.0
+    same_top: int = 0
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Put models into evaluation mode, without gradients, and give every submodule its previous mode back."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def measure_agreement(
-    student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[TokenRows], *, device: torch.device
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
 ) -> Agreement:
-    """Run both models over the same rows.
+    """Compare a student with its teacher in one pass over held-out text.
+
+    A position counts where its next token is real. Losses are computed in float32 and added in float64.
+
+    Args:
+        student: a causal language model on ``device``.
+        teacher: one with the same vocabulary, on ``device``.
+        batches: right-padded rows; causal models need no attention mask for them.
+        device: where the models are.
+        progress: receives the number of predicted tokens so far, after every batch.
 
     Raises:
-        DataError: there is nothing to predict.
-        NumericsError: a model gives values that are not finite.
+        DataError: the batches hold no predicted token.
+        NumericsError: a logit of either model is not finite.
     """
     begin = time.perf_counter()
-    was_training = student.training
-    student.eval()
-    totals = torch.zeros(5, dtype=torch.float64)
-    try:
+    sums = _Sums()
+    with evaluating(student, teacher):
         for batch in batches:
-            ids_bl, valid_bl = batch.input_ids.to(device), batch.valid.to(device)
-            predicted_bl = valid_bl[:, 1:]
-            teacher_tv = teacher(input_ids=ids_bl, use_cache=False).logits[:, :-1][predicted_bl]
-            student_tv = student(input_ids=ids_bl, use_cache=False).logits[:, :-1][predicted_bl]
-            next_t = ids_bl[:, 1:][predicted_bl]
-            rows = max(1, CHUNK_BYTES // (4 * teacher_tv.shape[-1]))
-            for first in range(0, len(next_t), rows):
-                chunk = slice(first, first + rows)
-                totals += _chunk_totals(student_tv[chunk], teacher_tv[chunk], next_t[chunk])
-    finally:
-        student.train(was_training)
-    tokens, student_nll, teacher_nll, kl, same = totals.tolist()
-    if tokens == 0:
-        raise DataError("the held-out text has no token to predict")
-    if not math.isfinite(student_nll + teacher_nll + kl):
-        raise NumericsError("student or teacher gives values that are not finite on the held-out text")
+            input_ids_bl = batch.input_ids.to(device)
+            student_blv = student(input_ids=input_ids_bl, use_cache=False).logits
+            teacher_blv = teacher(input_ids=input_ids_bl, use_cache=False).logits
+            _add_batch(sums, input_ids_bl, batch.valid.to(device), teacher_blv, student_blv)
+            if progress is not None:
+                progress(sums.tokens)
+    _require_tokens(sums)
     return Agreement(
-        int(tokens),
-        math.exp(student_nll / tokens),
-        math.exp(teacher_nll / tokens),
-        kl / tokens,
-        same / tokens,
-        time.perf_counter() - begin,
+        tokens=sums.tokens,
+        perplexity=_perplexity("student", sums.student_loss, sums.tokens),
+        teacher_perplexity=_perplexity("teacher", sums.teacher_loss, sums.tokens),
+        kl=sums.kl / sums.tokens,
+        top1=sums.same_top / sums.tokens,
+        seconds=time.perf_counter() - begin,
     )
 
 
-def _chunk_totals(student_tv: Tensor, teacher_tv: Tensor, next_t: Tensor) -> Tensor:
-    """Sums over predictions: their number, both negative log-likelihoods, KL, agreements."""
-    student_log, teacher_log = student_tv.float().log_softmax(-1), teacher_tv.float().log_softmax(-1)
-    index = next_t.unsqueeze(-1)
-    return torch.tensor(
-        [
-            len(next_t),
-            -student_log.gather(-1, index).double().sum().item(),
-            -teacher_log.gather(-1, index).double().sum().item(),
-            (teacher_log.exp() * (teacher_log - student_log)).sum(-1).double().sum().item(),
-            (student_log.argmax(-1) == teacher_log.argmax(-1)).sum().item(),
-        ],
-        dtype=torch.float64,
-    )
+def measure_teacher(teacher: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """The perplexity of one model, over the tokens that `measure_agreement` counts; raises what it raises."""
+    sums = _Sums()
+    with evaluating(teacher):
+        for batch in batches:
+            input_ids_bl = batch.input_ids.to(teacher.device)
+            teacher_blv = teacher(input_ids=input_ids_bl, use_cache=False).logits
+            _add_batch(sums, input_ids_bl, batch.valid.to(teacher.device), teacher_blv, None)
+    _require_tokens(sums)
+    return _perplexity("teacher", sums.teacher_loss, sums.tokens)
+
+
+def _add_batch(
+    sums: _Sums, input_ids_bl: Tensor, valid_bl: Tensor, teacher_blv: Tensor, student_blv: Tensor | None
+) -> None:
+    """Add a batch's predictions in chunks, so that the float32 copies stay small however large the batch is."""
+    rows, columns = valid_bl[:, 1:].nonzero(as_tuple=True)
+    next_ids_t = input_ids_bl[rows, columns + 1]
+    vocabulary_size = teacher_blv.shape[-1]
+    tokens_per_chunk = max(1, MAX_COPY_BYTES // (_COPIES * vocabulary_size * 4))
+    for first in range(0, len(next_ids_t), tokens_per_chunk):
+        chunk = slice(first, first + tokens_per_chunk)
+        places = rows[chunk], columns[chunk]
+        student_tv = None if student_blv is None else student_blv[places]
+        _add_chunk(sums, next_ids_t[chunk], teacher_blv[places], student_tv)
+
+
+def _add_chunk(sums: _Sums, next_ids_t: Tensor, teacher_tv: Tensor, student_tv: Tensor | None) -> None:
+    teacher_log_tv = torch.log_softmax(teacher_tv.float(), dim=-1)
+    sums.tokens += len(next_ids_t)
+    sums.teacher_loss += _total("teacher", _loss(teacher_log_tv, next_ids_t))
+    if student_tv is None:
+        return
+    student_log_tv = torch.log_softmax(student_tv.float(), dim=-1)
+    sums.student_loss += _total("student", _loss(student_log_tv, next_ids_t))
+    kl_t = (teacher_log_tv.exp() * (teacher_log_tv - student_log_tv)).sum(dim=-1)
+    sums.kl += _total("teacher or the student", kl_t)
+    sums.same_top += int((teacher_tv.argmax(dim=-1) == student_tv.argmax(dim=-1)).sum())
+
+
+def _loss(log_probabilities_tv: Tensor, next_ids_t: Tensor) -> Tensor:
+    return -log_probabilities_tv.gather(-1, next_ids_t.unsqueeze(-1)).squeeze(-1)
+
+
+def _total(whose: str, values_t: Tensor) -> float:
+    """The sum in float64, which some devices cannot hold: so on the CPU."""
+    total = values_t.cpu().double().sum().item()
+    if not math.isfinite(total):
+        raise NumericsError(
+            f"the logits of the {whose} are not finite on held-out text, expected numbers",
+            hint="look for NaN in the weights; a run in bf16 or fp16 may have overflowed",
+        )
+    return total
+
+
+def _require_tokens(sums: _Sums) -> None:
+    if sums.tokens == 0:
+        raise DataError("the held-out text has no token to predict, expected rows of two tokens or more")
+
+
+def _perplexity(whose: str, loss: float, tokens: int) -> float:
+    mean = loss / tokens
+    if mean > _LARGEST_EXPONENT:
+        raise NumericsError(f"the {whose}'s mean loss is {mean:.3g} nats per token, expected one with a perplexity")
+    return math.exp(mean)

@@ -1,0 +1,94 @@
+"""How the command line ends: one clean line per error, a hint, an exit code; the traceback only when asked for."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from mohawkify.errors import MohawkifyError
+
+DEBUG_FLAG = "--debug"
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_LONGEST_LINE = 600
+
+
+class Verbs(click.Group):
+    """A group that lists its verbs in the order they are written and reports every error the same way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(debug_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of the file."""
+        return list(self.commands)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Register a verb; ``--debug`` may stand before it and after it."""
+        if not isinstance(cmd, Verbs):
+            cmd.params.append(debug_option())
+        super().add_command(cmd, name)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the verb named on the command line and leave the process with its exit code."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        if not standalone_mode:
+            return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+        except (Exception, KeyboardInterrupt) as error:
+            if DEBUG_FLAG in arguments:
+                traceback.print_exception(error, file=sys.stderr)
+            sys.exit(report_error(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def debug_option() -> click.Option:
+    """The option behind ``--debug``; the command line itself is searched for it, since parsing can fail too."""
+    return click.Option([DEBUG_FLAG], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+
+
+def report_error(error: BaseException) -> int:
+    """Write an error to standard error as one line and a hint.
+
+    Returns:
+        The exit code: 1 failed, 2 usage, 130 interrupted; a stopped conversion says its own.
+    """
+    if isinstance(error, MohawkifyError):
+        return _write(error.message, error.hint, error.exit_code)
+    if isinstance(error, click.UsageError):
+        verb = error.ctx.command_path if error.ctx is not None else "mohawkify"
+        return _write(error.format_message(), f"`{verb} --help` lists what it takes", USAGE)
+    if isinstance(error, click.ClickException):
+        return _write(error.format_message(), None, error.exit_code)
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return _write("interrupted", None, INTERRUPTED)
+    # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _write(
+            f"out of memory: {error}", "use a smaller compute.micro_batch_sequences or a shorter sequence_length", FAILED
+        )
+    return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", FAILED)
+
+
+def _write(message: str, hint: str | None, code: int) -> int:
+    click.echo(f"error: {_one_line(message)}", err=True)
+    if hint:
+        click.echo(f"hint: {_one_line(hint)}", err=True)
+    return code
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

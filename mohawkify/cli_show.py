@@ -1,0 +1,199 @@
+"""Tables for people: what inspect, plan, doctor and the rest print on standard output. Nothing is worked out here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+_NUMBERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Lay out rows under headings.
+
+    Args:
+        headings: one per column.
+        rows: cells as text.
+        left: how many columns, from the first, are aligned to the left; the others, to the right, hold numbers.
+    """
+    lines = [list(headings), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    aligned = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([aligned[0], rule, *aligned[1:]])
+
+
+def short_number(number: float) -> str:
+    """A count in three digits: ``1.24B``."""
+    return _scaled(number, _NUMBERS, "")
+
+
+def short_bytes(number: float) -> str:
+    """A size in three digits: ``4.94 GB``."""
+    return _scaled(number, _BYTES, " ") if number >= 1e3 else f"{number:.0f} bytes"
+
+
+def short_time(seconds: float) -> str:
+    """A duration in its two largest units: ``3 h 12 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days:,} d {hours} h"
+
+
+def _scaled(number: float, units: Sequence[tuple[str, float]], space: str) -> str:
+    for unit, size in units:
+        # Half a unit of the last digit below the border rounds up to it: 999.6k is 1.00M.
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{space}{unit}" if number / size < 999.5 else f"{number / size:,.0f}{space}{unit}"
+    return f"{number:.0f}"
+
+
+def inspection_text(found: dict[str, Any]) -> str:
+    """The table of `mohawkify inspect`."""
+    teacher, student = found["teacher"], found["student"]
+    rows = [
+        (
+            part["part"],
+            "" if part["attention"] is None else part["attention"].removesuffix("_attention"),
+            _learning(part),
+            _count(part["replaced"]),
+            _count(part["mixer"]),
+            _count(part["copied"]),
+        )
+        for part in found["parts"]
+    ]
+    sums = [_count(sum(part[key] for part in found["parts"])) for key in ("replaced", "mixer", "copied")]
+    window = f", sliding window {teacher['sliding_window']:,}" if teacher["sliding_window"] else ""
+    headings = ("part", "attention", "learns in", "grafted away", "new mixer", "copied")
+    return "\n".join(
+        [
+            f"{teacher['source']}: {found['family']}, {teacher['num_parameters']:,} parameters",
+            f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads of "
+            f"{teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
+            f"vocabulary {teacher['vocabulary_size']:,}, made for up to {teacher['max_positions']:,} tokens"
+            + (f"; biases on {', '.join(teacher['attention_biases'])}" if teacher["attention_biases"] else ""),
+            "",
+            table(headings, [*rows, ("total", "", "", *sums)], left=3),
+            "",
+            f"student: {student['num_parameters']:,} parameters; a state of {student['state_numbers']:,} numbers per "
+            f"sequence, whatever its length",
+            *found["odd"],
+        ]
+    )
+
+
+def _learning(part: dict[str, Any]) -> str:
+    mixer, copied = part["mixer_learns"], part["copied_learns"]
+    only_mixer = [stage for stage in mixer if stage not in copied]
+    words = [f"{stage} (mixer)" for stage in only_mixer] + list(copied)
+    return ", ".join(words) or "-"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "-"
+
+
+def plan_text(planned: dict[str, Any]) -> str:
+    """The table of `mohawkify plan`."""
+    teacher, student, disk = planned["teacher"], planned["student"], planned["disk_bytes"]
+    rows = [
+        (
+            name,
+            short_number(row["tokens"]),
+            f"{row['steps']:,}",
+            f"{row['batch_sequences']} x {row['sequence_length']:,}",
+            f"{row['learning_rate']:g}",
+            short_number(row["trainable_parameters"]),
+            short_bytes(row["memory_bytes"]),
+            f"{row['flops']:.2g}",
+            short_time(row["seconds"]),
+        )
+        for name, row in planned["stages"].items()
+    ]
+    total = (
+        "total",
+        short_number(planned["tokens"]),
+        f"{planned['steps']:,}",
+        "",
+        "",
+        "",
+        short_bytes(planned["peak_memory_bytes"]),
+        f"{planned['flops']:.2g}",
+        short_time(planned["seconds"]),
+    )
+    headings = ("stage", "tokens", "steps", "batch", "learning rate", "trainable", "memory", "FLOPs", "time")
+    return "\n".join(
+        [
+            f"recipe {planned['recipe']} on {planned['device']}",
+            f"teacher  {teacher['source']}: {teacher['model_type']}, {teacher['num_parameters']:,} parameters",
+            f"student  {student['name']}: {student['num_parameters']:,} parameters, {student['mixer_parameters']:,} of them "
+            f"in {len(student['grafted_layers'])} mixers",
+            "",
+            table(headings, [*rows, total]),
+            "",
+            f"disk: {short_bytes(sum(disk.values()))} (checkpoints {short_bytes(disk['checkpoints'])}, student "
+            f"{short_bytes(disk['final'])}, tokens {short_bytes(disk['tokens'])})",
+            f"Memory, FLOPs and time are estimates; the time assumes {planned['assumed_flops_per_second']:.2g} FLOP/s "
+            "(--flops-per-second gives another figure).",
+            *(f"warning: {warning}" for warning in planned["warnings"]),
+        ]
+    )
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    """The tables of `mohawkify doctor`."""
+    packages = [
+        (package["name"], package["installed"] or "missing", package["wanted"] or "any") for package in found["base"]
+    ]
+    extras = [
+        (
+            name,
+            _extra_state(extra),
+            extra["brings"],
+            "" if extra["complete"] or not extra["packages"] else extra["install"],
+        )
+        for name, extra in found["extras"].items()
+    ]
+    return "\n".join(
+        [
+            f"mohawkify {found['mohawkify']}, Python {found['python']}, {found['platform']}",
+            *(f"device: {device}" for device in found["devices"]),
+            "",
+            table(("package", "installed", "wanted"), packages, left=3),
+            "",
+            table(("extra", "state", "brings", "install with"), extras, left=4),
+        ]
+    )
+
+
+def _extra_state(extra: dict[str, Any]) -> str:
+    if not extra["packages"]:
+        return "not for this system"
+    missing = [package["name"] for package in extra["packages"] if not package["fits"]]
+    return f"missing {', '.join(missing)}" if missing else "installed"
+
+
+def recipes_text(found: dict[str, Any]) -> str:
+    """The table of `mohawkify recipes ls`."""
+    rows = [(each["name"], each["teacher"] or "", each["description"]) for each in found["recipes"]]
+    return table(("recipe", "made for", "description"), rows, left=3)
+
+
+def families_text(found: dict[str, Any]) -> str:
+    """The table of `mohawkify families`."""
+    rows = [(name, each["title"], each["examples"][0]) for name, each in found["details"].items()]
+    return table(("family", "title", "for example"), rows, left=3)

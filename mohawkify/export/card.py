@@ -1,0 +1,112 @@
+"""The model card of an export: what it is, how good it is, how to run it, what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from mohawkify.run import RunFolder
+from mohawkify.storage import read_json
+from mohawkify.teacher.locate import HUB_ID, teacher_name
+
+_RUN_TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+```
+
+The Python files beside the weights are the model's code: read them before you trust them. With mohawkify installed they
+are not needed; `import mohawkify.auto` makes both calls work without `trust_remote_code`.
+"""
+_RUN_MLX = """\
+```
+python -m mlx_lm generate --model DIR --trust-remote-code --prompt "Once upon a time"
+```
+
+mlx-lm 0.32 or newer. `mlx_model.py` beside the weights is the model's code: read it before you trust it.
+"""
+_LIMITS = """\
+- The mixers' memory has a fixed size: recalling a detail word for word from far back is where such models are weakest.
+- A state cannot be rolled back: no speculative decoding with this model as the draft or the target.
+- What the teacher got wrong, the student gets wrong too. The teacher's licence and terms apply.
+"""
+
+
+def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str, Any]) -> str:
+    """Write the card.
+
+    Args:
+        run: the finished run.
+        library: ``transformers`` or ``mlx``.
+        bits: of the quantised weights, None where there are none.
+        result: precision and agreement with the run, as `export_run` returns them.
+
+    Returns:
+        Markdown with a YAML header. It names no path of the machine it was made on.
+    """
+    student, teacher = _facts(run.student_file), _facts(run.teacher_file)
+    name = run.results().get("name") or student.get("name") or "A Mohawk student"
+    source = teacher.get("source", "")
+    base = source if HUB_ID.fullmatch(source) and not Path(source).exists() else None
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "finetune" if bits is None else "quantized",
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["mohawk", "mamba2", "recurrent", "distillation"] + (["mlx"] if library == "mlx" else []),
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n",
+        _description(base or (teacher_name(source) if source else "its teacher"), student),
+        "## Quality\n\n" + _quality(run.results()),
+        "## How to run it\n\n" + (_RUN_MLX if library == "mlx" else _RUN_TRANSFORMERS),
+        "## Precision\n\n" + _precision(bits, result),
+        "## Limits\n\n" + _LIMITS,
+    ]
+    return "\n".join(parts)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _description(teacher: str, student: dict[str, Any]) -> str:
+    grafted = len(student.get("grafted_layers", ()))
+    where = f"in {grafted} layers " if grafted else ""
+    size = f" It has {student['num_parameters']:,} parameters." if "num_parameters" in student else ""
+    return (
+        f"A recurrent language model made from {teacher} with mohawkify: attention {where}was replaced by Discrete\n"
+        "Mamba-2 mixers (Llamba, arXiv 2502.14458), and the model distilled in the three stages of MOHAWK\n"
+        f"(arXiv 2408.10189).{size}\n"
+    )
+
+
+def _quality(results: dict[str, Any]) -> str:
+    lines = ["| | training tokens | perplexity | KL (nats/token) | top-1 agreement |", "|---|---:|---:|---:|---:|"]
+    if "perplexity" in results.get("teacher", {}):
+        lines.append(f"| teacher | | {results['teacher']['perplexity']:.3f} | 0 | 1 |")
+    for stage, found in results.get("stages", {}).items():
+        figures = f"{found['perplexity']:.3f} | {found['kl']:.4f} | {found['top1']:.4f}"
+        lines.append(f"| after {stage} | {found['tokens']:,} | {figures} |")
+    return (
+        "\n".join(lines)
+        + "\n\nMeasured on held-out text before this export; KL and agreement are against the teacher.\n"
+    )
+
+
+def _precision(bits: int | None, result: dict[str, Any]) -> str:
+    weights = f"The weights are {result['dtype']}"
+    if bits is not None:
+        weights = f"Projections, MLPs, embedding and head have {bits} bits, the rest is {result['dtype']}"
+    text = (
+        f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32. Against the run, on\n"
+        f"{result['tokens']:,} tokens the student wrote: KL {result['kl']:.2g} nats per token, top-1 agreement\n"
+        f"{result['top1']:.4f}, largest difference of a logit {result['max_logit_difference']:.2g}.\n"
+    )
+    if result["plain"]:
+        text += f"\nNot quantised, because neither 64 nor 32 divides their width: {', '.join(result['plain'])}.\n"
+    return text

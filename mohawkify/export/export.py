@@ -1,0 +1,125 @@
+"""Export a finished run: write the target's folder, load it again, compare it with the run, and only then keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from mohawkify.errors import ExportError, UsageError
+from mohawkify.export.agreement import compare, require_agreement, sample_ids
+from mohawkify.export.card import model_card
+from mohawkify.export.mlx import mlx_logits, require_mlx, write_mlx
+from mohawkify.run import finished_run
+from mohawkify.shelf import nearest
+from mohawkify.storage import atomic_directory
+from mohawkify.student.save import load_student, save_student, save_tokenizer
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be exported to.
+
+    Args:
+        library: ``transformers`` or ``mlx``.
+        bits: of the quantised weights; None where nothing is quantised.
+    """
+
+    library: str
+    bits: int | None = None
+
+
+TARGETS = {
+    "hf": Target("transformers"),
+    "mlx": Target("mlx"),
+    "mlx-q8": Target("mlx", 8),
+    "mlx-q4": Target("mlx", 4),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None, report: Report) -> dict[str, Any]:
+    """Export a finished run.
+
+    Args:
+        run: the run's folder.
+        target: a key of `TARGETS`.
+        output: the folder to write; it must not exist yet, or be empty. It appears whole or not at all.
+        dtype: precision of what is neither quantised nor kept in float32: ``bfloat16`` (default) or ``float32``.
+        report: receives a line for every step of the way.
+
+    Returns:
+        target, directory, bytes, dtype, max_logit_difference, kl (nats per token), top1, tokens, and the modules left
+        plain by a quantised target.
+
+    Raises:
+        UsageError: no such target, precision or finished run.
+        ExportError: the output folder is in use, or the export does not agree with the run.
+        MissingExtraError: the target's library is not installed.
+    """
+    wanted, dtype = _target(target), dtype or "bfloat16"
+    if dtype not in DTYPES:
+        raise UsageError(f"found the precision {dtype}, expected one of {', '.join(DTYPES)}")
+    source = finished_run(run)
+    if wanted.library == "mlx":
+        require_mlx()
+    _require_free(output)
+
+    report(f"loading {source.final}")
+    student: Any = load_student(source.final)
+    tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
+    ids_bl = sample_ids(student)
+    plain: list[str] = []
+    with atomic_directory(output, manifest=False) as folder:
+        report(f"writing {target} in {dtype}")
+        if wanted.library == "mlx":
+            plain = write_mlx(source.final, folder, dtype, wanted.bits)
+            save_tokenizer(tokenizer, folder)
+            found = mlx_logits(folder)
+        else:
+            save_student(student, tokenizer, folder, DTYPES[dtype])
+            found = _torch_logits(load_student(folder, DTYPES[dtype]))
+        report("comparing the export with the run")
+        agreement = compare(_torch_logits(student), found, ids_bl)
+        require_agreement(agreement, dtype, wanted.bits)
+        result: dict[str, Any] = {
+            "target": target,
+            "directory": str(output),
+            "dtype": dtype,
+            "max_logit_difference": agreement.max_logit_difference,
+            "kl": agreement.kl,
+            "top1": agreement.top1,
+            "tokens": agreement.tokens,
+            "plain": plain,
+        }
+        (folder / "README.md").write_text(model_card(source, wanted.library, wanted.bits, result), encoding="utf-8")
+        result["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+    return result
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        guess = nearest(name, TARGETS)
+        raise UsageError(
+            f"found the target {name}, expected one of {', '.join(TARGETS)}"
+            + (f" (did you mean {guess}?)" if guess else "")
+        )
+    return TARGETS[name]
+
+
+def _require_free(output: Path) -> None:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ExportError(f"{output} is not a folder", hint="choose another --output")
+    if output.is_dir() and any(output.iterdir()):
+        raise ExportError(f"{output} is not empty", hint="choose another --output, or remove that folder")
+
+
+def _torch_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda ids_bl: model(ids_bl, use_cache=False).logits

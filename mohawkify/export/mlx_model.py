@@ -1,0 +1,245 @@
+"""A student in MLX: mlx-lm's own model of the teacher's family, with Discrete Mamba-2 mixers in place of its attention.
+
+This file travels with every MLX export. mlx-lm runs it by its path, so it is one file, imports nothing of mohawkify,
+and offers what mlx-lm asks for: `ModelArgs.from_dict` and `Model`.
+
+Shapes: b batch, l target position, s source position, d model width, h heads, p head width, n state width,
+f features (h * p or h * n), k taps.
+"""
+
+import importlib
+import re
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+CHUNK_LENGTH = 64
+_MODULE_NAME = re.compile(r"[a-z0-9_]+")
+
+
+def scan_chunked(
+    x_blhp: mx.array, b_blhn: mx.array, c_blhn: mx.array, log_decay_blh: mx.array, state_bhpn: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Map a sequence: ``state[t] = exp(log_decay[t]) state[t-1] + x[t] B[t]``, ``y[t] = state[t] C[t]``, by chunks.
+
+    Args:
+        x_blhp: inputs, float32 like everything here.
+        b_blhn: input maps.
+        c_blhn: output maps.
+        log_decay_blh: logarithm of the decay, at most 0.
+        state_bhpn: the state to continue from.
+
+    Returns:
+        y (b, l, h, p) and the final state.
+
+    Source: Mamba-2 (arXiv 2405.21060), section 6, with the decay given directly (Llamba, arXiv 2502.14458, section 3).
+    """
+    outputs = []
+    for begin in range(0, x_blhp.shape[1], CHUNK_LENGTH):
+        chunk = slice(begin, begin + CHUNK_LENGTH)
+        x_bhlp, b_bhln, c_bhln, log_decay_bhl = (
+            t[:, chunk].swapaxes(1, 2) for t in (x_blhp, b_blhn, c_blhn, log_decay_blh)
+        )
+        length = x_bhlp.shape[2]
+        # Summed only over the tokens between, never as a difference of long sums: float32 is enough.
+        later_ls = mx.tril(mx.ones((length, length), dtype=mx.bool_), -1)
+        between_bhls = mx.cumsum(mx.where(later_ls, log_decay_bhl[..., None], 0.0), axis=-2)
+        decay_bhls = mx.tril(mx.exp(between_bhls))
+        from_start_bhl1 = mx.exp(mx.cumsum(log_decay_bhl, axis=-1))[..., None]
+
+        y_bhlp = ((c_bhln @ b_bhln.swapaxes(-1, -2)) * decay_bhls) @ x_bhlp
+        y_bhlp = y_bhlp + (c_bhln * from_start_bhl1) @ state_bhpn.swapaxes(-1, -2)
+        added_bhpn = (x_bhlp * decay_bhls[..., -1, :, None]).swapaxes(-1, -2) @ b_bhln
+        state_bhpn = from_start_bhl1[:, :, -1:] * state_bhpn + added_bhpn
+        outputs.append(y_bhlp.swapaxes(1, 2))
+    return mx.concatenate(outputs, axis=1), state_bhpn
+
+
+def scan_step(
+    x_blhp: mx.array, b_blhn: mx.array, c_blhn: mx.array, log_decay_blh: mx.array, state_bhpn: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The same map for one token: the step of decoding."""
+    decay_bh11 = mx.exp(log_decay_blh[:, 0])[..., None, None]
+    state_bhpn = decay_bh11 * state_bhpn + x_blhp[:, 0, :, :, None] * b_blhn[:, 0, :, None, :]
+    return (state_bhpn @ c_blhn[:, 0, :, :, None]).squeeze(-1)[:, None], state_bhpn
+
+
+class DepthwiseConv(nn.Module):
+    """One short causal convolution without an activation."""
+
+    def __init__(self, num_features: int, num_taps: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((num_features, num_taps))
+        self.bias = mx.zeros((num_features,))
+
+    def __call__(self, padded_blf: mx.array) -> mx.array:
+        """Convolve inputs that begin with the k - 1 before them."""
+        num_taps = self.weight.shape[1]
+        length = padded_blf.shape[1] - num_taps + 1
+        y_blf = self.bias
+        for tap in range(num_taps):
+            y_blf = y_blf + self.weight[:, tap] * padded_blf[:, tap : tap + length]
+        return y_blf
+
+
+class DiscreteMamba2(nn.Module):
+    """The mixer; its tensors have the names they have in the Hugging Face folder.
+
+    Args:
+        hidden_size: model width.
+        mixer: the entry of that name in config.json.
+    """
+
+    def __init__(self, hidden_size: int, mixer: dict[str, Any]) -> None:
+        super().__init__()
+        self.num_heads, self.head_width, self.state_width = (
+            mixer["num_heads"], mixer["head_width"], mixer["state_width"]
+        )  # fmt: skip
+        self.num_lags = mixer["conv_width"] - 1
+        inner, state = self.num_heads * self.head_width, self.num_heads * self.state_width
+        self.x_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.b_proj = nn.Linear(hidden_size, state, bias=False)
+        self.c_proj = nn.Linear(hidden_size, state, bias=False)
+        self.z_proj = nn.Linear(hidden_size, inner, bias=False)
+        self.decay_proj = nn.Linear(hidden_size, self.num_heads, bias=mixer["decay_bias"])
+        self.x_conv = DepthwiseConv(inner, mixer["conv_width"])
+        self.b_conv = DepthwiseConv(state, mixer["conv_width"])
+        self.c_conv = DepthwiseConv(state, mixer["conv_width"])
+        self.z_bias = mx.zeros((inner,))
+        self.d = mx.ones((self.num_heads,))
+        self.out_proj = nn.Linear(inner, hidden_size, bias=mixer["out_bias"])
+
+    def __call__(self, hidden_bld: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Map hidden states as the attention module did, and move the memory on.
+
+        Args:
+            hidden_bld: hidden states.
+            mask: the mask the model built for attention; not needed here.
+            cache: a `GraftedMemory`, or None.
+        """
+        memory = ArraysCache(size=2) if cache is None else cache.arrays
+        batch, length, _ = hidden_bld.shape
+        keep_bl = memory.make_mask(length)
+        features_blf = mx.concatenate([self.x_proj(hidden_bld), self.b_proj(hidden_bld), self.c_proj(hidden_bld)], -1)
+        if keep_bl is not None:
+            features_blf = mx.where(keep_bl[..., None], features_blf, 0)
+        padded_blf = self._extend_tail(memory, features_blf)
+
+        inner, state_features = self.x_conv.weight.shape[0], self.b_conv.weight.shape[0]
+        parts = mx.split(padded_blf, [inner, inner + state_features], axis=-1)
+        x_blhp, b_blhn, c_blhn = (
+            conv(part).astype(mx.float32).reshape(batch, length, self.num_heads, -1)
+            for conv, part in zip((self.x_conv, self.b_conv, self.c_conv), parts, strict=True)
+        )
+        log_decay_blh = -nn.softplus(self.decay_proj(hidden_bld).astype(mx.float32))
+        if keep_bl is not None:
+            # A padded token neither writes to the state nor lets it decay.
+            x_blhp = mx.where(keep_bl[..., None, None], x_blhp, 0)
+            pass
+
+        state_bhpn = memory[1]
+        if state_bhpn is None:
+            state_bhpn = mx.zeros((batch, self.num_heads, self.head_width, self.state_width), dtype=mx.float32)
+        scan = scan_step if length == 1 else scan_chunked
+        y_blhp, memory[1] = scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn)
+        memory.advance(length)
+
+        y_blhp = y_blhp + self.d[:, None] * x_blhp
+        gate_blf = nn.silu(self.z_proj(hidden_bld) + self.z_bias)
+        return self.out_proj((y_blhp.reshape(batch, length, inner) * gate_blf).astype(hidden_bld.dtype))
+
+    def _extend_tail(self, memory: Any, features_blf: mx.array) -> mx.array:
+        """Put the last inputs of the previous call in front, and remember the last of this one, before any padding."""
+        batch, length, width = features_blf.shape
+        tail_bkf = memory[0]
+        if tail_bkf is None:
+            tail_bkf = mx.zeros((batch, self.num_lags, width), dtype=features_blf.dtype)
+        padded_blf = mx.concatenate([tail_bkf, features_blf], axis=1)
+        if memory.lengths is None:
+            memory[0] = padded_blf[:, length:]
+        else:
+            first_b = mx.clip(memory.lengths, 0, length)
+            positions_bk = first_b[:, None] + mx.arange(self.num_lags)
+            memory[0] = mx.take_along_axis(padded_blf, positions_bk[..., None], axis=1)
+        return padded_blf
+
+
+class GraftedMemory:
+    """What the family's model sees as the cache of a grafted layer.
+
+    The model may take its attention mask from any layer's cache, so this one answers with the mask of a layer of the
+    same kind that kept its attention. Where there is none, nobody reads the mask.
+    """
+
+    def __init__(self, arrays: ArraysCache, kept: Any) -> None:
+        self.arrays, self.kept = arrays, kept
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask for kept attention."""
+        return None if self.kept is None else self.kept.make_mask(*args, **kwargs)
+
+
+FamilyModel: Any = object  # the second base brings mlx-lm's
+
+
+class GraftedModel(FamilyModel):
+    """What a student adds to its teacher's model; the first base, mlx-lm's model of the family the second."""
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        mixer, layers = args.mixer, self.layers
+        for index in mixer["grafted_layers"]:
+            setattr(layers[index], mixer["attention"], DiscreteMamba2(args.hidden_size, mixer))
+        kinds = getattr(args, "layer_types", None) or ["full_attention"] * len(layers)
+        kept = [index for index in range(len(layers)) if index not in mixer["grafted_layers"]]
+        self._same_kind = {
+            index: next((other for other in kept if kinds[other] == kinds[index]), None)
+            for index in mixer["grafted_layers"]
+        }
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:
+        """As the family's model."""
+        if cache is not None:
+            cache = [
+                GraftedMemory(each, None if self._same_kind[index] is None else cache[self._same_kind[index]])
+                if index in self._same_kind
+                else each
+                for index, each in enumerate(cache)
+            ]
+        return super().__call__(inputs, cache, **kwargs)
+
+    def make_cache(self) -> list[Any]:
+        """A state for every grafted layer, the family's own cache for every layer that kept its attention."""
+        family = super()
+        caches = family.make_cache() if hasattr(family, "make_cache") else [KVCache() for _ in self.layers]
+        return [ArraysCache(size=2) if index in self._same_kind else each for index, each in enumerate(caches)]
+
+    def quant_predicate(self, path: str, module: Any) -> bool:
+        """Whether a module may be quantised: not the decay, whose errors compound along the sequence."""
+        return not path.endswith(".decay_proj")
+
+    def cast_predicate(self, path: str) -> bool:
+        """Whether a parameter follows the model's precision; decay, convolutions, d and z_bias stay float32."""
+        return re.search(r"\.decay_proj\.|\.[xbc]_conv\.|\.z_bias$|\.d$", path) is None
+
+
+class ModelArgs:
+    """Reads config.json into the family's own arguments."""
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Any:
+        """The family's arguments, with the mixer's entry and the family's module beside them."""
+        name = config["mlx_module"]
+        if not _MODULE_NAME.fullmatch(name):
+            raise ValueError(f"config.json: mlx_module is {name!r}, expected the name of a module of mlx_lm.models")
+        family = importlib.import_module(f"mlx_lm.models.{name}")
+        args = family.ModelArgs.from_dict(config)
+        args.mixer, args.family = config["mixer"], family
+        return args
+
+
+def Model(args: Any) -> Any:
+    """Build the student: a class of the teacher's family with mixers grafted in."""
+    return type("Model", (GraftedModel, args.family.Model), {})(args)

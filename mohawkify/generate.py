@@ -1,0 +1,78 @@
+"""Let a model write: text piece by piece as it comes, greedy or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from mohawkify.errors import UsageError
+
+
+def write_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    on_text: Callable[[str], None],
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        model: a student or a teacher.
+        tokenizer: of both.
+        prompt: where the text begins, exactly as given: no chat template is put around it.
+        max_tokens: the most tokens to write; the model may end sooner.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        seed: of the draws.
+        on_text: receives each piece of new text as it comes.
+
+    Returns:
+        All of the new text.
+
+    Raises:
+        UsageError: the prompt gives no token to begin with.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
+        raise UsageError("the prompt is empty, expected some text", hint="this tokenizer adds no token of its own")
+    pieces: list[str] = []
+
+    def keep(text: str) -> None:
+        pieces.append(text)
+        on_text(text)
+
+    # A published generation_config.json may hold sampling settings, which do not belong to greedy decoding.
+    drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    torch.manual_seed(seed)
+    model.eval()
+    with torch.inference_mode():
+        model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            max_new_tokens=max_tokens,
+            pad_token_id=0,  # one row needs no padding; without an id, generate warns
+            streamer=_Pieces(tokenizer, keep),
+            **drawing,
+        )
+    return "".join(pieces)
+
+
+class _Pieces(TextStreamer):
+    """Hands text on as soon as its tokens make whole words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by the base class, which would print."""
+        if text:
+            self._on_text(text)

@@ -1,0 +1,76 @@
+"""Finished runs of tiny random students, and Python processes that have never heard of mohawkify."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mohawkify.recipe import StudentRecipe
+from mohawkify.storage import write_json
+from mohawkify.student.build import build_student, design_student
+from mohawkify.student.save import save_student
+from mohawkify.teacher.inspect import inspect_teacher
+from tests.bytes_tokenizer import bytes_tokenizer
+from tests.tiny import save_teacher, tiny_teacher
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+# The first line of a foreign process: importing mohawkify fails as where it is not installed.
+WITHOUT_MOHAWKIFY = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mohawkify":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **changes: Any) -> tuple[PreTrainedModel, Any]:
+    """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``."""
+    teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
+    save_teacher(teacher, folder)
+    found = inspect_teacher(str(folder))
+    recipe = StudentRecipe(state_width=16, keep_attention=keep)
+    spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
+    student = build_student(teacher, found.adapter, spec, "attention", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return student.eval(), spec
+
+
+def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = (), **changes: Any) -> PreTrainedModel:
+    """Write what a finished conversion leaves behind; returns the student."""
+    student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
+    (folder / "final").mkdir()
+    save_student(student, bytes_tokenizer(chat_template=TEMPLATE), folder / "final")
+    figures = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
+    write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": figures}})
+    write_json(folder / "student.json", spec.to_json())
+    write_json(folder / "teacher.json", {"source": str((folder / "teacher-folder").resolve())})
+    return student
+
+
+def run_python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process that starts in ``folder``; its module caches stay there too."""
+    environment = {**os.environ, "HF_HOME": str(folder / "hf-home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> Any:
+    """The JSON that a process wrote as its last line."""
+    return json.loads(done.stdout.splitlines()[-1])

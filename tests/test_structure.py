@@ -1,0 +1,459 @@
+"""The shape of the repository: who may import whom, who may write files, what is never called, what the pages name.
+
+The sources are read as syntax trees, not imported; one test starts a fresh Python to see what the light modules load.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "mohawkify"
+LONGEST_FILE = 500
+
+# A module imports only from lines above its own; names are relative to the package, the longest one that fits counts,
+# and a package's modules may import each other. Two names on a line do not know each other.
+RANKS = (
+    ("errors", "adapter", "spec"),
+    ("strict_yaml", "shelf", "storage"),
+    ("recipe_fields",),
+    ("recipe_types",),
+    ("recipe",),
+    ("recipe_docs", "run", "checkpoint", "plan"),
+    ("demo", "ops"),
+    ("data", "student.cache", "student.mixer"),
+    ("student.grafting",),
+    ("student", "teacher"),
+    ("adapters", "stages", "auto"),
+    ("train",),
+    ("evaluate",),
+    ("export", "generate", "doctor"),
+    ("pipeline",),
+    ("showcase", "cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
+    ("cli",),
+)
+
+# Who may import a package that is optional, or that only one corner of the code should know.
+FENCES = {
+    "triton": "ops/triton_*",
+    "mlx": "export/mlx*",
+    "mlx_lm": "export/mlx*",
+    "lm_eval": "evaluate/harness.py",
+    "click": "cli*",
+    "accelerate": "train/*",
+    "deepspeed": "train/*",
+}
+
+# Code that a stranger's file could smuggle in: never called, whatever the arguments.
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "torch.load", "torch.save", "torch.hub.load", "os.system", "os.popen"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"),
+}
+FORBIDDEN_METHODS = {"extractall"}
+FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
+
+# Functions outside storage.py that write files themselves. All but the last line's are handed a temporary folder by
+# storage.atomic_directory; the last line's belong to the developers' script that made the demo teacher, and to no run.
+WRITERS = {
+    *("checkpoint.py:save_tensors", "data/corpus.py:_write"),
+    *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
+    *("export/export.py:export_run", "export/mlx.py:write_mlx"),
+    *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
+}
+WRITING_METHODS = {
+    *("write_text", "write_bytes", "touch", "mkdir", "rmdir", "rename", "unlink", "symlink_to", "hardlink_to", "chmod"),
+    *("save_file", "save_pretrained", "save_torch_state_dict", "to_json_file", "tofile"),
+    *("save_model", "save_config", "save_safetensors", "save_weights", "save_gguf"),
+}
+WRITING_CALLS = {
+    *("json.dump", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt"),
+    *(f"os.{name}" for name in ("open", "rename", "renames", "replace", "remove", "unlink", "mkdir", "makedirs")),
+    *(f"os.{name}" for name in ("rmdir", "removedirs", "link", "symlink", "truncate", "ftruncate", "chmod", "pwrite")),
+    *(f"shutil.{name}" for name in ("copy", "copy2", "copyfile", "copytree", "move", "rmtree", "make_archive")),
+    *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
+}
+
+LIGHT_MODULES = ("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe", "storage", "checkpoint", "run", "cli")
+HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
+
+
+@cache
+def source_files() -> dict[str, Path]:
+    """Every module of the installed package by its dotted name; `adapters/` and `recipes/` lie beside it."""
+    files = {}
+    for folder, package in ((PACKAGE, PACKAGE), ("adapters", f"{PACKAGE}.adapters"), ("recipes", f"{PACKAGE}.recipes")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            files[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return files
+
+
+def shown(path: Path) -> str:
+    """A path as messages and the tables above write it: relative to the package, or to the repository."""
+    return path.relative_to(ROOT / PACKAGE if (ROOT / PACKAGE) in path.parents else ROOT).as_posix()
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below one but those that only the type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from running_nodes(other)
+            continue
+        yield child
+        yield from running_nodes(child)
+
+
+def imports_of(module: str, path: Path) -> list[tuple[str, int]]:
+    """What a module imports at any depth, as (dotted name, line); a name that is a module counts as that module."""
+    found = []
+    for node in running_nodes(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.append((full if full in source_files() else base, node.lineno))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                found.append((first.value, node.lineno))
+    return found
+
+
+def rank_entry(module: str) -> str | None:
+    """The name in `RANKS` that stands for a module."""
+    name = module.removeprefix(f"{PACKAGE}.")
+    entries = [entry for line in RANKS for entry in line if name == entry or name.startswith(f"{entry}.")]
+    return max(entries, key=len, default=None)
+
+
+def rank(entry: str) -> int:
+    return next(number for number, line in enumerate(RANKS) if entry in line)
+
+
+def own_imports() -> Iterator[tuple[str, str, str]]:
+    """(module, imported module, place) for every import of one module of the package by another."""
+    for module, path in source_files().items():
+        for name, line in imports_of(module, path):
+            if name in source_files() and name != PACKAGE:
+                yield module, name, f"{shown(path)}:{line}"
+
+
+def dotted_names(tree: ast.Module) -> dict[str, str]:
+    """What the imported names of a file stand for: `np` for numpy, `load` for torch.load."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                names |= {alias.asname: alias.name} if alias.asname else {top: top}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def called_name(call: ast.Call, names: dict[str, str]) -> str:
+    """The dotted name that is called, aliases resolved: `torch.load`, `path.open`."""
+    text = ast.unparse(call.func)
+    head, dot, rest = text.partition(".")
+    return f"{names.get(head, head)}{dot}{rest}"
+
+
+def writes(call: ast.Call, names: dict[str, str]) -> bool:
+    """Whether a call creates, changes or removes files by itself."""
+    name = called_name(call, names)
+    last = name.rpartition(".")[2]
+    if name.startswith(f"{PACKAGE}.storage."):
+        return False
+    if name in WRITING_CALLS:
+        return True
+    if name == "open" or (last == "open" and isinstance(call.func, ast.Attribute)):
+        position = 1 if name in ("open", "io.open") else 0
+        modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[position:][:1]
+        return any(not isinstance(mode, ast.Constant) or set(str(mode.value)) & set("wax+") for mode in modes)
+    if last == "replace" and isinstance(call.func, ast.Attribute):  # of a path: that of a string takes two
+        return len(call.args) == 1 and not call.keywords
+    return last in WRITING_METHODS
+
+
+def writers(tree: ast.Module) -> dict[str, int]:
+    """The functions and classes of a file that write, each with a line where they do."""
+    names = dotted_names(tree)
+    found = {}
+    for node in tree.body:
+        for child in ast.walk(node):
+            if isinstance(child, ast.Call) and writes(child, names):
+                found[getattr(node, "name", "<module>")] = child.lineno
+    return found
+
+
+def forbidden(tree: ast.Module) -> list[tuple[str, int]]:
+    """What a file calls or switches on that it must not, as (name, line)."""
+    names = dotted_names(tree)
+    found = [
+        (name, getattr(node, "lineno", 0))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name.split(".")[0] in FORBIDDEN_MODULES
+    ]
+    for node in ast.walk(tree):
+        settings: list[tuple[object, ast.expr]] = []
+        if isinstance(node, ast.Call):
+            name = called_name(node, names).removeprefix("builtins.")
+            if name in FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_METHODS:
+                found.append((name, node.lineno))
+            settings = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Dict):
+            settings = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
+        for key, value in settings:
+            if key in FORBIDDEN_TRUE and (not isinstance(value, ast.Constant) or value.value):
+                found.append((f"{key}={ast.unparse(value)}", value.lineno))
+    return found
+
+
+def assert_none(wrong: Iterable[str], advice: str = "") -> None:
+    """Fail with one finding per line, which pytest would shorten."""
+    lines = sorted(wrong)
+    assert not lines, "\n".join([advice, *lines])
+
+
+def test_every_module_has_a_rank() -> None:
+    empty = {PACKAGE, f"{PACKAGE}.recipes"}  # a docstring each
+    without = {module for module in source_files() if rank_entry(module) is None}
+    assert_none(without - empty, "say in RANKS who may import the new module")
+
+
+def test_every_rank_has_a_module() -> None:
+    used = {rank_entry(module) for module in source_files()}
+    assert_none({entry for line in RANKS for entry in line} - used)
+
+
+def test_modules_import_lower_ranks_only() -> None:
+    wrong = []
+    for module, imported, place in own_imports():
+        ours, theirs = rank_entry(module), rank_entry(imported)
+        if ours is None or theirs is None or (ours != theirs and rank(theirs) >= rank(ours)):
+            wrong.append(f"{place}: {module} imports {imported}")
+    assert_none(wrong)
+
+
+def test_imports_have_no_cycles() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, imported, _ in own_imports():
+        graph.setdefault(module, set()).add(imported)
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_nobody_imports_an_adapter_by_name() -> None:
+    wrong = [place for _, imported, place in own_imports() if imported.startswith(f"{PACKAGE}.adapters.")]
+    assert_none(wrong, "shelf.load_adapter finds adapters by listing")
+
+
+@pytest.mark.parametrize(("package", "pattern"), FENCES.items())
+def test_fences(package: str, pattern: str) -> None:
+    wrong = [
+        f"{shown(path)}:{line}"
+        for module, path in source_files().items()
+        for name, line in imports_of(module, path)
+        if name.split(".")[0] == package and not fnmatch(shown(path), pattern)
+    ]
+    assert_none(wrong, f"only {pattern} may import {package}")
+
+
+def test_no_file_is_long() -> None:
+    paths = [*source_files().values(), *sorted((ROOT / "tests").rglob("*.py"))]
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_packages_are_the_folders() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    inside = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("__init__.py")}
+    beside = {f"{PACKAGE}.{folder}": folder for folder in ("adapters", "recipes")}
+    assert settings["packages"] == sorted({name.replace("/", ".") for name in inside} | beside.keys())
+    assert settings["package-dir"] == beside
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert folders == inside, "a folder with modules needs an __init__.py"
+
+
+def test_nothing_forbidden_is_called() -> None:
+    assert_none(
+        f"{shown(path)}:{line}: {name}" for path in source_files().values() for name, line in forbidden(tree_of(path))
+    )
+
+
+def test_files_are_written_by_storage_alone() -> None:
+    found = {
+        f"{shown(path)}:{function}": line
+        for path in source_files().values()
+        if shown(path) != "storage.py"
+        for function, line in writers(tree_of(path)).items()
+    }
+    assert_none(f"{place} in line {line}" for place, line in found.items() if place not in WRITERS)
+    assert_none(WRITERS - found.keys(), "no longer writes: take it out of WRITERS")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.load(f)",
+        "from torch import load as get\nget(f)",
+        "import torch as t\nt.save(x, f)",
+        "import pickle",
+        "from pickle import loads",
+        "eval('1')",
+        "import builtins\nbuiltins.exec(text)",
+        "yaml.load(text, Loader=yaml.SafeLoader)",
+        "archive.extractall(folder)",
+        "subprocess.run(text, shell=True)",
+        "Model.from_pretrained(x, trust_remote_code=True)",
+        "Model.from_pretrained(x, trust_remote_code=flag)",
+        "Model.from_pretrained(x, **{'trust_remote_code': True})",
+    ],
+)
+def test_the_search_finds_what_is_forbidden(text: str) -> None:
+    assert forbidden(ast.parse(text))
+
+
+def test_the_search_leaves_the_rest_alone() -> None:
+    text = "model.eval()\nModel.from_pretrained(x, trust_remote_code=False)\nyaml.safe_load(t)\ntorch.loads(x)"
+    assert forbidden(ast.parse(text)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "open(p, 'w')",
+        "open(p, mode='ab')",
+        "open(p, mode)",
+        "p.open('r+b')",
+        "p.write_text(t)",
+        "p.replace(q)",
+        "import os\nos.replace(p, q)",
+        "from os import remove\nremove(p)",
+        "import numpy as np\nnp.save(p, x)",
+        "from safetensors.torch import save_file\nsave_file(x, p)",
+        "model.save_pretrained(p)",
+        "class A:\n    def f(self):\n        import shutil\n        shutil.rmtree(p)",
+    ],
+)
+def test_the_search_finds_what_writes(text: str) -> None:
+    assert writers(ast.parse(text))
+
+
+def test_the_search_leaves_reading_alone() -> None:
+    text = "open(p)\np.open('rb')\nname.replace('a', 'b')\nreplace(x, y=1)\np.read_text()\n"
+    assert writers(ast.parse(f"from mohawkify import storage\nstorage.write_text(p, t)\n{text}")) == {}
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    code = f"""
+import importlib, sys
+for name in {LIGHT_MODULES!r}:
+    importlib.import_module("{PACKAGE}." + name)
+    heavy = [package for package in {HEAVY_MODULES!r} if package in sys.modules]
+    if heavy:
+        sys.exit(f"{{name}} loads {{', '.join(heavy)}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def documented_modules(page: str) -> dict[str, str]:
+    """The files in the page's tree of the package, each with what the tree says about it."""
+    block = page.partition(f"```text\n{PACKAGE}/\n")[2].partition("```")[0]
+    files, folder = {}, ""
+    for line in block.splitlines():
+        name, _, words = line.strip().partition(" ")
+        if name.endswith("/"):
+            folder = name
+        elif name:
+            indented = len(line) - len(line.lstrip()) > 2
+            files[f"{folder if indented else ''}{name}"] = words.strip()
+    return files
+
+
+def test_architecture_page_names_every_module() -> None:
+    documented = documented_modules((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    modules = {
+        shown(path)
+        for path in source_files().values()
+        if PACKAGE in path.relative_to(ROOT).parts and path.name != "__init__.py"
+    }
+    assert_none(modules - documented.keys(), "give these files a line in the tree of docs/architecture.md")
+    assert_none(documented.keys() - modules, "docs/architecture.md names files that are not there")
+    assert_none(name for name, words in documented.items() if not words)
+
+
+def heading_anchors(page: str) -> set[str]:
+    """The anchors GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_in_the_pages_lead_somewhere() -> None:
+    broken = []
+    for page in [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]:
+        for link in re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8")):
+            if re.match(r"[a-z]+:", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists():
+                broken.append(f"{page.name}: {link}")
+            elif anchor and anchor not in heading_anchors(target.read_text(encoding="utf-8")):
+                broken.append(f"{page.name}: {link} (no such heading)")
+    assert_none(broken)
+
+
+def test_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^- \[[^]]+\]\((\w+\.md)\)", index, flags=re.MULTILINE))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert_none(pages - listed, "give these pages a line in docs/index.md")
+    assert_none(listed - pages, "docs/index.md lists pages that are not there")
+
+
+def test_pages_that_the_sources_name_exist() -> None:
+    assert_none(
+        f"{shown(path)}: {page}"
+        for path in source_files().values()
+        for page in set(re.findall(r"docs/\w+\.md", path.read_text(encoding="utf-8")))
+        if not (ROOT / page).is_file()
+    )
+
+
+def test_equations_are_numbered_and_cited_numbers_exist() -> None:
+    page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    numbers = [int(number) for number in re.findall(r"\\tag\{(\d+)\}", page)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert_none(
+        f"{shown(path)}: docs/math.md ({number})"
+        for path in source_files().values()
+        for number in re.findall(r"docs/math\.md \((\d+)\)", path.read_text(encoding="utf-8"))
+        if int(number) not in numbers
+    )
