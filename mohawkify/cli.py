@@ -73,7 +73,7 @@ def main(context: click.Context) -> None:
 @click.argument("teacher")
 @as_json
 def inspect(teacher: str, as_json: bool) -> None:
-    """Show a teacher layer by layer: what is grafted, copied, learned.
+    """Show layer by layer what is grafted, copied, learned.
 
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
@@ -98,9 +98,10 @@ def inspect(teacher: str, as_json: bool) -> None:
 def plan(
     teacher: str, recipe_name: str, overrides: tuple[str, ...], flops_per_second: float | None, as_json: bool
 ) -> None:
-    """Dry run: parameters, steps and tokens per stage, memory, disk, FLOPs, time.
+    """Dry run: steps, tokens, memory, disk, FLOPs, time.
 
-    No weights are loaded; TEACHER may be a config.json.
+    Everything is worked out from configuration and recipe, memory and time as estimates. No weights are loaded;
+    TEACHER may be a config.json.
     """
     recipe = _recipe(recipe_name, overrides)
     with _working():
@@ -113,9 +114,7 @@ def plan(
 @main.command()
 @click.argument("teacher")
 @recipe_option
-@click.option(
-    "--output", type=FOLDER, metavar="DIR", help="The run's folder; by default runs/ and the student's name."
-)
+@click.option("--output", type=FOLDER, metavar="DIR", help="The run's folder; by default runs/ and the student's name.")
 @set_option
 @click.option("--data", metavar="PATH", help="Train on this file, folder or glob instead of the recipe's text.")
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
@@ -135,9 +134,10 @@ def convert(
     validation: str | None,
     resume: str,
 ) -> None:
-    """Convert a teacher: orient, align, distill, measured after every stage.
+    """Turn a teacher into a student, in three stages.
 
-    Stop it at any time; the same command continues it. Prints the run's folder.
+    Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
+    same command continues it. Prints the run's folder.
     """
     # JSON is YAML: a path stays one value whatever signs are in it.
     own_text = [
@@ -173,20 +173,21 @@ def convert(
 @teacher_moved
 @as_json
 def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
-    """Measure a run: perplexity, KL and top-1 agreement on its held-out text, and lm-eval tasks.
+    """Measure a student against its teacher.
 
-    Also writes eval.json and eval.md into the run.
+    Perplexity, KL(teacher || student) and top-1 agreement on the run's held-out text, and lm-eval tasks. Also writes
+    eval.json and eval.md into the run.
     """
     from mohawkify.run import finished_run
 
     chosen = finished_run(run)
     with _working():
-        from mohawkify.evaluate.run import evaluate_run
+        from mohawkify.evaluate.run import evaluate_run, evaluation_markdown
         from mohawkify.pipeline import choose_device
 
         device = choose_device(chosen.recipe().compute.device)
         found = evaluate_run(chosen, **wanted, device=device, report=_say)
-    _print(found, cli_show.evaluation_text, as_json)
+    _print(found, evaluation_markdown, as_json)
 
 
 @main.command()
@@ -198,9 +199,9 @@ def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
 @click.option("--dtype", metavar="DTYPE", help="bfloat16 (the default) or float32.")
 @as_json
 def export(run: Path | None, target: str, output: Path | None, dtype: str | None, as_json: bool) -> None:
-    """Write a run's student for transformers or mlx-lm, and compare it with the run.
+    """Write a student for transformers or mlx-lm.
 
-    Prints the folder.
+    The export is loaded again and compared with the run before it is kept. Prints the folder.
     """
     from mohawkify.run import finished_run
 
@@ -224,14 +225,17 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the drawn tokens.")
 def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temperature: float, seed: int) -> None:
-    """Continue PROMPT with the student of a run."""
+    """Continue PROMPT with a run's student.
+
+    The text is printed as it comes; no chat template is put around the prompt.
+    """
     from mohawkify.run import finished_run
 
     if len(words) > 2:
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
     chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
     with _working() as output:
-        from mohawkify.evaluate.run import load_run_models
+        from mohawkify.evaluate.run import load_run_models, teacher_folder
         from mohawkify.generate import write_text
         from mohawkify.pipeline import choose_device
 
@@ -239,7 +243,8 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
             click.echo(text, file=output, nl=False)
 
         device = choose_device(chosen.recipe().compute.device)
-        models, tokenizer = load_run_models(chosen, with_teacher=with_teacher, device=device)
+        teacher = teacher_folder(chosen) if with_teacher else None
+        models, tokenizer = load_run_models(chosen, teacher, device)
         for name, model in models.items():
             show(f"{name}: {words[-1]}" if with_teacher else words[-1])
             write_text(
@@ -253,9 +258,10 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
     "--output", type=FOLDER, default="runs/demo-mohawk", show_default=True, metavar="DIR", help="The run's folder."
 )
 def demo(output: Path) -> None:
-    """The whole way on the teacher that comes along, in minutes on a CPU.
+    """The whole way on the demo teacher, in minutes.
 
-    Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story.
+    Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story. Run
+    again, it continues where it was stopped, or measures and exports once more.
     """
     with _working():
         from mohawkify.showcase import run_demo
@@ -328,7 +334,10 @@ def families(as_json: bool) -> None:
 @main.command()
 @as_json
 def doctor(as_json: bool) -> None:
-    """Say what is installed, and what each missing extra would bring."""
+    """Say what is installed and what is missing.
+
+    For each missing extra: what it would bring, and the command that installs it.
+    """
     from mohawkify.doctor import examine
 
     _print(examine(), cli_show.doctor_text, as_json)
@@ -337,7 +346,10 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of a shell, for example: eval "$(mohawkify completion bash)"."""
+    """Print a shell's completion script.
+
+    For example, in ~/.bashrc: eval "$(mohawkify completion bash)"
+    """
     kind = get_completion_class(shell)
     assert kind is not None  # click has all three
     click.echo(kind(main, {}, NAME, COMPLETION_VARIABLE).source())

@@ -77,7 +77,9 @@ def report_error(error: BaseException) -> int:
     # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _write(
-            f"out of memory: {error}", "use a smaller compute.micro_batch_sequences or a shorter sequence_length", FAILED
+            f"out of memory: {error}",
+            "use a smaller compute.micro_batch_sequences or a shorter sequence_length",
+            FAILED,
         )
     return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", FAILED)
 

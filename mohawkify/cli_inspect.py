@@ -48,6 +48,7 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
     from mohawkify.student.grafting import find_layers
 
     spec, adapter = inspection.spec, inspection.adapter
+    modules: Any = inspection.modules
     mixer = student.mixer_parameters // len(student.grafted_layers)
     counted: set[int] = set()
 
@@ -56,8 +57,8 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
         counted.update(fresh)
         return sum(fresh.values())
 
-    parts: list[dict[str, Any]] = [_end("embedding", count(inspection.modules.get_input_embeddings().parameters()))]
-    for index, layer in enumerate(find_layers(inspection.modules, adapter.layers)):
+    parts: list[dict[str, Any]] = [_end("embedding", count(modules.get_input_embeddings().parameters()))]
+    for index, layer in enumerate(find_layers(modules, adapter.layers)):
         grafted = index in student.grafted_layers
         attention = count(getattr(layer, adapter.attention).parameters())
         parts.append(
@@ -71,9 +72,9 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
                 "copied_learns": list(BLOCK_LEARNS) if grafted else list(ENDS_LEARN),
             }
         )
-    head = inspection.modules.get_output_embeddings()
+    head = modules.get_output_embeddings()
     head_parameters = count(head.parameters())
-    parts.append(_end("norm", count(inspection.modules.parameters())))
+    parts.append(_end("norm", count(modules.parameters())))
     parts.append(_end("head, tied to the embedding" if spec.tied else "head", head_parameters))
     return {
         "teacher": spec.to_json(),

@@ -51,14 +51,16 @@ def short_time(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
-    return f"{days:,} d {hours} h"
+    return f"{days} d {hours} h" if days < 730 else f"{days / 365:,.0f} years"
 
 
 def _scaled(number: float, units: Sequence[tuple[str, float]], space: str) -> str:
     for unit, size in units:
         # Half a unit of the last digit below the border rounds up to it: 999.6k is 1.00M.
         if number >= size * 0.9995:
-            return f"{number / size:.3g}{space}{unit}" if number / size < 999.5 else f"{number / size:,.0f}{space}{unit}"
+            return (
+                f"{number / size:.3g}{space}{unit}" if number / size < 999.5 else f"{number / size:,.0f}{space}{unit}"
+            )
     return f"{number:.0f}"
 
 
@@ -82,8 +84,8 @@ def inspection_text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{teacher['source']}: {found['family']}, {teacher['num_parameters']:,} parameters",
-            f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads of "
-            f"{teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
+            f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads "
+            f"of {teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
             f"vocabulary {teacher['vocabulary_size']:,}, made for up to {teacher['max_positions']:,} tokens"
             + (f"; biases on {', '.join(teacher['attention_biases'])}" if teacher["attention_biases"] else ""),
             "",
@@ -91,7 +93,7 @@ def inspection_text(found: dict[str, Any]) -> str:
             "",
             f"student: {student['num_parameters']:,} parameters; a state of {student['state_numbers']:,} numbers per "
             f"sequence, whatever its length",
-            *found["odd"],
+            *(f"note: {sentence}" for sentence in found["odd"]),
         ]
     )
 
@@ -135,13 +137,13 @@ def plan_text(planned: dict[str, Any]) -> str:
         f"{planned['flops']:.2g}",
         short_time(planned["seconds"]),
     )
-    headings = ("stage", "tokens", "steps", "batch", "learning rate", "trainable", "memory", "FLOPs", "time")
+    headings = ("stage", "tokens", "steps", "largest batch", "learning rate", "trainable", "memory", "FLOPs", "time")
     return "\n".join(
         [
             f"recipe {planned['recipe']} on {planned['device']}",
             f"teacher  {teacher['source']}: {teacher['model_type']}, {teacher['num_parameters']:,} parameters",
-            f"student  {student['name']}: {student['num_parameters']:,} parameters, {student['mixer_parameters']:,} of them "
-            f"in {len(student['grafted_layers'])} mixers",
+            f"student  {student['name']}: {student['num_parameters']:,} parameters, "
+            f"{student['mixer_parameters']:,} of them in {len(student['grafted_layers'])} mixers",
             "",
             table(headings, [*rows, total]),
             "",
@@ -159,14 +161,11 @@ def doctor_text(found: dict[str, Any]) -> str:
     packages = [
         (package["name"], package["installed"] or "missing", package["wanted"] or "any") for package in found["base"]
     ]
-    extras = [
-        (
-            name,
-            _extra_state(extra),
-            extra["brings"],
-            "" if extra["complete"] or not extra["packages"] else extra["install"],
-        )
+    extras = [(name, _extra_state(extra), extra["brings"]) for name, extra in found["extras"].items()]
+    commands = [
+        f"to install {name}: {extra['install']}"
         for name, extra in found["extras"].items()
+        if extra["packages"] and not extra["complete"]
     ]
     return "\n".join(
         [
@@ -175,9 +174,11 @@ def doctor_text(found: dict[str, Any]) -> str:
             "",
             table(("package", "installed", "wanted"), packages, left=3),
             "",
-            table(("extra", "state", "brings", "install with"), extras, left=4),
+            table(("extra", "state", "brings"), extras, left=3),
+            "",
+            *commands,
         ]
-    )
+    ).rstrip()
 
 
 def _extra_state(extra: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus, build_corpus, hold_out
 from mohawkify.data.evaluation import evaluation_batches, evaluation_rows
-from mohawkify.errors import CheckpointError, UsageError
+from mohawkify.errors import CheckpointError, MohawkifyError, UsageError
 from mohawkify.evaluate.agreement import measure_agreement
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import STAGES, make_plan
@@ -133,7 +133,7 @@ def convert(source: str, recipe: Recipe, *, output: Path | None, resume: str, re
             storage.write_json(run.teacher_file, facts)
             storage.write_json(run.student_file, student.to_json())
             conversion = _prepare(run, recipe, identity, folder, inspection, student, device, report)
-        except BaseException:
+        except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command.
             if is_new:
                 storage.remove_directory(run.path)
@@ -180,11 +180,11 @@ def _prepare(
     device: torch.device,
     report: Report,
 ) -> Conversion:
-    tokenizer = load_tokenizer(folder, inspection.spec.vocabulary_size)
-    corpora, validation = _read_data(run, recipe, tokenizer, folder, inspection.spec.vocabulary_size, report)
     report(f"loading the teacher from {folder}")
+    tokenizer = load_tokenizer(folder, inspection.spec.vocabulary_size)
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     teacher = load_teacher(folder, dtype=dtype, device=device)
+    corpora, validation = _read_data(run, recipe, tokenizer, folder, inspection.spec.vocabulary_size, report)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     if recipe.compute.activation_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -265,6 +265,10 @@ def _train(conversion: Conversion, stop: StopRequest) -> None:
     if saved is not None:
         if saved.state["identity"] != conversion.identity:
             raise CheckpointError(f"{saved.path} belongs to another recipe or teacher")
+        if saved.state["text"] != _fingerprints(conversion):
+            raise CheckpointError(
+                f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
+            )
         _load_weights(conversion.pair.student, checkpoint.load_tensors(saved, "model"))
         position = Position(**saved.state["position"])
         report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
@@ -311,7 +315,11 @@ def _run_stage(
             global_step=position.global_step,
             model_tensors=dict(conversion.pair.student.named_parameters()),
             optimizer_tensors=engine.state(),
-            state={"identity": conversion.identity, "position": vars(position)},
+            state={
+                "identity": conversion.identity,
+                "text": _fingerprints(conversion),
+                "position": vars(position),
+            },
         )
         checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)
 
@@ -360,6 +368,10 @@ def _tokens_before(stretches: list[Stretch], step: int, batch_sequences: int) ->
         tokens += steps * stretch.sequence_length * batch_sequences
         step -= steps
     return tokens
+
+
+def _fingerprints(conversion: Conversion) -> dict[str, str]:
+    return {name: corpus.fingerprint for name, corpus in conversion.corpora.items()}
 
 
 def _load_weights(student: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:

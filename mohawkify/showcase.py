@@ -55,8 +55,9 @@ def run_demo(output: Path, *, report: Report) -> str:
     evaluate_run(run, device=device, report=report)
 
     report("\n[5/6] export\n")
-    sizes = {"teacher": _bytes(teacher_folder(run)), "student": _bytes(run.final)}
-    places = {"run": run.path, "student": run.final}
+    teacher = teacher_folder(run)
+    sizes = {"teacher": _bytes(teacher), "student": _bytes(run.final)}
+    places = {"teacher": teacher, "run": run.path, "student": run.final}
     for target in TARGETS:
         try:
             places[target] = _export(run, target, report)
@@ -66,7 +67,7 @@ def run_demo(output: Path, *, report: Report) -> str:
             sizes[target] = _bytes(places[target])
 
     report("\n[6/6] a story begun, continued by teacher and student\n")
-    models, tokenizer = load_run_models(run, with_teacher=True, device=device)
+    models, tokenizer = load_run_models(run, teacher, device)
     prompt = " ".join(split_stories("validation")[0].split()[:PROMPT_WORDS])
     speeds = {}
     for name, model in models.items():
@@ -116,7 +117,7 @@ def summary(
             short_bytes(sizes[name]) if name in sizes else "",
             str(place),
         )
-        for name, place in {"teacher": "", **places}.items()
+        for name, place in places.items()
     ]
     return "\n".join(
         [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify.errors import DataError, UsageError
+from mohawkify.errors import CheckpointError, DataError, UsageError
 from mohawkify.pipeline import convert, plan
 from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
 from mohawkify.storage import read_lines
@@ -184,3 +184,19 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
     with pytest.raises(DataError):
         convert(str(teacher_folder), wrong, output=tmp_path / "run", resume="auto", report=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_changed_while_the_run_was_stopped_is_refused(teacher_folder, recipe, tmp_path, monkeypatch):
+    text = tmp_path / "own.jsonl"
+    text.write_bytes((teacher_folder / "text.jsonl").read_bytes())
+    own = apply_overrides(recipe, [f"data.train.0.path={text}"])
+    update = StageProgress.update
+    monkeypatch.setattr(
+        StageProgress, "update", lambda self, report: (update(self, report), os.kill(os.getpid(), signal.SIGTERM))
+    )
+    with pytest.raises(Interrupted):
+        convert(str(teacher_folder), own, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    monkeypatch.setattr(StageProgress, "update", update)
+    text.write_text(text.read_text().replace("one", "two"))
+    with pytest.raises(CheckpointError, match="other text"):
+        convert(str(teacher_folder), own, output=tmp_path / "run", resume="auto", report=lambda line: None)

@@ -60,7 +60,7 @@ def test_orient_trains_exactly_what_the_matrix_is_made_of(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_has_a_part(family, tmp_path):
     pair = tiny_pair(family, tmp_path, student={"keep_attention": (1,)})
-    parts = part_of_parameters(pair.student, "model.layers")
+    parts = part_of_parameters(pair.student, pair.spec)
     by_part: dict[str, list[str]] = {}
     for name, part in parts.items():
         by_part.setdefault(part, []).append(name)

@@ -156,7 +156,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, told: lis
         optimizer.step()
         optimizer.zero_grad()
         tokens_seen += sum(len(document.tokens) for document in batch)
-        if step % 50 == 0 or step == settings.steps:
+        if step % 100 == 0 or step == settings.steps:
             recall = recall_accuracy(model, tokenizer, questions)
             seconds = time.monotonic() - started
             _progress(

@@ -1,4 +1,7 @@
-"""How closely a student follows its teacher on held-out text. Shapes: b batch, l length, t predicted tokens, v vocabulary."""
+"""How closely a student follows its teacher on held-out text.
+
+Shapes: b batch, l length, t predicted tokens, v vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,176 @@
-"""Results as text."""
+"""The figures of a run as tables, for a terminal and for Markdown. Reads the plain dictionary of results.json."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+_MISSING = "-"
+_STAGES = ("init", "orient", "align", "distill")
+
+
+class _Table(NamedTuple):
+    """A titled table; the first column holds names, the others figures, and a missing figure is None."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str | None]]
+
+
+def console_table(results: dict[str, Any]) -> str:
+    """Lay out a run's results in aligned columns; parts that were not measured are left out.
+
+    Args:
+        results: as in results.json: ``teacher``, ``student``, ``stages``, and optionally ``tasks`` (of
+            `mohawkify.evaluate.harness.run_tasks`), ``speed`` and ``sizes`` (bytes by name).
+    """
+    blocks = []
+    for table in _tables(results):
+        cells = _cells(table)
+        widths = _widths(cells)
+        lines = ["  ".join(_padded(row, widths)).rstrip() for row in cells]
+        blocks.append("\n".join([table.title, *(f"  {line}" for line in lines)]))
+    return "\n\n".join(blocks)
 
 
 def markdown_report(results: dict[str, Any]) -> str:
-    """A table of the figures after every stage."""
-    rows = [f"| {name} | {row['perplexity']:.3f} | {row['kl']:.4f} | {row['top1']:.4f} |" for name, row in results["stages"].items()]
-    return "\n".join(["| stage | perplexity | KL | top-1 |", "|---|---|---|---|", *rows, ""])
+    """Write a run's results as a Markdown page; takes what `console_table` takes."""
+    blocks = [f"# Results of {results['name']}" if "name" in results else "# Results"]
+    for table in _tables(results):
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in _cells(table)]
+        widths = [max(3, width) for width in _widths(cells)]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines = [f"| {' | '.join(row)} |" for row in (_padded(cells[0], widths), rule)]
+        lines += [f"| {' | '.join(_padded(row, widths))} |" for row in cells[1:]]
+        blocks.append(f"## {table.title}\n\n" + "\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _tables(results: dict[str, Any]) -> list[_Table]:
+    tables = [_agreement_table(results), _tasks_table(results), _speed_table(results), _sizes_table(results)]
+    return [table for table in tables if table.rows]
+
+
+def _agreement_table(results: dict[str, Any]) -> _Table:
+    teacher = results.get("teacher") or {}
+    stages = results.get("stages") or {}
+    measured = {"teacher": teacher}
+    measured |= {f"after {name}": stages[name] for name in _STAGES if name in stages}
+    measured["student"] = results.get("student") or {}
+    title = "Held-out text"
+    if results.get("evaluation_tokens"):
+        title += f" ({results['evaluation_tokens']:,} predicted tokens)"
+    header = ["", "tokens", "perplexity", "x teacher", "KL (nats/token)", "top-1", "seconds"]
+    rows = [
+        [
+            name,
+            _count(figures.get("tokens")),
+            _significant(figures.get("perplexity"), 4),
+            _decimals(_ratio(figures.get("perplexity"), teacher.get("perplexity")), 3),
+            _decimals(figures.get("kl"), 4),
+            _decimals(figures.get("top1"), 4),
+            _seconds(figures.get("seconds")),
+        ]
+        for name, figures in measured.items()
+        if figures
+    ]
+    return _Table(title, header, rows)
+
+
+def _tasks_table(results: dict[str, Any]) -> _Table:
+    outcome = results.get("tasks") or {}
+    title = "Tasks"
+    if outcome.get("limit") is not None:
+        title += f" (the first {outcome['limit']:,} questions of each)"
+    if outcome.get("truncated_requests"):
+        title += f" ({outcome['truncated_requests']:,} contexts cut to the window of {outcome['window']:,} tokens)"
+    rows: list[list[str | None]] = []
+    for name, task in (outcome.get("tasks") or {}).items():
+        for metric, figures in task["metrics"].items():
+            better = {True: metric, False: f"{metric} (lower is better)", None: metric}[figures["higher_is_better"]]
+            rows.append(
+                [name, better, _count(task.get("num_fewshot")), _count(task.get("samples")), *_compared(figures)]
+            )
+    preset = outcome.get("preset")
+    if preset:
+        rows.append([f"average of {preset['name']}", "see preset", None, None, *_compared(preset["average"])])
+    return _Table(title, ["task", "metric", "shots", "questions", "teacher", "student", "retained %"], rows)
+
+
+def _compared(figures: dict[str, Any]) -> list[str | None]:
+    return [
+        _metric(figures.get("teacher")),
+        _metric(figures.get("student")),
+        _decimals(figures.get("retention"), 1),
+    ]
+
+
+def _speed_table(results: dict[str, Any]) -> _Table:
+    speed = results.get("speed") or {}
+    teacher, student = speed.get("teacher_tokens_per_second"), speed.get("student_tokens_per_second")
+    rows = [
+        ["teacher", _significant(teacher, 3), None],
+        ["student", _significant(student, 3), _decimals(_ratio(student, teacher), 2)],
+    ]
+    return _Table("Generation", ["", "tokens/s", "x teacher"], [row for row in rows if row[1] is not None])
+
+
+def _sizes_table(results: dict[str, Any]) -> _Table:
+    sizes = results.get("sizes") or {}
+    return _Table("On disk", ["", "size"], [[name, _bytes(size)] for name, size in sizes.items()])
+
+
+def _cells(table: _Table) -> list[list[str]]:
+    """Header and rows without the columns that nobody measured."""
+    kept = [column for column in range(len(table.header)) if any(row[column] is not None for row in table.rows)]
+    rows = [[row[column] or _MISSING for column in kept] for row in table.rows]
+    return [[table.header[column] for column in kept], *rows]
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, figures to the right."""
+    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
+
+
+def _count(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _decimals(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value:,.{digits}f}"
+
+
+def _significant(value: float | None, digits: int) -> str | None:
+    """A figure with so many digits that carry meaning, never in powers of ten."""
+    if value is None:
+        return None
+    whole_digits = 1 if abs(value) < 1 else int(math.log10(abs(value))) + 1
+    return f"{value:,.{max(0, digits - whole_digits)}f}"
+
+
+def _metric(value: float | None) -> str | None:
+    """A share as 0.1234; a perplexity or another large figure with four significant digits."""
+    return _decimals(value, 4) if value is None or abs(value) <= 1 else _significant(value, 4)
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else _decimals(value, 1 if value < 10 else 0)
+
+
+def _bytes(value: int) -> str:
+    """A size in units of a thousand, as disks are sold."""
+    size = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5 or unit == "GB":
+            return f"{_significant(size, 3)} {unit}" if unit != "B" else f"{value} B"
+        size /= 1000
+    raise AssertionError("unreachable")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify import storage
 from mohawkify.data.corpus import build_corpus, hold_out
@@ -39,19 +39,15 @@ def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
     recorded = Path(facts["folder"])
     folder = recorded if override is None and recorded.is_dir() else find_folder(override or facts["source"])
     found = teacher_hashes(folder)
-    changed = sorted(name for name in facts["files"].keys() | found.keys() if facts["files"].get(name) != found.get(name))
+    changed = sorted(
+        name for name in facts["files"].keys() | found.keys() if facts["files"].get(name) != found.get(name)
+    )
     if changed:
         raise TeacherError(
             f"{folder} is not the teacher that {run.path} was made from: {changed[0]} differs",
             hint="name the folder of the original teacher with --teacher",
         )
     return folder
-
-
-def load_run_teacher(run: RunFolder, folder: Path, device: torch.device) -> Any:
-    """Load a run's teacher in the precision in which it taught."""
-    is_bf16 = run.recipe().compute.precision == "bf16"
-    return load_teacher(folder, dtype=torch.bfloat16 if is_bf16 else torch.float32, device=device)
 
 
 def held_out_rows(
@@ -81,3 +77,99 @@ def _training_tokens(recipe: Recipe) -> int:
             if segment.data == "train":
                 total += segment.num_steps * segment.sequence_length * stage.batch_sequences
     return total
+
+
+def load_run_models(
+    run: RunFolder, teacher: Path | None, device: torch.device
+) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """Load what a run is made of.
+
+    Args:
+        run: a finished run.
+        teacher: the folder that `teacher_folder` found; None leaves the teacher out.
+        device: where the models go.
+
+    Returns:
+        The models by name, ``teacher`` first where wanted, then ``student``; and the tokenizer of both.
+
+    Raises:
+        TeacherError: the teacher is damaged.
+        CheckpointError: the student is damaged.
+    """
+    models: dict[str, PreTrainedModel] = {}
+    if teacher is not None:
+        is_bf16 = run.recipe().compute.precision == "bf16"  # then it taught in bf16, and is measured as it taught
+        models["teacher"] = load_teacher(teacher, dtype=torch.bfloat16 if is_bf16 else torch.float32, device=device)
+    student: Any = load_student(run.final)
+    models["student"] = student.to(device)
+    return models, load_tokenizer(run.final, student.config.vocab_size)
+
+
+def evaluate_run(
+    run: RunFolder,
+    *,
+    device: torch.device,
+    report: Report,
+    against: str = "teacher",
+    teacher_source: str | None = None,
+    tasks: str | None = None,
+    preset: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    include_path: Path | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Measure the finished student of a run, and write what was found into the run.
+
+    Args:
+        run: a finished run.
+        device: where to compute.
+        report: receives a line for every step of the way.
+        against: ``teacher`` measures both and compares them; ``none`` the student alone.
+        teacher_source: where the teacher is now; None looks where it was.
+        tasks: tasks of lm-eval, with commas between.
+        preset: the name of a set of such tasks.
+        limit: only the first questions of each task.
+        shots: examples in front of each question; None leaves it to the task.
+        include_path: a folder with more tasks.
+        batch_size: questions per forward pass.
+
+    Returns:
+        A JSON object: ``name``, ``against``, the figures of ``student``; with a teacher its own and the number of
+        ``tokens`` that were compared; ``tasks`` where some were asked for.
+
+    Raises:
+        MohawkifyError: anything foreseeable, such as a teacher that is gone.
+    """
+    recipe = run.recipe()
+    teacher_path = teacher_folder(run, teacher_source) if against == "teacher" else None
+    report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
+    models, tokenizer = load_run_models(run, teacher_path, device)
+    student, teacher = models["student"], models.get("teacher")
+    # Text beside the teacher is found without it being compared, or even whole.
+    text_base = teacher_path or Path(storage.read_json(run.teacher_file)["folder"])
+    rows = held_out_rows(run, recipe, tokenizer, text_base, student.config.vocab_size)
+    report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
+    batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
+    found: dict[str, Any] = {"name": run.results().get("name"), "against": against}
+    if teacher is None:
+        found["student"] = {"perplexity": measure_teacher(student, batches)}
+    else:
+        agreement = measure_agreement(student, teacher, batches, device=device)
+        found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
+        found["teacher"] = {"perplexity": agreement.teacher_perplexity}
+        found["tokens"] = agreement.tokens
+    storage.write_json(run.path / EVAL_JSON, found)
+    storage.write_text(run.path / EVAL_MARKDOWN, evaluation_markdown(found))
+    return found
+
+
+def evaluation_markdown(found: dict[str, Any]) -> str:
+    """What `evaluate_run` found, as Markdown."""
+    lines = ["| | perplexity | KL (nats/token) | top-1 agreement |", "|---|---:|---:|---:|"]
+    if "teacher" in found:
+        lines.append(f"| teacher | {found['teacher']['perplexity']:.3f} | 0 | 1 |")
+    student = found["student"]
+    agreement = f"{student['kl']:.4f} | {student['top1']:.4f}" if "kl" in student else "|"
+    lines.append(f"| student | {student['perplexity']:.3f} | {agreement} |")
+    return "\n".join(lines) + "\n"

@@ -103,9 +103,10 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
     if bits is not None:
         weights = f"Projections, MLPs, embedding and head have {bits} bits, the rest is {result['dtype']}"
     text = (
-        f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32. Against the run, on\n"
-        f"{result['tokens']:,} tokens the student wrote: KL {result['kl']:.2g} nats per token, top-1 agreement\n"
-        f"{result['top1']:.4f}, largest difference of a logit {result['max_logit_difference']:.2g}.\n"
+        f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32.\n\n"
+        f"Against the run in float32, on {result['tokens']:,} tokens the student wrote:\n"
+        f"KL {result['kl']:.2g} nats per token, top-1 agreement {result['top1']:.4f}, largest difference of a logit\n"
+        f"{result['max_logit_difference']:.2g}.\n"
     )
     if result["plain"]:
         text += f"\nNot quantised, because neither 64 nor 32 divides their width: {', '.join(result['plain'])}.\n"

@@ -99,8 +99,8 @@ def _mlx_config(final: Path) -> dict[str, Any]:
     if rope is not None:
         # mlx-lm's older families read the two keys that transformers 5 has merged into one.
         config["rope_theta"] = rope["rope_theta"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {**config, "model_file": MODEL_FILE, "mlx_module": adapter.mlx_module}
 
 

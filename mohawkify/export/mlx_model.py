@@ -137,7 +137,7 @@ class DiscreteMamba2(nn.Module):
         if keep_bl is not None:
             # A padded token neither writes to the state nor lets it decay.
             x_blhp = mx.where(keep_bl[..., None, None], x_blhp, 0)
-            pass
+            log_decay_blh = mx.where(keep_bl[..., None], log_decay_blh, 0)
 
         state_bhpn = memory[1]
         if state_bhpn is None:

@@ -37,8 +37,7 @@ class Align(Stage):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The chosen parts of the grafted layers; with the mixer as target, the mixers alone."""
-        spec = self.pair.spec
-        return layer_parameters(self.pair.student, spec.layers, spec.grafted_layers, self.parts)
+        return layer_parameters(self.pair.student, self.pair.spec, self.parts)
 
     def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """See `Stage.run`; ``relative`` is the distance over the teacher's norm, averaged over tokens and layers."""
@@ -60,6 +59,6 @@ class Align(Stage):
     def _modules(self, model: nn.Module) -> dict[int, nn.Module]:
         spec = self.pair.spec
         if self.target == "mixer":
-            return mixers_by_layer(model, spec.layers, spec.attention, spec.grafted_layers)
+            return mixers_by_layer(model, spec)
         layers = find_layers(model, spec.layers)
         return {index: layers[index] for index in spec.grafted_layers}

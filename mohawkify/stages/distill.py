@@ -31,7 +31,7 @@ class Distill(Stage):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The chosen parts of the whole student."""
-        return trainable_parameters(self.pair.student, self.pair.spec.layers, self.parts)
+        return trainable_parameters(self.pair.student, self.pair.spec, self.parts)
 
     def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""

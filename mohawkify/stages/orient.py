@@ -30,9 +30,9 @@ class Orient(Stage):
 
     def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """See `Stage.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
-        pair, spec = self.pair, self.pair.spec
-        mixers = mixers_by_layer(pair.student, spec.layers, spec.attention, spec.grafted_layers)
-        attentions = mixers_by_layer(pair.teacher, spec.layers, spec.attention, spec.grafted_layers)
+        pair = self.pair
+        mixers = mixers_by_layer(pair.student, pair.spec)
+        attentions = mixers_by_layer(pair.teacher, pair.spec)
         starts_bl = batch.position_ids == 0
         losses, relatives = [], []
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from mohawkify.spec import StudentSpec
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
 
@@ -15,66 +16,64 @@ from mohawkify.student.mixer import DiscreteMamba2
 MIXING = ("b_proj", "c_proj", "decay_proj", "b_conv", "c_conv", "d")
 
 
-def part_of_parameters(student: PreTrainedModel, layers: str) -> dict[str, str]:
+def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str, str]:
     """Say for every parameter of the student which part it belongs to.
 
     Args:
         student: the student; a tied head counts as embedding.
-        layers: attribute path to its decoder layers.
+        spec: its facts.
 
     Returns:
         Parameter name to ``mixer``, ``attention`` (kept layers), ``norm``, ``mlp``, ``embedding`` or ``head``.
     """
-    parts: dict[str, str] = {}
     owner = dict(student.named_modules())
-    mixers = [name for name, module in owner.items() if isinstance(module, DiscreteMamba2)]
     embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    kept = range(len(find_layers(student, spec.layers)))
+    grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.grafted_layers)
+    attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.grafted_layers)
+    parts: dict[str, str] = {}
     for name, parameter in student.named_parameters():
         module = owner[name.rpartition(".")[0]]
-        if any(name.startswith(f"{mixer}.") for mixer in mixers):
+        if name.startswith(grafted):
             parts[name] = "mixer"
         elif parameter is embedding.weight:
             parts[name] = "embedding"
-        elif head is not None and module is head:
+        elif module is head:
             parts[name] = "head"
         elif "norm" in type(module).__name__.lower():
             parts[name] = "norm"
-        elif name.startswith(f"{layers}.") and "attn" in name.removeprefix(f"{layers}.").split(".")[1]:
-            parts[name] = "attention"
         else:
-            parts[name] = "mlp"
+            parts[name] = "attention" if name.startswith(attention) else "mlp"
     return parts
 
 
-def trainable_parameters(student: PreTrainedModel, layers: str, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+def trainable_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters of the given parts by name; with ``mlp``, the attention that a hybrid keeps trains too."""
     wanted = set(parts)
     if "mlp" in wanted:
         wanted.add("attention")
-    part_of = part_of_parameters(student, layers)
+    part_of = part_of_parameters(student, spec)
     return {name: parameter for name, parameter in student.named_parameters() if part_of[name] in wanted}
 
 
-def layer_parameters(
-    student: PreTrainedModel, layers: str, grafted_layers: tuple[int, ...], parts: Iterable[str]
-) -> dict[str, nn.Parameter]:
+def layer_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterable[str]) -> dict[str, nn.Parameter]:
     """As `trainable_parameters`, but only inside the grafted layers: what a layer-wise stage can reach."""
-    prefixes = tuple(f"{layers}.{index}." for index in grafted_layers)
-    return {n: p for n, p in trainable_parameters(student, layers, parts).items() if n.startswith(prefixes)}
+    prefixes = tuple(f"{spec.layers}.{index}." for index in spec.grafted_layers)
+    return {n: p for n, p in trainable_parameters(student, spec, parts).items() if n.startswith(prefixes)}
 
 
 def mixing_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a mixing matrix is made of."""
-    found = {}
-    for name, module in student.named_modules():
-        if isinstance(module, DiscreteMamba2):
-            for own, parameter in module.named_parameters():
-                if own.split(".")[0] in MIXING:
-                    found[f"{name}.{own}"] = parameter
-    return found
+    return {
+        f"{name}.{own}": parameter
+        for name, module in student.named_modules()
+        if isinstance(module, DiscreteMamba2)
+        for own, parameter in module.named_parameters()
+        if own.split(".")[0] in MIXING
+    }
 
 
-def mixers_by_layer(model: nn.Module, layers: str, attention: str, grafted_layers: tuple[int, ...]) -> dict[int, Any]:
-    """The modules at the attention's place in the grafted layers."""
-    stack = find_layers(model, layers)
-    return {index: getattr(stack[index], attention) for index in grafted_layers}
+def mixers_by_layer(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:
+    """The modules at the attention's place in the grafted layers: mixers in a student, attention in a teacher."""
+    layers = find_layers(model, spec.layers)
+    return {index: getattr(layers[index], spec.attention) for index in spec.grafted_layers}

@@ -1,0 +1,41 @@
+"""The list of all commands in docs/cli.md, written from the help of the commands themselves."""
+
+from __future__ import annotations
+
+import click
+
+from mohawkify.cli import NAME, main
+
+BEGIN = (
+    "<!-- From here to the end mark the page is written from the commands' help; `mohawkify.cli_docs` renews it. -->"
+)
+END = "<!-- End of what is written from the commands' help. -->"
+_WIDTH = 100
+
+
+def cli_reference() -> str:
+    """Write Markdown with the help of every command, as the terminal shows it at a fixed width."""
+    return "\n".join(_sections(main, NAME, None))
+
+
+def with_reference(page: str) -> str:
+    """Returns a Markdown page with the part between its two marks written anew.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError("the page lacks the marks around the part that is written from the commands' help")
+    return f"{before}{begin}\n\n{cli_reference()}\n{end}{after}"
+
+
+def _sections(command: click.Command, name: str, parent: click.Context | None) -> list[str]:
+    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
+    context.terminal_width = context.max_content_width = _WIDTH
+    lines = [f"## {context.command_path}", "", "```text", command.get_help(context).rstrip(), "```", ""]
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            lines += _sections(command.commands[each], each, context)
+    return lines
