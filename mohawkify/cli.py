@@ -182,12 +182,13 @@ def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
 
     chosen = finished_run(run)
     with _working():
-        from mohawkify.evaluate.run import evaluate_run, evaluation_markdown
+        from mohawkify.evaluate.report import console_table
+        from mohawkify.evaluate.run import evaluate_run
         from mohawkify.pipeline import choose_device
 
         device = choose_device(chosen.recipe().compute.device)
         found = evaluate_run(chosen, **wanted, device=device, report=_say)
-    _print(found, evaluation_markdown, as_json)
+    _print(found, console_table, as_json)
 
 
 @main.command()

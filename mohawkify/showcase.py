@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from mohawkify import pipeline, storage
 from mohawkify.cli_inspect import inspect_source
-from mohawkify.cli_show import inspection_text, plan_text, short_bytes, table
+from mohawkify.cli_show import inspection_text, plan_text, short_time
 from mohawkify.demo import split_stories
 from mohawkify.errors import MissingExtraError
+from mohawkify.evaluate.report import console_table
 from mohawkify.evaluate.run import evaluate_run, load_run_models, teacher_folder
 from mohawkify.evaluate.speed import decode_speed
 from mohawkify.export.export import export_run
@@ -77,59 +75,21 @@ def run_demo(output: Path, *, report: Report) -> str:
         report(f"{name}: {prompt} [...]{text}\n")
         speed = decode_speed(model, prompt_tokens=16, new_tokens=SPEED_TOKENS, device=device)
         speeds[name] = speed["tokens_per_second"]
-    return summary(run.results(), speeds, sizes, places, time.monotonic() - begin, device)
-
-
-def summary(
-    results: dict[str, Any],
-    speeds: dict[str, float],
-    sizes: dict[str, int],
-    places: dict[str, Path],
-    seconds: float,
-    device: torch.device,
-) -> str:
-    """Write the closing table.
-
-    Args:
-        results: the run's `results.json`.
-        speeds: tokens per second by model.
-        sizes: bytes on disk by what lies there.
-        places: folders by what they hold.
-        seconds: of the whole tour.
-        device: where it ran.
-    """
-    quality = [("teacher", "", f"{results['teacher']['perplexity']:.3f}", "0", "1", "")]
-    quality += [
-        (
-            "student, start" if name == "init" else f"student, {name}",
-            f"{row['tokens']:,}",
-            f"{row['perplexity']:.3f}",
-            f"{row['kl']:.4f}",
-            f"{row['top1']:.4f}",
-            f"{row['seconds']:.0f}",
-        )
-        for name, row in results["stages"].items()
+    results = {
+        **run.results(),
+        "speed": {f"{name}_tokens_per_second": speed for name, speed in speeds.items()},
+        "sizes": sizes,
+    }
+    lines = [
+        "",
+        console_table(results),
+        "",
+        "Where everything lies",
+        *(f"  {name:<8} {place}" for name, place in places.items()),
+        "",
+        f"Generation: one sequence, greedy, on {device.type}. All of it took {short_time(time.monotonic() - begin)}.",
     ]
-    use = [
-        (
-            name,
-            f"{speeds[name]:,.0f}" if name in speeds else "",
-            short_bytes(sizes[name]) if name in sizes else "",
-            str(place),
-        )
-        for name, place in places.items()
-    ]
-    return "\n".join(
-        [
-            "",
-            table(("", "tokens seen", "perplexity", "KL nats/token", "top-1", "seconds"), quality),
-            "",
-            table(("", "tokens/s", "on disk", "lies in"), [(*row[:3], f"  {row[3]}".rstrip()) for row in use]),
-            "",
-            f"{results['evaluation_tokens']:,} held-out tokens; tokens/s: one sequence, greedy, on {device.type}; "
-            f"all of it took {seconds:.0f} s",
-        ]
-    )
+    return "\n".join(lines)
 
 
 def _export(run: RunFolder, target: str, report: Report) -> Path:

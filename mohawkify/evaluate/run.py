@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mohawkify import storage
 from mohawkify.data.corpus import build_corpus, hold_out
 from mohawkify.data.evaluation import evaluation_batches, evaluation_rows
-from mohawkify.errors import TeacherError
+from mohawkify.errors import TeacherError, UsageError
 from mohawkify.evaluate.agreement import measure_agreement, measure_teacher
+from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
+from mohawkify.evaluate.report import markdown_report
 from mohawkify.recipe import Recipe, StagesRecipe
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
@@ -135,12 +137,13 @@ def evaluate_run(
         batch_size: questions per forward pass.
 
     Returns:
-        A JSON object: ``name``, ``against``, the figures of ``student``; with a teacher its own and the number of
-        ``tokens`` that were compared; ``tasks`` where some were asked for.
+        What `mohawkify.evaluate.report` reads: ``name`` and the figures of the ``student``; with a teacher its own,
+        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for.
 
     Raises:
         MohawkifyError: anything foreseeable, such as a teacher that is gone.
     """
+    names = _task_names(tasks, preset, limit, shots, include_path)
     recipe = run.recipe()
     teacher_path = teacher_folder(run, teacher_source) if against == "teacher" else None
     report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
@@ -151,25 +154,47 @@ def evaluate_run(
     rows = held_out_rows(run, recipe, tokenizer, text_base, student.config.vocab_size)
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
-    found: dict[str, Any] = {"name": run.results().get("name"), "against": against}
+    found: dict[str, Any] = {"name": run.results().get("name")}
     if teacher is None:
         found["student"] = {"perplexity": measure_teacher(student, batches)}
     else:
         agreement = measure_agreement(student, teacher, batches, device=device)
-        found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
         found["teacher"] = {"perplexity": agreement.teacher_perplexity}
-        found["tokens"] = agreement.tokens
+        found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
+        found["evaluation_tokens"] = agreement.tokens
+    if names or preset:
+        report(f"asking the questions of {preset or ', '.join(names)}")
+    if preset:
+        found["tasks"] = run_preset(models, tokenizer, preset, batch_size=batch_size, limit=limit)
+    elif names:
+        found["tasks"] = run_tasks(
+            models,
+            tokenizer,
+            names,
+            batch_size=batch_size,
+            limit=limit,
+            num_fewshot=shots,
+            include_path=include_path,
+        )
     storage.write_json(run.path / EVAL_JSON, found)
-    storage.write_text(run.path / EVAL_MARKDOWN, evaluation_markdown(found))
+    storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
     return found
 
 
-def evaluation_markdown(found: dict[str, Any]) -> str:
-    """What `evaluate_run` found, as Markdown."""
-    lines = ["| | perplexity | KL (nats/token) | top-1 agreement |", "|---|---:|---:|---:|"]
-    if "teacher" in found:
-        lines.append(f"| teacher | {found['teacher']['perplexity']:.3f} | 0 | 1 |")
-    student = found["student"]
-    agreement = f"{student['kl']:.4f} | {student['top1']:.4f}" if "kl" in student else "|"
-    lines.append(f"| student | {student['perplexity']:.3f} | {agreement} |")
-    return "\n".join(lines) + "\n"
+def _task_names(
+    tasks: str | None, preset: str | None, limit: int | None, shots: int | None, include_path: Path | None
+) -> list[str]:
+    """The tasks asked for; refuses settings that nothing would heed."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise UsageError("--tasks names no task, expected names with commas between")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"found the preset {preset}, expected {' or '.join(PRESETS)}")
+    given = {"--tasks": tasks, "--shots": shots, "--include-path": include_path}
+    clashing = [flag for flag, value in given.items() if value is not None]
+    if preset is not None and clashing:
+        raise UsageError(f"found --preset and {clashing[0]}, expected one of them: a preset says its own")
+    idle = [flag for flag, value in {"--limit": limit, **given}.items() if value is not None]
+    if preset is None and not names and idle:
+        raise UsageError(f"found {idle[0]} without --tasks or --preset, expected both or neither")
+    return names
