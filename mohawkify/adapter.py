@@ -43,7 +43,6 @@ class Adapter:
         attention: attribute of a decoder layer that holds the attention module.
         read_weights: reads an attention module's projections; None uses q_proj, k_proj, v_proj and o_proj.
         mlx_module: the module of ``mlx_lm.models`` that has the family; None where mlx-lm has not.
-        mlx_layers: attribute path in mlx-lm's model to its list of decoder layers.
     """
 
     model_type: str
@@ -56,4 +55,3 @@ class Adapter:
     attention: str = "self_attn"
     read_weights: Callable[[Any], AttentionWeights] | None = None
     mlx_module: str | None = None
-    mlx_layers: str = "model.layers"

@@ -19,6 +19,8 @@ _LONGEST_LINE = 600
 class Verbs(click.Group):
     """A group that lists its verbs in the order they are written and reports every error the same way."""
 
+    group_class = type  # click's way to say: groups inside are of this class too
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(debug_option())

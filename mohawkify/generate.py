@@ -52,9 +52,9 @@ def write_text(
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     torch.manual_seed(seed)
-    model.eval()
+    writer: Any = model.eval()  # transformers' own types do not know that a model can generate
     with torch.inference_mode():
-        model.generate(
+        writer.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=max_tokens,

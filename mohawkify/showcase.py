@@ -50,7 +50,7 @@ def run_demo(output: Path, *, report: Report) -> str:
     device = pipeline.choose_device(recipe.compute.device)
 
     report("\n[4/6] evaluate: the finished student, loaded again\n")
-    evaluate_run(run, device=device, report=report)
+    report(console_table(evaluate_run(run, device=device, report=report)))
 
     report("\n[5/6] export\n")
     teacher = teacher_folder(run)

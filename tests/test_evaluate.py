@@ -232,20 +232,29 @@ def test_console_table_shows_every_part() -> None:
     blocks = {block.splitlines()[0]: [line.split() for line in block.splitlines()[1:]] for block in text.split("\n\n")}
     held = blocks["Held-out text (20,480 predicted tokens)"]
     assert held[1] == ["teacher", "-", "3.310", "1.000", "-", "-", "-"]
-    assert held[2] == ["after", "init", "0", "12,346", "3,729.699", "3.5000", "0.2500", "0.0"]
+    assert held[2] == ["after", "init", "0", "12,346", "3,730", "3.5000", "0.2500", "0.0"]
     assert held[3] == ["after", "distill", "1,200,000", "3.780", "1.142", "0.1400", "0.8360", "93"]
     assert held[4] == ["student", "-", "3.780", "1.142", "0.1400", "0.8360", "-"]
     tasks = blocks["Tasks (the first 100 questions of each)"]
     assert tasks[1] == ["a|b", "acc", "0", "100", "0.5000", "0.4500", "90.0"]
-    assert tasks[2] == "a|b perplexity (lower is better) 0 100 30.00 40.00 75.0".split()
+    assert tasks[2] == ["a|b", "perplexity", "(lower", "is", "better)", "0", "100", "30.00", "40.00", "75.0"]
     assert blocks["Generation"][2] == ["student", "312", "1.56"]
     assert blocks["On disk"][1:] == [["teacher", "1.06", "MB"], ["mlx-q4", "400", "B"]]
 
 
+def test_average_of_a_preset_stars_its_metrics() -> None:
+    average = {"teacher": 0.5, "student": 0.45, "retention": 90.0}
+    preset = {"name": "llamba", "metrics": {"a|b": "acc"}, "average": average}
+    lines = console_table({"tasks": {**RESULTS["tasks"], "preset": preset}}).splitlines()
+    assert [line.split() for line in lines if "*" in line] == [
+        ["a|b", "acc", "*", "0", "100", "0.5000", "0.4500", "90.0"],
+        ["llamba:", "average", "*", "-", "-", "0.5000", "0.4500", "90.0"],
+    ]
+
+
 def test_columns_are_aligned() -> None:
     block = console_table({key: RESULTS[key] for key in ("teacher", "stages")}).splitlines()[1:]
-    ends = [line.rstrip().rfind(" ", 0, 40) >= 0 and len(line) for line in block]
-    assert len(set(ends)) == 1  # the last column is flush right in every line
+    assert len({len(line) for line in block}) == 1  # the last column is flush right in every line
     page = markdown_report(RESULTS)
     for table in page.split("\n\n"):
         if table.startswith("|"):

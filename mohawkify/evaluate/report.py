@@ -67,7 +67,7 @@ def _agreement_table(results: dict[str, Any]) -> _Table:
             name,
             _count(figures.get("tokens")),
             _significant(figures.get("perplexity"), 4),
-            _decimals(_ratio(figures.get("perplexity"), teacher.get("perplexity")), 3),
+            _significant(_ratio(figures.get("perplexity"), teacher.get("perplexity")), 4),
             _decimals(figures.get("kl"), 4),
             _decimals(figures.get("top1"), 4),
             _seconds(figures.get("seconds")),
@@ -85,16 +85,16 @@ def _tasks_table(results: dict[str, Any]) -> _Table:
         title += f" (the first {outcome['limit']:,} questions of each)"
     if outcome.get("truncated_requests"):
         title += f" ({outcome['truncated_requests']:,} contexts cut to the window of {outcome['window']:,} tokens)"
+    preset = outcome.get("preset") or {"metrics": {}}
     rows: list[list[str | None]] = []
     for name, task in (outcome.get("tasks") or {}).items():
         for metric, figures in task["metrics"].items():
-            better = {True: metric, False: f"{metric} (lower is better)", None: metric}[figures["higher_is_better"]]
-            rows.append(
-                [name, better, _count(task.get("num_fewshot")), _count(task.get("samples")), *_compared(figures)]
-            )
-    preset = outcome.get("preset")
-    if preset:
-        rows.append([f"average of {preset['name']}", "see preset", None, None, *_compared(preset["average"])])
+            label = f"{metric} (lower is better)" if figures["higher_is_better"] is False else metric
+            label += " *" if preset["metrics"].get(name) == metric else ""
+            counts = [_count(task.get("num_fewshot")), _count(task.get("samples"))]
+            rows.append([name, label, *counts, *_compared(figures)])
+    if "average" in preset:
+        rows.append([f"{preset['name']}: average", "*", None, None, *_compared(preset["average"])])
     return _Table(title, ["task", "metric", "shots", "questions", "teacher", "student", "retained %"], rows)
 
 

@@ -36,6 +36,11 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def obey(self, place: str) -> None:
+        """Raise Interrupted if a stop was requested; ``place`` says where the run stands."""
+        if self.number is not None:
+            raise Interrupted(f"stopped {place}", self.number)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for each in SIGNALS:

@@ -1,0 +1,232 @@
+"""A conversion under way: the stages in turn, checkpoints on the way, a measurement after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+
+from mohawkify import checkpoint, storage
+from mohawkify.data.corpus import Corpus
+from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.selection import stage_recipes
+from mohawkify.errors import CheckpointError
+from mohawkify.evaluate.agreement import measure_agreement
+from mohawkify.recipe import Recipe
+from mohawkify.run import RunFolder
+from mohawkify.stages.align import Align
+from mohawkify.stages.base import Pair, Stage
+from mohawkify.stages.distill import Distill
+from mohawkify.stages.orient import Orient
+from mohawkify.train.engine import Engine, LocalEngine
+from mohawkify.train.loop import StepReport, Stretch, run_stage
+from mohawkify.train.progress import StageProgress
+from mohawkify.train.stop import StopRequest
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Position:
+    """How far a run is; the part of a checkpoint's state that moves.
+
+    Args:
+        stage: the stage under way.
+        stage_step: optimiser steps taken in it.
+        global_step: optimiser steps taken in all.
+        tokens: tokens read in all.
+        seconds: training time of each stage so far, by name.
+    """
+
+    stage: str
+    stage_step: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Conversion:
+    """A teacher, a student, text and a folder: all that training needs.
+
+    Args:
+        run: the folder.
+        recipe: what to do.
+        identity: a hash of recipe and teacher, to know one's own checkpoints by.
+        pair: teacher and student.
+        corpora: the text of ``train`` and, where a stage ends on other text, of ``finish``.
+        held_out: rows of text for measurements.
+        device: where models and batches are.
+        report: receives a line for every step of the way.
+    """
+
+    run: RunFolder
+    recipe: Recipe
+    identity: str
+    pair: Pair
+    corpora: dict[str, Corpus]
+    held_out: list[np.ndarray]
+    device: torch.device
+    report: Report
+
+    def train(self, stop: StopRequest) -> None:
+        """Run all stages from wherever the folder's newest valid checkpoint is.
+
+        Raises:
+            Interrupted: a stop was requested; a checkpoint was written first.
+            CheckpointError: the checkpoint belongs to another recipe, teacher or text.
+            NumericsError: a loss or gradient is not finite.
+        """
+        saved = checkpoint.newest_valid(self.run.checkpoints, self.report)
+        if saved is None:
+            position = Position(stage="")
+            self._measure("init", position, stop)
+        else:
+            position = self._restore(saved)
+        stages, stretches = self._stages(), self._stretches()
+        names = list(stages)
+        for name in names[names.index(position.stage) if position.stage else 0 :]:
+            if not stretches[name]:
+                continue
+            if position.stage != name:
+                position.stage, position.stage_step, saved = name, 0, None
+            engine = LocalEngine(
+                stages[name].parameters(), self.recipe.optimizer, self.recipe.compute.precision, self.device
+            )
+            if saved is not None:
+                engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
+                checkpoint.restore_rng(checkpoint.load_tensors(saved, "rng"))
+            self._run_stage(stages[name], engine, stretches[name], position, stop)
+            if name not in self.run.results()["stages"]:
+                self._measure(name, position, stop)
+
+    def _stages(self) -> dict[str, Stage]:
+        recipes = self.recipe.stages
+        return {
+            "orient": Orient(self.pair),
+            "align": Align(self.pair, recipes.align),
+            "distill": Distill(self.pair, recipes.distill),
+        }
+
+    def _stretches(self) -> dict[str, list[Stretch]]:
+        """What every stage reads; stages share a corpus's global order, each going on where the one before ended."""
+        used = dict.fromkeys(self.corpora, 0)
+        stretches: dict[str, list[Stretch]] = {}
+        for name, stage in stage_recipes(self.recipe).items():
+            stretches[name] = []
+            for segment in stage.segments():
+                first = -(-used[segment.data] // segment.sequence_length)
+                corpus = self.corpora[segment.data]
+                stretches[name].append(Stretch(corpus, segment.num_steps, segment.sequence_length, first))
+                used[segment.data] += segment.num_steps * segment.sequence_length * stage.batch_sequences
+        return stretches
+
+    def _run_stage(
+        self, stage: Stage, engine: Engine, stretches: list[Stretch], position: Position, stop: StopRequest
+    ) -> None:
+        stage_recipe = stage_recipes(self.recipe)[stage.name]
+        num_steps = sum(stretch.num_steps for stretch in stretches)
+        batch = stage_recipe.batch_sequences
+        num_tokens = _tokens_before(stretches, num_steps, batch)
+        with StageProgress(stage.name, num_tokens, _tokens_before(stretches, position.stage_step, batch)) as progress:
+
+            def on_step(step: StepReport) -> None:
+                position.stage_step = step.step
+                position.global_step += 1
+                position.tokens += step.tokens
+                position.seconds[stage.name] = position.seconds.get(stage.name, 0.0) + step.seconds
+                self._log(step, position)
+                progress.update(step)
+                is_stopping = stop.number is not None
+                if is_stopping or step.step == num_steps or step.step % self.recipe.checkpoint.every_steps == 0:
+                    self._save(engine, position)
+                stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
+
+            self.pair.student.train()
+            run_stage(
+                stage,
+                engine,
+                stretches,
+                stage_recipe,
+                self.recipe,
+                device=self.device,
+                first_step=position.stage_step,
+                on_step=on_step,
+            )
+
+    def _log(self, step: StepReport, position: Position) -> None:
+        record = {
+            "stage": position.stage,
+            "step": step.step,
+            "global_step": position.global_step,
+            "tokens": position.tokens,
+            **step.figures,
+            "learning_rate": step.learning_rate,
+            "gradient_norm": step.gradient_norm,
+            "seconds": step.seconds,
+        }
+        storage.append_line(self.run.metrics_file, record)
+
+    def _save(self, engine: Engine, position: Position) -> None:
+        checkpoint.save_checkpoint(
+            self.run.checkpoints,
+            global_step=position.global_step,
+            model_tensors=dict(self.pair.student.named_parameters()),
+            optimizer_tensors=engine.state(),
+            state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
+        )
+        checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep)
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> Position:
+        if saved.state["identity"] != self.identity:
+            raise CheckpointError(f"{saved.path} belongs to another recipe or teacher")
+        if saved.state["text"] != self._fingerprints():
+            raise CheckpointError(
+                f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
+            )
+        tensors = checkpoint.load_tensors(saved, "model")
+        parameters = dict(self.pair.student.named_parameters())
+        if parameters.keys() != tensors.keys():
+            raise CheckpointError(f"the tensors in {saved.path} are not those of this student")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
+        position = Position(**saved.state["position"])
+        self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
+        return position
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: corpus.fingerprint for name, corpus in self.corpora.items()}
+
+    def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
+        """Compare student and teacher on held-out text and record the figures under a stage's name."""
+        batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
+        found = measure_agreement(self.pair.student, self.pair.teacher, batches, device=self.device)
+        results = self.run.results()
+        results["teacher"]["perplexity"] = found.teacher_perplexity
+        results["evaluation_tokens"] = found.tokens
+        results["stages"][name] = {
+            "tokens": position.tokens,
+            "perplexity": found.perplexity,
+            "kl": found.kl,
+            "top1": found.top1,
+            "seconds": position.seconds.get(name, 0.0),
+        }
+        self.run.write_results(results)
+        self.report(
+            f"after {name}: KL {found.kl:.4f} nats/token, top-1 {found.top1:.4f}, "
+            f"perplexity {found.perplexity:.3f} (teacher {found.teacher_perplexity:.3f})"
+        )
+        stop.obey(f"after measuring {name}")
+
+
+def _tokens_before(stretches: list[Stretch], step: int, batch_sequences: int) -> int:
+    """Tokens that the first steps of a stage read."""
+    tokens = 0
+    for stretch in stretches:
+        steps = min(step, stretch.num_steps)
+        tokens += steps * stretch.sequence_length * batch_sequences
+        step -= steps
+    return tokens

@@ -1,0 +1,332 @@
+"""Tasks through lm-eval: real questions, a real model as teacher and student; and what is refused before it runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mohawkify.errors import DataError, MissingExtraError, NumericsError, UsageError
+from mohawkify.evaluate import harness
+from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
+from tests.conftest import SHARED_DATA
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
+WriteTask = Callable[..., Path]
+ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+ACCURACY_PER_LENGTH = {**ACCURACY, "metric": "acc_norm"}
+PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{query}}",
+    "doc_to_choice": "{{endings}}",
+    "doc_to_target": "{{label}}",
+    "metric_list": [ACCURACY, ACCURACY_PER_LENGTH],
+}
+LAST_WORD = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+    "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+    "metric_list": [PERPLEXITY, ACCURACY],
+}
+SCIENCE = {
+    **CHOICE,
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices.text}}",
+    "doc_to_target": "{{choices.label.index(answerKey)}}",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher(stories_teacher: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(stories_teacher)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories_teacher: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(stories_teacher)
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> WriteTask:
+    """Writes a task file over a local JSON-lines file; its cache stays in the test's folder."""
+
+    def write(name: str, data: Path, settings: dict[str, Any], **changes: Any) -> Path:
+        if not data.exists():
+            pytest.skip(f"needs {data}, which is not here")
+        kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", **settings}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**task, "metadata": {"version": 3.0}, **changes}), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Two questions of our own."""
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"query": "Lily saw a", "endings": ["ball.", "quadratic form."], "label": 0, "text": "Tim was sad"},
+        {"query": "The dog ran to the", "endings": ["senate.", "park."], "label": 1, "text": "She was happy"},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def run(teacher: PreTrainedModel, tokenizer: Any, tasks: list[Any], **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"batch_size": 8, "limit": 6, "num_fewshot": None, **changes}
+    models = settings.pop("models", {"teacher": teacher, "student": teacher})
+    return run_tasks(models, tokenizer, [str(task) for task in tasks], **settings)
+
+
+def benchmark(name: str) -> Path:
+    return SHARED_DATA / "benchmarks" / name
+
+
+def test_a_model_keeps_all_of_itself(teacher: Any, tokenizer: Any, write_task: WriteTask) -> None:
+    tasks = [
+        write_task("local_hellaswag", benchmark("hellaswag.jsonl"), CHOICE),
+        write_task("local_lambada", benchmark("lambada_openai.jsonl"), LAST_WORD),
+        write_task("local_arc", benchmark("arc_easy.jsonl"), SCIENCE),
+    ]
+    teacher.train()
+    padding = tokenizer.pad_token
+    student = copy.deepcopy(teacher)
+    found = run(teacher, tokenizer, tasks, models={"teacher": teacher, "student": student}, limit=16)
+    assert list(found["tasks"]) == ["local_hellaswag", "local_lambada", "local_arc"]
+    assert found["subtasks"] == {}
+    for task in found["tasks"].values():
+        assert (task["version"], task["num_fewshot"], task["samples"]) == (3.0, 0, 16)
+        for figures in task["metrics"].values():
+            assert figures["student"] == figures["teacher"]
+            assert figures["retention"] == (100.0 if figures["teacher"] else None)
+    metrics = {name: sorted(task["metrics"]) for name, task in found["tasks"].items()}
+    assert metrics["local_hellaswag"] == metrics["local_arc"] == ["acc", "acc_norm"]
+    assert metrics["local_lambada"] == ["acc", "perplexity"]
+    assert 0 < found["tasks"]["local_hellaswag"]["metrics"]["acc"]["teacher"] < 1
+    assert found["window"] == 512
+    assert found["limit"] == 16
+    assert found["seeds"] == harness.SEEDS
+    assert found["lm_eval"].startswith("0.4")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert teacher.training, "the mode before is the mode after"
+    assert tokenizer.pad_token == padding
+
+
+def test_retention_has_the_direction_of_the_metric(teacher: Any, tokenizer: Any, write_task: WriteTask) -> None:
+    generator = torch.Generator().manual_seed(5)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    task = write_task("local_lambada", benchmark("lambada_openai.jsonl"), LAST_WORD)
+    found = run(teacher, tokenizer, [task], models={"teacher": teacher, "student": student})
+    perplexity = found["tasks"]["local_lambada"]["metrics"]["perplexity"]
+    assert perplexity["higher_is_better"] is False
+    assert perplexity["student"] > perplexity["teacher"]
+    assert perplexity["retention"] == pytest.approx(100 * perplexity["teacher"] / perplexity["student"])
+    assert perplexity["retention"] < 100
+
+
+def test_more_shots_are_asked_and_recorded(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path
+) -> None:
+    task = write_task("ours", questions, CHOICE)
+    found = run(teacher, tokenizer, [task], num_fewshot=1)
+    assert found["tasks"]["ours"]["num_fewshot"] == found["num_fewshot"] == 1
+    fixed = write_task("fixed", questions, CHOICE, num_fewshot=0)
+    with pytest.raises(UsageError, match="fixed at 0 solved examples, 1 were asked for"):
+        run(teacher, tokenizer, [fixed], num_fewshot=1)
+
+
+def test_a_student_alone_has_no_retention(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
+    task = write_task("ours", questions, CHOICE)
+    found = run(teacher, tokenizer, [task], models={"student": teacher})
+    assert found["tasks"]["ours"]["metrics"]["acc"].keys() == {"higher_is_better", "student"}
+
+
+def test_a_group_is_one_line_and_its_members_are_beside(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path, tmp_path: Path
+) -> None:
+    write_task("first", questions, CHOICE)
+    write_task("second", questions, {**CHOICE, "doc_to_text": "So: {{query}}"})
+    aggregate = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "pair", "task": ["first", "second"], "aggregate_metric_list": aggregate}
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    found = run(teacher, tokenizer, ["pair"], include_path=tmp_path)
+    assert list(found["tasks"]) == ["pair"]
+    assert sorted(found["subtasks"]) == ["first", "second"]
+    members = [task["metrics"]["acc"]["teacher"] for task in found["subtasks"].values()]
+    assert found["tasks"]["pair"]["metrics"]["acc"]["teacher"] == pytest.approx(sum(members) / 2)
+    with pytest.raises(UsageError, match="first is asked for twice"):
+        run(teacher, tokenizer, ["pair", "first"], include_path=tmp_path)
+
+
+def test_the_llamba_preset_runs_on_local_copies(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path, tmp_path: Path
+) -> None:
+    for name in PRESETS["llamba"].metrics:
+        write_task(name, questions, LAST_WORD if name == "lambada_openai" else CHOICE)
+    models = {"teacher": teacher, "student": teacher}
+    found = run_preset(models, tokenizer, "llamba", batch_size=8, limit=2, include_path=tmp_path)
+    chosen = [found["tasks"][task]["metrics"][metric]["teacher"] for task, metric in PRESETS["llamba"].metrics.items()]
+    assert len(chosen) == 8
+    assert found["num_fewshot"] == 0
+    assert found["preset"]["average"]["teacher"] == pytest.approx(sum(chosen) / 8)
+    assert found["preset"]["average"]["retention"] == 100.0
+    with pytest.raises(UsageError, match="no preset named 'lamba'"):
+        run_preset(models, tokenizer, "lamba", batch_size=8, limit=2)
+
+
+def test_windows_must_be_equal(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
+    student = copy.deepcopy(teacher)
+    student.config.max_position_embeddings = 1024
+    with pytest.raises(UsageError, match="teacher 512, student 1024"):
+        run(
+            teacher, tokenizer, [write_task("ours", questions, CHOICE)], models={"teacher": teacher, "student": student}
+        )
+
+
+def test_an_answer_longer_than_the_window_is_refused_before_the_first_forward_pass(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, tmp_path: Path
+) -> None:
+    data = tmp_path / "long.jsonl"
+    rows = [
+        {"query": "A", "endings": ["b.", "c."], "label": 0},
+        {"query": "A", "endings": ["very " * 600, "b."], "label": 1},
+    ]
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    model = copy.deepcopy(teacher)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    with pytest.raises(DataError, match=r"an answer of \d+ tokens does not fit the models' window of 512: 'very"):
+        run(model, tokenizer, [write_task("long", data, CHOICE)])
+    assert calls == []
+
+
+def test_contexts_that_are_cut_are_counted(teacher: Any, tokenizer: Any, write_task: WriteTask, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    rows = [{"query": text, "endings": ["day.", "night."], "label": 0} for text in ("One", "Once upon a time " * 200)]
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert run(teacher, tokenizer, [write_task("long", data, CHOICE)])["truncated_requests"] == 2
+
+
+def test_a_metric_that_is_no_number_is_an_error(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path
+) -> None:
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.model.norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match="perplexity of the student on words is nan"):
+        task = write_task("words", questions, LAST_WORD)
+        run(teacher, tokenizer, [task], models={"teacher": teacher, "student": student})
+
+
+def test_code_in_a_task_file_is_refused_and_not_run(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "utils.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef text(doc): return 'x'\n", encoding="utf-8"
+    )
+    direct = write_task("direct", questions, CHOICE)
+    direct.write_text(direct.read_text() + "process_docs: !function utils.text\n", encoding="utf-8")
+    outer = write_task("outer", questions, CHOICE, include="inner.yaml")
+    (tmp_path / "inner.yaml").write_text("description: !function utils.text\n", encoding="utf-8")
+    for tasks, include_path in (([direct], None), ([outer], None), (["direct"], tmp_path), (["arc_easy"], tmp_path)):
+        with pytest.raises(UsageError, match="has the tag !function") as caught:
+            run(teacher, tokenizer, tasks, include_path=include_path)
+        assert caught.value.exit_code == 2
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"unsafe_code": True}, "has the key unsafe_code"),
+        ({"class": "os.system"}, "has the key class"),
+        ({"use_prompt": "other.yaml:all"}, "has the key use_prompt"),
+        ({"metric_list": [{"metric": "./mine.py"}]}, "has the metric ./mine.py"),
+        ({"metric_list": [{**ACCURACY, "hf_evaluate": True}]}, "has the metric acc"),
+        ({"task": None}, "has neither a task: nor a group: name"),
+        ({"include": "ours.yaml"}, "includes itself"),
+        ({"include": "nowhere.yaml"}, "nowhere.yaml cannot be read: No such file"),
+    ],
+)
+def test_task_files_that_are_refused(
+    changes: dict[str, Any], reason: str, teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path
+) -> None:
+    task = write_task("ours", questions, CHOICE, **changes)
+    with pytest.raises(UsageError, match=reason):
+        run(teacher, tokenizer, [task])
+
+
+def test_code_in_a_task_inside_a_group_is_refused(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path, tmp_path: Path
+) -> None:
+    inline = yaml.safe_load(write_task("inline", questions, CHOICE, unsafe_code=True).read_text())
+    group = tmp_path / "group.yaml"
+    group.write_text(yaml.safe_dump({"group": "outer", "task": [inline]}), encoding="utf-8")
+    with pytest.raises(UsageError, match="has the key unsafe_code"):
+        run(teacher, tokenizer, [group])
+
+
+@pytest.mark.parametrize(("text", "reason"), [("a: [", "is not YAML"), ("- a", "holds list"), ("\0", "is not YAML")])
+def test_files_that_are_no_tasks(text: str, reason: str, teacher: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=reason):
+        run(teacher, tokenizer, [path])
+
+
+def test_questions_that_are_not_there(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
+    task = write_task("ours", questions, CHOICE)
+    questions.unlink()
+    with pytest.raises(DataError, match=r"questions of task .*ours\.yaml cannot be loaded"):
+        run(teacher, tokenizer, [task])
+
+
+def test_names_that_are_unknown_or_unsafe(
+    teacher: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="found no task named 'arc_esay'") as caught:
+        run(teacher, tokenizer, ["arc_esay"])
+    assert caught.value.hint == "did you mean arc_easy?"
+
+
+def test_a_bundled_task_that_runs_code_is_refused(teacher: Any, tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="task humaneval runs code that the model writes"):
+        run(teacher, tokenizer, ["humaneval"])
+
+
+def test_no_task_and_no_folder(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no task is named"):
+        run(teacher, tokenizer, [])
+    with pytest.raises(UsageError, match="no such folder of tasks"):
+        run(teacher, tokenizer, ["x"], include_path=tmp_path / "nowhere")
+
+
+def test_without_lm_eval_the_extra_is_named(teacher: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingExtraError) as caught:
+        run(teacher, tokenizer, ["arc_easy"])
+    assert caught.value.hint == 'pip install "mohawkify[eval]"'
