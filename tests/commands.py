@@ -41,7 +41,9 @@ def run_well(*arguments: Any) -> Result:
 
 def make_teacher(folder: Path, **changes: Any) -> Path:
     """Write a random Llama with a tokenizer of bytes, and text beside it."""
-    save_teacher(tiny_teacher("llama", **{"vocab_size": 258, "bos_token_id": BOS, "eos_token_id": EOS, **changes}), folder)
+    save_teacher(
+        tiny_teacher("llama", **{"vocab_size": 258, "bos_token_id": BOS, "eos_token_id": EOS, **changes}), folder
+    )
     bytes_tokenizer().save_pretrained(folder)
     stories = [f"The cat {number} sat on the mat {number * number}." for number in range(60)]
     (folder / "text.txt").write_text("<|endoftext|>".join(stories))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 import click
 import pytest
 
-from mohawkify import __version__
+from mohawkify import __version__, showcase
 from mohawkify.cli import main
 from mohawkify.cli_docs import with_reference
 from mohawkify.export.export import TARGETS
 from mohawkify.pipeline import plan
-from mohawkify.recipe import load_recipe
+from mohawkify.recipe import load_recipe, parse_recipe
 from mohawkify.shelf import adapter_names, recipe_names
-from tests.commands import make_recipe, make_teacher, run, run_well
+from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 
 SCRIPT = Path(sys.executable).parent / "mohawkify"
@@ -66,7 +67,8 @@ def parse(line: str) -> tuple[str, dict[str, Any]]:
 def lines_of(page: str) -> list[str]:
     """The commands that a page shows."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return [line.strip() for line in re.findall(r"^(?: {4}|)(mohawkify .+)$", text, flags=re.MULTILINE)]
+    lines = re.findall(r"^ {4}(mohawkify .+)$", text, flags=re.MULTILINE)
+    return [re.split(r" {2,}(?=[a-z])", line)[0].strip() for line in lines]  # some have words of explanation behind
 
 
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)
@@ -92,7 +94,7 @@ for arguments in {light!r}:
         main(arguments)
     except SystemExit as end:
         assert end.code == 0, arguments
-sys.exit(", ".join({{"torch", "transformers", "datasets", "numpy", "huggingface_hub"}} & sys.modules.keys()))
+sys.exit(", ".join({{"torch", "transformers", "datasets", "numpy", "huggingface_hub"}} & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -175,7 +177,9 @@ def test_families_for_programs_and_for_people():
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path):
-    assert [each["name"] for each in json.loads(run_well("recipes", "ls", "--json").stdout)["recipes"]] == recipe_names()
+    assert [
+        each["name"] for each in json.loads(run_well("recipes", "ls", "--json").stdout)["recipes"]
+    ] == recipe_names()
     text = (ROOT / "recipes" / "llamba-1b.yaml").read_text(encoding="utf-8")
     assert run_well("recipes", "show", "llamba-1b").stdout == text
     copy = tmp_path / "mine.yaml"
@@ -283,11 +287,22 @@ def test_eval_without_the_teacher(inside):
     assert alone["student"]["perplexity"] == pytest.approx(beside["student"]["perplexity"], rel=1e-5)
 
 
+def test_eval_says_when_the_text_has_changed(workplace, tmp_path, monkeypatch):
+    shutil.copytree(workplace[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert "warning" not in run_well("eval").stderr
+    (tmp_path / "copy" / "tiny-llama" / "text.txt").write_text("The dog ran. " * 200)
+    assert "warning: the text has moved or changed" in run_well("eval", "--teacher", "tiny-llama").stderr
+
+
 def test_eval_asks_the_questions_of_a_task(inside):
-    questions = [{"q": f"{a} cats and {b} cats", "choices": ["one", "two"], "gold": a % 2} for a in range(3) for b in (1, 2)]
+    questions = [
+        {"q": f"{a} cats and {b} cats", "choices": ["one", "two"], "gold": a % 2} for a in range(3) for b in (1, 2)
+    ]
     Path("questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     Path("cats.yaml").write_text(
-        f"task: cats\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {Path('questions.jsonl').resolve()}}}}}\n"
+        "task: cats\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {Path('questions.jsonl').resolve()}}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}]\n"
     )
@@ -332,3 +347,21 @@ def test_the_installed_command_keeps_its_outputs_apart(inside):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("The cat")
+
+
+def test_the_demo_runs_and_runs_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_teacher(tmp_path / "demo")  # a local folder comes before the embedded teacher of that name
+    monkeypatch.setattr(showcase, "load_recipe", lambda name: parse_recipe(RECIPE, "tiny.yaml"))
+    for setting in ("SAMPLE_TOKENS", "SPEED_TOKENS"):
+        monkeypatch.setattr(showcase, setting, 8)
+    first = run_well("demo", "--output", "tour")
+    again = run_well("demo", "--output", "tour")
+    assert "already finished" in again.stderr
+    for result in (first, again):
+        assert [line[:5] for line in result.stderr.splitlines() if line.startswith("[")] == [
+            f"[{number}/6]" for number in range(1, 7)
+        ]
+        for words in ("KL", "top-1", "after distill", "tokens/s", "mlx-q4", "tour/final", "tour/exports/hf"):
+            assert words in result.stdout
+    assert (tmp_path / "tour" / "exports" / "mlx-q4" / "model.safetensors").is_file()

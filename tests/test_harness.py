@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mohawkify.errors import DataError, MissingExtraError, NumericsError, UsageError
 from mohawkify.evaluate import harness
 from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
-from tests.conftest import SHARED_DATA
+from tests.conftest import ROOT, SHARED_DATA
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
@@ -198,6 +199,21 @@ def test_the_llamba_preset_runs_on_local_copies(
         run_preset(models, tokenizer, "lamba", batch_size=8, limit=2)
 
 
+def test_the_task_file_of_the_page_works(
+    teacher: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith('    {"query"'))
+    task = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    task["dataset_kwargs"]["cache_dir"] = str(tmp_path / "cache")
+    (tmp_path / "questions.jsonl").write_text(row, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = run(teacher, tokenizer, ["mine.yaml"])
+    assert found["tasks"]["my_questions"]["samples"] == 1
+    assert list(found["tasks"]["my_questions"]["metrics"]) == ["acc", "acc_norm"]
+
+
 def test_windows_must_be_equal(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
     student = copy.deepcopy(teacher)
     student.config.max_position_embeddings = 1024
@@ -237,8 +253,8 @@ def test_a_metric_that_is_no_number_is_an_error(
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         student.model.norm.weight[0] = float("nan")
+    task = write_task("words", questions, LAST_WORD)
     with pytest.raises(NumericsError, match="perplexity of the student on words is nan"):
-        task = write_task("words", questions, LAST_WORD)
         run(teacher, tokenizer, [task], models={"teacher": teacher, "student": student})
 
 
@@ -265,8 +281,9 @@ def test_code_in_a_task_file_is_refused_and_not_run(
         ({"unsafe_code": True}, "has the key unsafe_code"),
         ({"class": "os.system"}, "has the key class"),
         ({"use_prompt": "other.yaml:all"}, "has the key use_prompt"),
-        ({"metric_list": [{"metric": "./mine.py"}]}, "has the metric ./mine.py"),
-        ({"metric_list": [{**ACCURACY, "hf_evaluate": True}]}, "has the metric acc"),
+        ({"metric_list": [{"metric": "./mine.py"}]}, "has the metric {'metric': './mine.py'}"),
+        ({"metric_list": [{**ACCURACY, "hf_evaluate": True}]}, "has the metric .*'acc'"),
+        ({"group": "g", "task": [{"alias": "x"}]}, "lists {'alias': 'x'} in a group"),
         ({"task": None}, "has neither a task: nor a group: name"),
         ({"include": "ours.yaml"}, "includes itself"),
         ({"include": "nowhere.yaml"}, "nowhere.yaml cannot be read: No such file"),
@@ -305,17 +322,48 @@ def test_questions_that_are_not_there(teacher: Any, tokenizer: Any, write_task: 
         run(teacher, tokenizer, [task])
 
 
-def test_names_that_are_unknown_or_unsafe(
-    teacher: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def read_index_once() -> Iterator[None]:
+    """Reading lm-eval's own 14,000 tasks takes 10 s: the tests that need them share one reading."""
+    from lm_eval.tasks._index import TaskIndex
+
+    read = functools.cache(TaskIndex.build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(lambda paths: dict(read(tuple(paths)))))
+        yield
+
+
+@pytest.mark.usefixtures("read_index_once")
+def test_a_misspelt_name_is_refused(teacher: Any, tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="found no task named 'arc_esay'") as caught:
         run(teacher, tokenizer, ["arc_esay"])
     assert caught.value.hint == "did you mean arc_easy?"
 
 
-def test_a_bundled_task_that_runs_code_is_refused(teacher: Any, tokenizer: Any) -> None:
+@pytest.mark.usefixtures("read_index_once")
+@pytest.mark.parametrize("as_member", [False, True])
+def test_a_bundled_task_that_runs_code_is_refused(
+    as_member: bool, teacher: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    task = "humaneval"
+    if as_member:
+        group = tmp_path / "group.yaml"
+        group.write_text(yaml.safe_dump({"group": "ours", "task": ["arc_easy", task]}), encoding="utf-8")
+        task = str(group)
     with pytest.raises(UsageError, match="task humaneval runs code that the model writes"):
-        run(teacher, tokenizer, ["humaneval"])
+        run(teacher, tokenizer, [task])
+
+
+@pytest.mark.usefixtures("read_index_once")
+def test_the_presets_tasks_exist() -> None:
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    for preset in PRESETS.values():
+        for task, metric in preset.metrics.items():
+            settings = index[task].cfg
+            listed = settings["aggregate_metric_list" if "group" in settings else "metric_list"]
+            assert metric in [each["metric"] for each in listed], task
 
 
 def test_no_task_and_no_folder(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:

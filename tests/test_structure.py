@@ -39,10 +39,12 @@ RANKS = (
     ("train",),
     ("evaluate",),
     ("export", "generate", "doctor"),
+    ("conversion",),
     ("pipeline",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
     ("showcase",),
     ("cli",),
+    ("cli_docs",),
 )
 
 # Who may import a package that is optional, or that only one corner of the code should know.

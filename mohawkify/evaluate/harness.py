@@ -250,7 +250,7 @@ def _members(
     if "group" not in config:
         yield config["task"], config
         return
-    for member in config.get("task") or []:
+    for member in _group_list(config):
         if isinstance(member, str):
             yield from _leaves(member, files, index)
         elif member.get("group", member.get("task")) in index:
@@ -292,10 +292,15 @@ def _check_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, 
 def _settings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings of a file and of the tasks that a group defines in place."""
     yield config
-    members = config.get("task")
-    for member in members if isinstance(members, list) else []:
+    for member in _group_list(config):
         if isinstance(member, dict):
             yield from _settings(member)
+
+
+def _group_list(config: dict[str, Any]) -> list[Any]:
+    """What the settings of a group list under ``task``: names of members, or their settings."""
+    members = config.get("task")
+    return members if isinstance(members, list) else []
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -305,10 +310,14 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in _CODE_KEYS:
         if settings.get(key):
             raise _refusal(str(path), f"has the key {key}")
+    for member in _group_list(settings):
+        named = isinstance(member, dict) and isinstance(member.get("group", member.get("task")), str)
+        if not named and not isinstance(member, str):
+            raise UsageError(f"{path} lists {member!r} in a group, expected a name or settings with a task: name")
     for metric in settings.get("metric_list") or []:
-        name = metric.get("metric") if isinstance(metric, dict) else metric
-        if name not in metric_registry or metric.get("hf_evaluate"):
-            raise _refusal(str(path), f"has the metric {name}, which lm-eval would fetch")
+        known = isinstance(metric, dict) and str(metric.get("metric")) in metric_registry
+        if not known or metric.get("hf_evaluate"):
+            raise _refusal(str(path), f"has the metric {metric}, which lm-eval does not have and would fetch")
 
 
 def _refusal(what: str, why: str) -> UsageError:
@@ -327,7 +336,7 @@ def _check_task(name: str, task: Any, num_fewshot: int | None) -> None:
     if num_fewshot and task.get_config("num_fewshot") == 0:
         raise UsageError(
             f"task {name} is fixed at 0 solved examples, {num_fewshot} were asked for",
-            hint="run it without --num-fewshot, apart from the others",
+            hint="ask it without solved examples, apart from the others",
         )
 
 

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify import storage
-from mohawkify.data.corpus import build_corpus, hold_out
-from mohawkify.data.evaluation import evaluation_batches, evaluation_rows
+from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.selection import TextReader
 from mohawkify.errors import TeacherError, UsageError
 from mohawkify.evaluate.agreement import measure_agreement, measure_teacher
 from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
 from mohawkify.evaluate.report import markdown_report
-from mohawkify.recipe import Recipe, StagesRecipe
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
@@ -50,35 +48,6 @@ def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
             hint="name the folder of the original teacher with --teacher",
         )
     return folder
-
-
-def held_out_rows(
-    run: RunFolder, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, vocabulary_size: int
-) -> list[np.ndarray]:
-    """The rows of held-out text that the run was measured on; the corpora in the run are used again."""
-    held = recipe.evaluation.tokens
-    corpora: dict[str, Any] = {
-        "directory": run.corpora,
-        "teacher_directory": folder,
-        "vocab_size": vocabulary_size,
-    }
-    if recipe.data.validation:
-        corpus = build_corpus(recipe.data.validation, tokenizer, num_tokens=held, **corpora)
-    else:
-        wanted = _training_tokens(recipe) + held
-        _, corpus = hold_out(build_corpus(recipe.data.train, tokenizer, num_tokens=wanted, **corpora), held)
-    return evaluation_rows(corpus, sequence_length=recipe.evaluation.sequence_length, num_tokens=held)
-
-
-def _training_tokens(recipe: Recipe) -> int:
-    """How many tokens of ``data.train`` all stages read."""
-    total = 0
-    for name in StagesRecipe.model_fields:
-        stage = getattr(recipe.stages, name)
-        for segment in stage.segments():
-            if segment.data == "train":
-                total += segment.num_steps * segment.sequence_length * stage.batch_sequences
-    return total
 
 
 def load_run_models(
@@ -151,8 +120,14 @@ def evaluate_run(
     student, teacher = models["student"], models.get("teacher")
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = teacher_path or Path(storage.read_json(run.teacher_file)["folder"])
-    rows = held_out_rows(run, recipe, tokenizer, text_base, student.config.vocab_size)
+    text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
+    known = set(run.corpora.iterdir())
+    rows = text.held_out()
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
+    if set(run.corpora.iterdir()) != known:
+        report(
+            "warning: the text has moved or changed since the run; if it changed, its figures do not compare with these"
+        )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
     found: dict[str, Any] = {"name": run.results().get("name")}
     if teacher is None:
