@@ -144,13 +144,14 @@ def _prepare(
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, read the text, build the student."""
-    report(f"loading the teacher from {folder}")
     vocabulary_size = inspection.spec.vocabulary_size
     tokenizer = load_tokenizer(folder, vocabulary_size)
+    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size)
+    text.require_files()
+    report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     teacher = load_teacher(folder, dtype=dtype, device=device)
     report("reading the text")
-    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size)
     corpora, held_out = text.training(), text.held_out()
     for name, corpus in corpora.items():
         passes = tokens_to_read(recipe)[name] / corpus.num_tokens

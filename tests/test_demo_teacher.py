@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawkify.demo import TEACHER_DIRECTORY, split_stories
 from mohawkify.demo.measure import perplexity, recall_accuracy
-from mohawkify.demo.stories import VALIDATION_SEED, recall_questions, stories
+from mohawkify.demo.stories import VALIDATION_SEED, recall_questions, stories, tell_stories
+from mohawkify.demo.train_teacher import (
+    RECALL_WEIGHT,
+    SHORT_STORY_CHARACTERS,
+    Settings,
+    learning_rate,
+    lessons,
+    read_documents,
+)
 from mohawkify.errors import DataError
 
 SIZE_LIMIT_BYTES = 2_000_000
@@ -78,6 +86,32 @@ def test_recall_reaches_far_back(tokenizer):
     assert sorted(distances)[len(distances) // 2] >= 60
 
 
+def test_lessons_go_from_short_to_all_and_hold_no_validation_story(tokenizer):
+    settings = Settings(seed=0, steps=40, batch_size=8, learning_rate=1e-3)
+    batches = list(lessons(tokenizer, settings))
+    assert [len(batch) for batch in batches] == [8] * 40
+    texts = [[tokenizer.decode(document.tokens, skip_special_tokens=True) for document in batch] for batch in batches]
+    assert max(len(text) for batch in texts[:20] for text in batch) <= SHORT_STORY_CHARACTERS
+    assert max(len(text) for batch in texts[20:] for text in batch) > 2 * SHORT_STORY_CHARACTERS
+    assert not {text for batch in texts for text in batch} & set(split_stories("validation"))
+
+
+def test_only_remembered_words_count_more(tokenizer):
+    story = tell_stories(3, 1)[0]
+    document = read_documents([story], tokenizer)[0]
+    heavy = [token for token, weight in zip(document.tokens, document.weights, strict=True) if weight == RECALL_WEIGHT]
+    assert tokenizer.decode(heavy) == "".join(" " + story.text[start:end] for start, end in story.recalls)
+    assert set(document.weights) == {1, RECALL_WEIGHT}
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    settings = Settings(seed=0, steps=1000, batch_size=8, learning_rate=2e-3)
+    assert learning_rate(1, settings) == pytest.approx(4e-5)
+    assert learning_rate(50, settings) == learning_rate(600, settings) == 2e-3
+    assert learning_rate(801, settings) == pytest.approx(1e-3)
+    assert 0 < learning_rate(1000, settings) < 1e-5
+
+
 def test_the_folder_is_small_and_holds_no_pickle():
     files = [path for path in TEACHER_DIRECTORY.iterdir() if path.is_file()]
     assert {path.name for path in files} == {
@@ -124,7 +158,7 @@ def test_the_teacher_remembers(teacher, tokenizer):
 
 
 def test_recall_needs_the_context(teacher, tokenizer):
-    """The same questions without the first half of their story are answered far worse."""
+    """The same questions without the first three quarters of their story are answered far worse."""
     questions = recall_questions(VALIDATION_SEED, 50)
     cut = [(prompt[-len(prompt) // 4 :], answer) for prompt, answer in questions]
     assert recall_accuracy(teacher, tokenizer, cut) < 0.5 * recall_accuracy(teacher, tokenizer, questions)
@@ -132,7 +166,7 @@ def test_recall_needs_the_context(teacher, tokenizer):
 
 def test_the_teacher_tells_a_story_to_its_end(teacher, tokenizer):
     prompt = tokenizer("One morning Mia and Tom walked to the market.", return_tensors="pt")
-    tokens = teacher.generate(**prompt, max_new_tokens=300, do_sample=False)[0]
+    tokens = teacher.generate(**prompt, max_new_tokens=400, do_sample=False)[0]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     assert tokens[-1] == tokenizer.eos_token_id
     assert text.count("Mia") > 1

@@ -11,6 +11,7 @@ import numpy as np
 
 from mohawkify.data.corpus import Corpus, build_corpus, hold_out
 from mohawkify.data.evaluation import evaluation_rows
+from mohawkify.data.files import find_files
 from mohawkify.recipe import Recipe, Source, StageRecipe, StagesRecipe
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class TextReader:
     directory: Path
     teacher_directory: Path
     vocab_size: int
+
+    def require_files(self) -> None:
+        """Look for every local file the recipe names, before anything slow; raises DataError for a missing one."""
+        for sources in (self.recipe.data.train, self.recipe.data.finish, self.recipe.data.validation):
+            for source in sources:
+                if source.path is not None:
+                    find_files(source.path, self.teacher_directory)
 
     def training(self) -> dict[str, Corpus]:
         """The corpora that the stages read: ``train``, and ``finish`` where a stage has one."""

@@ -231,8 +231,9 @@ def model_card(settings: Settings, held_out_perplexity: float, recall: float) ->
     return f"""# The demo teacher of mohawkify
 
 A tiny Llama for trying a conversion in minutes on a CPU: {LAYERS} layers, width {WIDTH}, {QUERY_HEADS} query heads over
-{KEY_HEADS} key heads of width {HEAD_WIDTH}, tied embeddings, {VOCABULARY_SIZE} tokens, bf16. It knows one thing: generated little stories in which
-names, things, colours and places must be remembered until the end. It is of no use for anything else.
+{KEY_HEADS} key heads of width {HEAD_WIDTH}, tied embeddings, {VOCABULARY_SIZE} tokens, bf16. It knows one thing:
+generated little stories in which names, things, colours and places must be remembered until the end. It is of no use
+for anything else.
 
 ## How it was made
 
