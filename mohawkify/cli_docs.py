@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mohawkify.cli import NAME, main
+from mohawkify.recipe_docs import replace_between
 
 BEGIN = (
     "<!-- From here to the end mark the page is written from the commands' help; `mohawkify.cli_docs` renews it. -->"
@@ -24,11 +25,7 @@ def with_reference(page: str) -> str:
     Raises:
         ValueError: the page lacks a mark.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError("the page lacks the marks around the part that is written from the commands' help")
-    return f"{before}{begin}\n\n{cli_reference()}\n{end}{after}"
+    return replace_between(page, BEGIN, END, cli_reference())
 
 
 def _sections(command: click.Command, name: str, parent: click.Context | None) -> list[str]:

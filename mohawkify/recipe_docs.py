@@ -27,11 +27,16 @@ def with_reference(page: str) -> str:
     Raises:
         ValueError: the page lacks a mark.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError("the page lacks the marks around the part that is written from the schema")
-    return f"{before}{begin}\n\n{recipe_reference()}\n{end}{after}"
+    return replace_between(page, BEGIN, END, recipe_reference())
+
+
+def replace_between(page: str, begin: str, end: str, text: str) -> str:
+    """Returns a page with new text between two marks, which stay; raises ValueError where the page lacks one."""
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"the page lacks one of the marks {begin} and {end}")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def _collect(section: type[BaseModel], name: str, places: dict[type[BaseModel], list[str]]) -> None:

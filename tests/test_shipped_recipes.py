@@ -101,5 +101,5 @@ def test_every_field_says_what_it_is_for() -> None:
 
 
 def test_a_page_without_marks_is_refused() -> None:
-    with pytest.raises(ValueError, match="lacks the marks"):
+    with pytest.raises(ValueError, match="lacks one of the marks"):
         recipe_docs.with_reference("# A page\n")
