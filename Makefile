@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/mohawkify demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .
