@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from mohawkify.data.packing import Batch
 
+from mohawkify.data.packing import Batch
 from mohawkify.recipe import AlignRecipe, DistillRecipe
 from mohawkify.stages.align import Align
 from mohawkify.stages.distill import Distill

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from mohawkify.data.packing import Batch
 from transformers import PreTrainedModel
 
 from mohawkify.adapter import Adapter
+from mohawkify.data.packing import Batch
 from mohawkify.recipe import StudentRecipe
 from mohawkify.shelf import load_adapter
 from mohawkify.stages.base import Pair
