@@ -13,8 +13,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first, pinned: any looser request could bring gigabytes of another build.
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[eval,mlx,dev]"
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[eval,mlx,dev]"
 	touch $(STAMP)
 
 demo: setup

@@ -116,7 +116,11 @@ def plan(
 @recipe_option
 @click.option("--output", type=FOLDER, metavar="DIR", help="The run's folder; by default runs/ and the student's name.")
 @set_option
-@click.option("--data", metavar="PATH", help="Train on this file, folder or glob instead of the recipe's text.")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Train on this file, folder or glob instead of the recipe's text; without --validation its end is held out.",
+)
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
 @click.option(
     "--resume",
@@ -139,18 +143,23 @@ def convert(
     Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
     same command continues it. Prints the run's folder.
     """
-    # JSON is YAML: a path stays one value whatever signs are in it.
-    own_text = [
-        f"data.{key}={json.dumps([{'path': path}])}"
-        for key, path in (("train", data), ("validation", validation))
-        if path is not None
-    ]
-    recipe = _recipe(recipe_name, (*own_text, *overrides))
+    recipe = _recipe(recipe_name, (*_own_text(data, validation), *overrides))
     with _working():
         from mohawkify import pipeline
 
         run = pipeline.convert(teacher, recipe, output=output, resume=resume, report=_say)
     click.echo(str(run.path))
+
+
+def _own_text(data: str | None, validation: str | None) -> list[str]:
+    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
+    sources: dict[str, list[dict[str, str]]] = {}
+    if data is not None:
+        sources = {"train": [{"path": data}], "validation": []}
+    if validation is not None:
+        sources["validation"] = [{"path": validation}]
+    # JSON is YAML: a path stays one value whatever signs are in it.
+    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
 
 
 @main.command("eval")

@@ -268,6 +268,15 @@ def test_text_of_ones_own_replaces_the_recipes(inside, tmp_path):
     assert [source.path for source in data.validation] == [str(tmp_path / "held: 'x'.txt")]
 
 
+def test_text_of_ones_own_is_held_out_from_itself(inside, tmp_path):
+    (tmp_path / "own.txt").write_text("A dog ran far. <|endoftext|>\n" * 60)
+    run_well(
+        "convert", "tiny-llama", "--recipe", "tiny.yaml", "--output", tmp_path / "run", "--data", tmp_path / "own.txt",
+        "--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=64",
+    )  # fmt: skip
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.validation == ()
+
+
 def test_eval_measures_again_what_the_run_recorded(inside):
     found = json.loads(run_well("eval", "--json").stdout)
     recorded = json.loads(Path("runs/tiny-llama-mohawk/results.json").read_text())
