@@ -82,7 +82,8 @@ class Conversion:
         saved = checkpoint.newest_valid(self.run.checkpoints, self.report)
         if saved is None:
             position = Position(stage="")
-            self._measure("init", position, stop)
+            if "init" not in self.run.results()["stages"]:
+                self._measure("init", position, stop)
         else:
             position = self._restore(saved)
         stages, stretches = self._stages(), self._stretches()

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mohawkify import storage
 from mohawkify.conversion import Conversion, Report
-from mohawkify.data.selection import TextReader, tokens_to_read
+from mohawkify.data.packing import num_sequences
+from mohawkify.data.selection import TextReader, stage_recipes, tokens_to_read
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import make_plan
@@ -153,6 +154,9 @@ def _prepare(
     teacher = load_teacher(folder, dtype=dtype, device=device)
     report("reading the text")
     corpora, held_out = text.training(), text.held_out()
+    for stage in stage_recipes(recipe).values():
+        for segment in stage.segments():
+            num_sequences(corpora[segment.data], segment.sequence_length)  # refuses text that is too short
     for name, corpus in corpora.items():
         passes = tokens_to_read(recipe)[name] / corpus.num_tokens
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))

@@ -200,3 +200,11 @@ def test_text_that_changed_while_the_run_was_stopped_is_refused(teacher_folder, 
     text.write_text(text.read_text().replace("one", "two"))
     with pytest.raises(CheckpointError, match="other text"):
         convert(str(teacher_folder), own, output=tmp_path / "run", resume="auto", report=lambda line: None)
+
+
+def test_text_shorter_than_a_sequence_is_refused_before_anything_is_measured(teacher_folder, recipe, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    short = apply_overrides(recipe, [f"data.train.0.path={tmp_path / 'short.jsonl'}"])
+    with pytest.raises(DataError, match="expected at least one sequence of 16"):
+        convert(str(teacher_folder), short, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    assert not (tmp_path / "run").exists()

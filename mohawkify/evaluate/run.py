@@ -118,6 +118,22 @@ def evaluate_run(
     report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
     models, tokenizer = load_run_models(run, teacher_path, device)
     student, teacher = models["student"], models.get("teacher")
+    # First, because a mistyped task should not cost a measurement.
+    asked: dict[str, Any] | None = None
+    if names or preset:
+        report(f"asking the questions of {preset or ', '.join(names)}")
+    if preset:
+        asked = run_preset(models, tokenizer, preset, batch_size=batch_size, limit=limit)
+    elif names:
+        asked = run_tasks(
+            models,
+            tokenizer,
+            names,
+            batch_size=batch_size,
+            limit=limit,
+            num_fewshot=shots,
+            include_path=include_path,
+        )
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = teacher_path or Path(storage.read_json(run.teacher_file)["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
@@ -137,20 +153,8 @@ def evaluate_run(
         found["teacher"] = {"perplexity": agreement.teacher_perplexity}
         found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
         found["evaluation_tokens"] = agreement.tokens
-    if names or preset:
-        report(f"asking the questions of {preset or ', '.join(names)}")
-    if preset:
-        found["tasks"] = run_preset(models, tokenizer, preset, batch_size=batch_size, limit=limit)
-    elif names:
-        found["tasks"] = run_tasks(
-            models,
-            tokenizer,
-            names,
-            batch_size=batch_size,
-            limit=limit,
-            num_fewshot=shots,
-            include_path=include_path,
-        )
+    if asked is not None:
+        found["tasks"] = asked
     storage.write_json(run.path / EVAL_JSON, found)
     storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
     return found

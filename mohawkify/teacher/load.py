@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from mohawkify.errors import TeacherError
 from mohawkify.storage import file_sha256, read_json
@@ -36,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = [SINGLE_FILE]
     else:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"only {pickles[0]}, a pickle," if pickles else "no weights"
+        found = f"only {pickles[0]}, a pickle," if pickles else "no weights,"
         raise TeacherError(
             f"{folder} holds {found} expected {SINGLE_FILE}" + ("" if pickles else " or shards with an index"),
             hint="convert it to safetensors first: pickles can run code and are never read" if pickles else None,
@@ -76,6 +77,8 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
     weight_files(folder)
     config, adapter = read_config(folder / "config.json")
     model_class = getattr(transformers, adapter.model_class)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what does not fit is said below, in one line
     try:
         teacher, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
@@ -84,6 +87,8 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
         )  # fmt: skip
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TeacherError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     for problem, wording in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has unexpected"),
