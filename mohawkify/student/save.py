@@ -117,7 +117,10 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{directory} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise CheckpointError(
+            f"the student in {directory} could not be loaded: {' '.join(str(error).split())[:300]}",
+            hint="its files are damaged or incomplete: copy them again, or convert again into another --output",
+        ) from error
     for problem, wording in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has an unexpected"),
