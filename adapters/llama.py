@@ -7,16 +7,29 @@ ADAPTER = Adapter(
     title="Llama",
     examples=(
         "meta-llama/Llama-3.2-1B-Instruct",
-        "meta-llama/Llama-3.2-3B-Instruct",
         "meta-llama/Llama-3.1-8B-Instruct",
         "HuggingFaceTB/SmolLM2-135M",
-        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "tiiuae/Falcon3-7B-Instruct",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
     ),
     odd=(
         "Grouped key heads: each is repeated for its query heads.",
         "The head is tied to the embedding in small models.",
+        "Llama 3.x stretches its rotary frequencies; queries and keys are heard after that.",
     ),
     model_class="LlamaForCausalLM",
     config_class="LlamaConfig",
+    sample={
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 300.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     mlx_module="llama",
 )

@@ -1,19 +1,6 @@
 """Qwen3 dense models."""
 
-from dataclasses import replace
-from typing import Any
-
-from mohawkify.adapter import Adapter, AttentionWeights
-
-
-def read_weights(attention: Any) -> AttentionWeights:
-    """Fold the weights of the query and key norms into the projections; their division by the length cannot be."""
-    from mohawkify.student.transfer import read_projections
-
-    weights = read_projections(attention)
-    q_scale_p, k_scale_p = attention.q_norm.weight, attention.k_norm.weight
-    return replace(weights, q_hpd=weights.q_hpd * q_scale_p[:, None], k_gpd=weights.k_gpd * k_scale_p[:, None])
-
+from mohawkify.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="qwen3",
@@ -25,6 +12,7 @@ ADAPTER = Adapter(
     ),
     model_class="Qwen3ForCausalLM",
     config_class="Qwen3Config",
-    read_weights=read_weights,
+    sample={"head_dim": 12},
+    qk_norms=("q_norm", "k_norm"),
     mlx_module="qwen3",
 )

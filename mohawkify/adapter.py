@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mohawkify.teacher.capture import CapturedAttention
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,10 @@ class AttentionWeights:
     """One attention module's projections, head by head; the source of the attention start.
 
     Shapes: h query heads, g key heads, p head width, d model width. A bias is None where the family has none.
-    Scales such as the weight of a query norm are folded in; 1/sqrt(p) is not.
+    Scales such as the weight of a query norm are folded in; ``scaling`` is not.
+
+    Args:
+        scaling: what products of queries and keys are multiplied by; None is 1/sqrt(p).
     """
 
     q_hpd: Tensor
@@ -26,6 +31,7 @@ class AttentionWeights:
     k_bias_gp: Tensor | None = None
     v_bias_gp: Tensor | None = None
     out_bias_d: Tensor | None = None
+    scaling: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,21 @@ class Adapter:
         odd: what is particular about the family and where it is handled, a sentence each.
         model_class: the causal language model class in transformers.
         config_class: its configuration class in transformers.
+        sample: keys of a small model's configuration, beyond the usual sizes, that switch on what is odd about the
+            family; its tests are run on that model.
         layers: attribute path from the model to its list of decoder layers.
         attention: attribute of a decoder layer that holds the attention module.
-        read_weights: reads an attention module's projections; None uses q_proj, k_proj, v_proj and o_proj.
+        out_proj: attribute of the attention module that holds its output projection.
+        qk_norms: attributes of the attention module that hold the norms of queries and keys, if there are any.
+        read_weights: reads an attention module's projections; None uses q_proj, k_proj, v_proj and ``out_proj``.
+        capture: rebuilds what an attention module computed from the module, its input and the keywords of its call;
+            only for families that do not attend through transformers' attention interface.
+        refuse: says why a configuration of the family cannot be converted, or None where it can.
+        packs_by_mask: the model does not see document borders in ``position_ids``; it is handed a mask that has them.
+        reads_mask: decoder layers keep ``position_ids`` or further keywords from their attention; mixers then read
+            borders and padding from the mask that the model builds.
         mlx_module: the module of ``mlx_lm.models`` that has the family; None where mlx-lm has not.
+        mlx_attention: attribute of mlx-lm's decoder layers that holds the attention; None where it is ``attention``.
     """
 
     model_type: str
@@ -51,7 +68,15 @@ class Adapter:
     odd: tuple[str, ...]
     model_class: str
     config_class: str
+    sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
     layers: str = "model.layers"
     attention: str = "self_attn"
+    out_proj: str = "o_proj"
+    qk_norms: tuple[str, str] | None = None
     read_weights: Callable[[Any], AttentionWeights] | None = None
+    capture: Callable[[Any, Tensor, Mapping[str, Any]], CapturedAttention] | None = None
+    refuse: Callable[[Any], str | None] | None = None
+    packs_by_mask: bool = False
+    reads_mask: bool = False
     mlx_module: str | None = None
+    mlx_attention: str | None = None

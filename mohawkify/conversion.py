@@ -145,7 +145,6 @@ class Conversion:
                     self._save(engine, position)
                 stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
 
-            self.pair.student.train()
             run_stage(
                 stage,
                 engine,

@@ -21,7 +21,7 @@ from mohawkify.recipe import Recipe, dump_recipe
 from mohawkify.run import RUNS, RunFolder
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
-from mohawkify.student.build import build_student, design_student
+from mohawkify.student.build import build_student, checkpoint_activations, design_student
 from mohawkify.student.save import save_student
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
@@ -162,8 +162,8 @@ def _prepare(
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     if recipe.compute.activation_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    pair = Pair(teacher, student, spec)
+        checkpoint_activations(student, spec.layers)
+    pair = Pair(teacher, student, spec, inspection.adapter)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
 
 

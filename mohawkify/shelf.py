@@ -65,7 +65,8 @@ def load_adapter(model_type: str) -> Adapter:
     names = adapter_names()
     if not _MODEL_TYPE.fullmatch(model_type) or model_type not in names:
         raise UnknownFamilyError(
-            f"found a teacher of the family {_shown(model_type)}, expected {_one_of(model_type, names)}",
+            f"found a teacher of the family {_shown(model_type)}, expected one of the {len(names)} that"
+            f" `mohawkify families` lists{_guess(model_type, names)}",
             hint="docs/adapters.md says how to add a family: one file",
         )
     if model_type in _stems(_ADAPTER_PACKAGE, ".py"):
@@ -103,5 +104,9 @@ def _shown(name: str) -> str:
 
 
 def _one_of(name: str, names: list[str]) -> str:
+    return f"one of {', '.join(names)}{_guess(name, names)}"
+
+
+def _guess(name: str, names: list[str]) -> str:
     guess = nearest(name, names)
-    return f"one of {', '.join(names)}" + (f" (did you mean {guess}?)" if guess else "")
+    return f" (did you mean {guess}?)" if guess else ""

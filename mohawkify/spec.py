@@ -23,7 +23,7 @@ class TeacherSpec:
         tied: whether head and embedding are one tensor.
         num_parameters: all parameters, shared ones once.
         attention_parameters: parameters of all attention modules.
-        attention_biases: names of the attention projections that have a bias.
+        attention_biases: the attention projections that have a bias: ``query``, ``key``, ``value``, ``out``.
         layer_types: the kind of attention in each layer, such as ``full_attention`` or ``sliding_attention``.
         sliding_window: window of the sliding layers in tokens, if any.
     """
@@ -66,6 +66,8 @@ class StudentSpec:
         conv_width: taps of the convolutions.
         decay_bias: whether a_log has a learned bias.
         out_bias: whether the output projection has a bias.
+        reads_mask: whether mixers read document borders and padding from the mask of attention.
+        packs_by_mask: whether the model is handed a mask with the document borders.
         num_parameters: all parameters of the student.
         mixer_parameters: parameters of all mixers.
         state_numbers: numbers in the constant state of one sequence, convolution tails included.
@@ -83,6 +85,8 @@ class StudentSpec:
     conv_width: int
     decay_bias: bool
     out_bias: bool
+    reads_mask: bool
+    packs_by_mask: bool
     num_parameters: int
     mixer_parameters: int
     state_numbers: int
@@ -103,4 +107,5 @@ class StudentSpec:
             "conv_width": self.conv_width,
             "decay_bias": self.decay_bias,
             "out_bias": self.out_bias,
+            "reads_mask": self.reads_mask,
         }

@@ -129,7 +129,7 @@ NORM = "model.norm.weight"
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not strict JSON"),
-    "unknown family": (lambda folder: edit_config(folder, model_type="gemma2"), "expected one of llama"),
+    "unknown family": (lambda folder: edit_config(folder, model_type="starling"), "mohawkify families"),
     "nearly a family": (lambda folder: edit_config(folder, model_type="lama"), "did you mean llama?"),
     "a student": (lambda folder: edit_config(folder, model_type="mohawk_llama"), "already a student"),
     "impossible config": (lambda folder: edit_config(folder, hidden_size="wide"), "not a valid llama configuration"),

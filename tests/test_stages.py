@@ -13,6 +13,7 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.stages.parameters import part_of_parameters
+from mohawkify.student.build import checkpoint_activations
 from mohawkify.train.engine import LocalEngine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
@@ -108,7 +109,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
         gradients = []
         for checkpointing in (False, True):
             if checkpointing:
-                pair.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                checkpoint_activations(pair.student, pair.spec.layers)
             else:
                 pair.student.gradient_checkpointing_disable()
             pair.student.zero_grad()

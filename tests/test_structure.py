@@ -34,6 +34,7 @@ RANKS = (
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
     ("student.grafting",),
+    ("teacher.projections",),
     ("student", "teacher"),
     ("adapters", "stages", "auto"),
     ("train",),

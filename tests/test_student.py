@@ -9,7 +9,8 @@ from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
-from mohawkify.student.transfer import read_projections, spread_decay_bias, start_mixer_from_attention
+from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
+from mohawkify.teacher.projections import read_projections
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
 
@@ -105,7 +106,7 @@ def test_the_state_does_not_grow(pair):
 def mixer(state_width: int, decay_bias: bool = True) -> DiscreteMamba2:
     """A mixer of 4 heads of width 8 on a width of 32."""
     torch.manual_seed(0)
-    return DiscreteMamba2(32, 4, 8, state_width, 4, decay_bias, True, 0)
+    return DiscreteMamba2(32, 4, 8, state_width, 4, decay_bias, True, False, 0)
 
 
 def attention_weights() -> AttentionWeights:

@@ -9,6 +9,7 @@ import torch
 
 from mohawkify.data.packing import Batch
 from mohawkify.recipe import AlignRecipe, DistillRecipe
+from mohawkify.shelf import load_adapter
 from mohawkify.stages.align import Align
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
@@ -50,7 +51,7 @@ def captured_pass(family: str, batch: Batch) -> tuple[list[LayerCall], list[Laye
     blocks: list[LayerCall] = []
     with (
         torch.no_grad(),
-        capture_attention(teacher),
+        capture_attention(teacher, load_adapter(family)),
         listen({i: layer.self_attn for i, layer in enumerate(layers)}, attentions.append),
         listen(dict(enumerate(layers)), blocks.append),
     ):

@@ -16,6 +16,7 @@ from mohawkify.shelf import load_adapter
 from mohawkify.stages.base import Pair
 from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.load import attention_implementation
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -30,35 +31,28 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True, "attention_bias": True},
-    "qwen2": {
-        "tie_word_embeddings": False,
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 1,
-        "initializer_range": 0.3,
-    },
-    "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
-}
+# Families that tests of the parts run through; tests/test_adapters.py runs through all of them.
+FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """A small configuration of a family."""
+    """A small configuration of a family with its oddities switched on."""
     adapter = load_adapter(family)
-    return getattr(transformers, adapter.config_class)(**{**COMMON, **FAMILIES[family], **changes})
+    return getattr(transformers, adapter.config_class)(**{**COMMON, **adapter.sample, **changes})
 
 
-def tiny_teacher(family: str, attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
+def tiny_teacher(family: str, attention: str | None = None, **changes: Any) -> PreTrainedModel:
     """A frozen random teacher; every tensor is random, biases and norms too. The same weights for every call."""
-    adapter = load_adapter(family)
-    config = tiny_config(family, **changes)
-    model = getattr(transformers, adapter.model_class)._from_config(config, attn_implementation=attention)
+    model_class = getattr(transformers, load_adapter(family).model_class)
+    implementation = attention or attention_implementation(model_class)
+    model = model_class._from_config(tiny_config(family, **changes), attn_implementation=implementation)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1.0 + 0.2 * noise if "norm" in name else 0.3 * noise)
+        for module in model.modules():
+            is_norm = "norm" in type(module).__name__.lower()
+            for name, parameter in module.named_parameters(recurse=False):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1.0 + 0.2 * noise if is_norm and name == "weight" else 0.3 * noise)
     return model.eval().requires_grad_(False)
 
 
@@ -68,15 +62,17 @@ def save_teacher(teacher: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def tiny_pair(family: str, folder: Path, init: str = "attention", student: dict[str, Any] | None = None) -> Pair:
+def tiny_pair(
+    family: str, folder: Path, init: str = "attention", student: dict[str, Any] | None = None, **changes: Any
+) -> Pair:
     """A random teacher and its student."""
-    teacher = tiny_teacher(family)
+    teacher = tiny_teacher(family, **changes)
     save_teacher(teacher, folder)
     inspection = inspect_teacher(str(folder))
     adapter: Adapter = inspection.adapter
     recipe = StudentRecipe(**{"state_width": 16, "init": init, **(student or {})})
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
-    return Pair(teacher, build_student(teacher, adapter, spec, init, seed=0), spec)
+    return Pair(teacher, build_student(teacher, adapter, spec, init, seed=0), spec, adapter)
 
 
 def packed(length: int = 24, batch: int = 2, borders: tuple[int, ...] = (0, 9, 10), vocabulary: int = 97) -> Batch:

@@ -27,6 +27,13 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor
 
 
+def document_mask(position_ids_bl: torch.Tensor) -> torch.Tensor:
+    """Which token may look at which: (b, 1, l, l), true for earlier tokens of the same document and itself."""
+    document_bl = (position_ids_bl == 0).cumsum(-1)
+    same_bll = document_bl.unsqueeze(-1) == document_bl.unsqueeze(-2)
+    return same_bll.tril().unsqueeze(1)
+
+
 def num_sequences(corpus: Corpus, sequence_length: int) -> int:
     """Count the whole sequences of a corpus; the tokens after the last one are not used.
 

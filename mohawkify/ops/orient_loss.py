@@ -15,6 +15,7 @@ def attention_probabilities(
     scaling: float,
     mask_bhls: Tensor,
     softcap: float | None = None,
+    bias_bhls: Tensor | None = None,
 ) -> Tensor:
     """The teacher's attention matrix of every query head, rebuilt from its queries and keys.
 
@@ -24,6 +25,7 @@ def attention_probabilities(
         scaling: what the products are multiplied by.
         mask_bhls: true where attention is allowed (broadcastable): causal, windowed, within documents.
         softcap: products are bounded to ``softcap * tanh(product / softcap)`` when given.
+        bias_bhls: added to the scaled products (broadcastable): ALiBi.
 
     Returns:
         Probabilities (b, h, l, s) in at least float32.
@@ -34,6 +36,8 @@ def attention_probabilities(
         scores = (q_bhlp.to(dtype) @ k_bhsp.to(dtype).transpose(-1, -2)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias_bhls is not None:
+            scores = scores + bias_bhls
         return scores.masked_fill(~mask_bhls, -torch.inf).softmax(-1)
 
 

@@ -45,7 +45,7 @@ class Align(Stage):
         losses, relatives = [], []
 
         def on_layer(call: LayerCall) -> None:
-            output = students[call.layer](call.hidden_bld, **call.arguments)
+            output = students[call.layer](call.hidden_bld, *call.further, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
             loss, relative = align_loss(output_bld, call.output_bld)
             backward(loss)
@@ -53,7 +53,7 @@ class Align(Stage):
             relatives.append(relative)
 
         with torch.no_grad(), listen(teachers, on_layer):
-            run_trunk(self.pair.teacher, batch)
+            run_trunk(self.pair.teacher, batch, self.pair.spec)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}
 
     def _modules(self, model: nn.Module) -> dict[int, nn.Module]:

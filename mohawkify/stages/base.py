@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mohawkify.data.packing import Batch
+from mohawkify.adapter import Adapter
+from mohawkify.data.packing import Batch, document_mask
 from mohawkify.spec import StudentSpec
 
 # Takes a loss and adds its gradients; the engine's.
@@ -18,11 +21,12 @@ Backward = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Pair:
-    """The teacher, the student and the student's facts."""
+    """The teacher, the student, the student's facts and their family."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     spec: StudentSpec
+    adapter: Adapter
 
 
 class Stage(ABC):
@@ -54,6 +58,18 @@ class Stage(ABC):
         """
 
 
-def run_trunk(teacher: PreTrainedModel, batch: Batch) -> None:
+def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None:
     """Run the teacher's full forward pass except for its head, which the layer-wise stages do not need."""
-    teacher.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    teacher.base_model(**model_inputs(teacher, batch, spec))
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec) -> dict[str, Any]:
+    """What a teacher or student is called with, so that nothing looks across the borders of documents."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if spec.packs_by_mask:
+        mask_b1ll = document_mask(batch.position_ids)
+        if model.config._attn_implementation == "eager":  # adds its mask to the scores
+            dtype = model.dtype
+            mask_b1ll = torch.zeros_like(mask_b1ll, dtype=dtype).masked_fill(~mask_b1ll, torch.finfo(dtype).min)
+        inputs["attention_mask"] = mask_b1ll
+    return inputs

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.losses import distill_loss
 from mohawkify.recipe import DistillRecipe
-from mohawkify.stages.base import Backward, Pair, Stage
+from mohawkify.stages.base import Backward, Pair, Stage, model_inputs
 from mohawkify.stages.parameters import trainable_parameters
 
 
@@ -35,10 +35,10 @@ class Distill(Stage):
 
     def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
         """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        teacher, student, spec = self.pair.teacher, self.pair.student, self.pair.spec
         with torch.no_grad():
-            teacher_blv = self.pair.teacher(**inputs).logits
-        student_blv = self.pair.student(**inputs).logits
+            teacher_blv = teacher(**model_inputs(teacher, batch, spec)).logits
+        student_blv = student(**model_inputs(student, batch, spec)).logits
         loss, kl = distill_loss(student_blv, teacher_blv, self.temperature)
         backward(loss)
         return {"loss": loss.detach(), "kl": kl}

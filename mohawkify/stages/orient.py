@@ -45,6 +45,6 @@ class Orient(Stage):
             losses.append(loss.detach())
             relatives.append(relative)
 
-        with torch.no_grad(), capture_attention(pair.teacher), listen(attentions, on_attention):
-            run_trunk(pair.teacher, batch)
+        with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), listen(attentions, on_attention):
+            run_trunk(pair.teacher, batch, pair.spec)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}

@@ -20,23 +20,23 @@ def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str,
     """Say for every parameter of the student which part it belongs to.
 
     Args:
-        student: the student; a tied head counts as embedding.
+        student: the student; a tied head counts as embedding, and so do learned positions.
         spec: its facts.
 
     Returns:
         Parameter name to ``mixer``, ``attention`` (kept layers), ``norm``, ``mlp``, ``embedding`` or ``head``.
     """
     owner = dict(student.named_modules())
-    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    head = student.get_output_embeddings()
     kept = range(len(find_layers(student, spec.layers)))
     grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.grafted_layers)
     attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.grafted_layers)
     parts: dict[str, str] = {}
-    for name, parameter in student.named_parameters():
+    for name, _ in student.named_parameters():
         module = owner[name.rpartition(".")[0]]
         if name.startswith(grafted):
             parts[name] = "mixer"
-        elif parameter is embedding.weight:
+        elif isinstance(module, nn.Embedding):
             parts[name] = "embedding"
         elif module is head:
             parts[name] = "head"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from mohawkify.adapter import Adapter
 from mohawkify.errors import RecipeError
 from mohawkify.recipe import StudentRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
-from mohawkify.student.grafting import student_classes
+from mohawkify.student.grafting import find_layers, student_classes
 from mohawkify.student.mixer import DiscreteMamba2
 from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
 
+NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 # Keys of a configuration that name the teacher's class or the file it came from, not the architecture.
 NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
 
@@ -30,7 +32,34 @@ def student_config(teacher_config: PretrainedConfig, adapter: Adapter, mixer: di
     """The teacher's configuration under the student's type, with the mixer's facts."""
     values = {key: value for key, value in teacher_config.to_dict().items() if key not in NOT_INHERITED}
     config_class, _ = classes_for(adapter)
-    return config_class(**values, mixer=mixer)
+    return config_class(**_without_noise(values), mixer=mixer)
+
+
+def checkpoint_activations(student: PreTrainedModel, layers: str) -> None:
+    """Let every decoder layer keep only its input, and compute the rest again when its gradients are due.
+
+    transformers does so in training mode only; the layers are put into it, the modules inside them are not.
+
+    Args:
+        student: the student.
+        layers: attribute path to its decoder layers.
+    """
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in find_layers(student, layers):
+        layer.training = True
+
+
+def _without_noise(values: dict[str, Any]) -> dict[str, Any]:
+    """Set dropout to 0: the student learns targets that were computed without it."""
+    quiet: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            quiet[key] = _without_noise(value)
+        elif isinstance(value, float) and NOISE.search(key):
+            quiet[key] = 0.0
+        else:
+            quiet[key] = value
+    return quiet
 
 
 def design_student(
@@ -59,7 +88,8 @@ def design_student(
         "state_width": state,
         "conv_width": recipe.conv_width,
         "decay_bias": recipe.decay_bias,
-        "out_bias": any(bias in ("o_proj", "dense", "out_proj", "c_proj") for bias in teacher.attention_biases),
+        "out_bias": "out" in teacher.attention_biases,
+        "reads_mask": adapter.reads_mask,
     }
     config_class, model_class = classes_for(adapter)
     with torch.device("meta"):
@@ -69,6 +99,7 @@ def design_student(
         model_type=config_class.model_type,
         teacher_type=adapter.model_type,
         **sizes,
+        packs_by_mask=adapter.packs_by_mask,
         num_parameters=sum(p.numel() for p in modules.parameters()),
         mixer_parameters=sum(
             p.numel() for m in modules.modules() if isinstance(m, DiscreteMamba2) for p in m.parameters()
@@ -90,18 +121,19 @@ def build_student(
         seed: of the random start values.
 
     Returns:
-        The student, in training mode, every parameter trainable.
+        The student, every parameter trainable, in evaluation mode: it learns targets that were computed without
+        dropout and router noise.
     """
     _, model_class = classes_for(adapter)
     torch.manual_seed(seed)
     student = model_class(student_config(teacher.config, adapter, spec.mixer_config())).float()
     student.generation_config = teacher.generation_config
-    copy_kept_weights(teacher, student)
+    copy_kept_weights(teacher, student, adapter, spec.grafted_layers)
     if init == "attention":
         start_from_attention(teacher, student, adapter, spec.grafted_layers)
     else:
         start_as_published(student, spec.layers, spec.attention, spec.grafted_layers)
-    return student.to(teacher.device).train()
+    return student.to(teacher.device).eval()
 
 
 def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:

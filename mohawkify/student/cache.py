@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -91,13 +91,5 @@ class StudentCache(Cache):
 
     def __init__(self, config: Any) -> None:
         grafted = set(config.mixer["grafted_layers"])
-        layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        layers: list[Any] = []
-        for index in range(config.num_hidden_layers):
-            if index in grafted:
-                layers.append(RecurrentLayer())
-            elif layer_types[index] == "sliding_attention":
-                layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
-            else:
-                layers.append(DynamicLayer())
-        super().__init__(layers=layers)
+        kept = DynamicCache(config=config).layers  # knows the windows of every family
+        super().__init__(layers=[RecurrentLayer() if index in grafted else each for index, each in enumerate(kept)])

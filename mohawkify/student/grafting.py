@@ -44,6 +44,7 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
                 conv_width=mixer["conv_width"],
                 decay_bias=mixer["decay_bias"],
                 out_bias=mixer["out_bias"],
+                reads_mask=mixer["reads_mask"],
                 layer_idx=index,
             )
         setattr(layers[index], mixer["attention"], new.to(reference.dtype))

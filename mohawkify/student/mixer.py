@@ -30,6 +30,28 @@ class MixingParts(NamedTuple):
     d_h: Tensor
 
 
+def read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Tensor]:
+    """Document borders and padding from the mask that a model built for its attention.
+
+    A token that may not look at itself is padding; one that may not look at its neighbour before starts a document.
+    The first token may never look at the last one, which says how this mask writes "may not": families differ.
+
+    Args:
+        mask: (b or 1, 1, l, s) with any two values, whose last l columns are these tokens; or (b, s), 0 at padding.
+        batch: b.
+        length: l, at least 2.
+
+    Returns:
+        Where documents start (b, l), or None where the mask does not say, and where tokens are real (b, l).
+    """
+    if mask.dim() == 2:
+        return None, mask[:, -length:] != 0
+    allowed_bll = (mask[:, 0, :, -length:] != mask[:, 0, :1, -1:]).expand(batch, -1, -1)
+    keep_bl = allowed_bll.diagonal(dim1=1, dim2=2)
+    follows_bl = allowed_bll.diagonal(offset=-1, dim1=1, dim2=2)
+    return F.pad(~follows_bl, (1, 0), value=True), keep_bl
+
+
 class DepthwiseConv(nn.Module):
     """The parameters of one short causal convolution; it starts as the identity."""
 
@@ -65,6 +87,8 @@ class DiscreteMamba2(nn.Module):
         conv_width: taps k of the convolutions of x, B and C.
         decay_bias: whether a_log has a learned bias.
         out_bias: whether the output projection has a bias.
+        reads_mask: whether document borders and padding are read from the mask of attention, in families whose
+            decoder layers do not hand the keywords on that say it directly.
         layer_idx: position of the layer, the key into the cache.
 
     Source: Llamba (arXiv 2502.14458), section 3; Discrete Mamba-2 of MOHAWK (arXiv 2408.10189), section 3.2.
@@ -79,11 +103,12 @@ class DiscreteMamba2(nn.Module):
         conv_width: int,
         decay_bias: bool,
         out_bias: bool,
+        reads_mask: bool,
         layer_idx: int,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_width, self.state_width = num_heads, head_width, state_width
-        self.layer_idx = layer_idx
+        self.reads_mask, self.layer_idx = reads_mask, layer_idx
         self.x_proj = nn.Linear(hidden_size, num_heads * head_width, bias=False)
         self.b_proj = nn.Linear(hidden_size, num_heads * state_width, bias=False)
         self.c_proj = nn.Linear(hidden_size, num_heads * state_width, bias=False)
@@ -127,9 +152,11 @@ class DiscreteMamba2(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        *args: Any,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -137,33 +164,37 @@ class DiscreteMamba2(nn.Module):
 
         Args:
             hidden_states: (b, l, d).
-            attention_mask: the mask the model built for attention; not needed here.
+            attention_mask: the mask the model built for attention; read only with ``reads_mask``.
             position_ids: (b or 1, l); position 0 starts a document. Read only where the sequence starts afresh.
             past_key_values: a `StudentCache`, or None.
+            layer_past: the same under the name that older families use.
             padding_mask: (b, at least l), 0 at padding; its last l columns count.
 
         Returns:
             The output (b, l, d), and None in place of attention weights.
         """
         hidden_bld = hidden_states
-        memory: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = layer_past if past_key_values is None else past_key_values
+        memory: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = memory is not None and memory.num_tokens > 0
-        starts_bl = None
-        if position_ids is not None and not continues and hidden_bld.shape[1] > 1:
-            starts_bl = (position_ids == 0).expand(hidden_bld.shape[0], -1)
-        keep_bl = None
-        if padding_mask is not None and hidden_bld.shape[1] > 1:
-            keep_bl = padding_mask[:, -hidden_bld.shape[1] :].to(hidden_bld.dtype)
+        batch, length, _ = hidden_bld.shape
+        starts_bl = keep_bl = None
+        if length > 1:
+            if self.reads_mask and attention_mask is not None:
+                starts_bl, keep_bl = read_mask(attention_mask, batch, length)
+            else:
+                starts_bl = None if position_ids is None else (position_ids == 0).expand(batch, -1)
+                keep_bl = None if padding_mask is None else padding_mask[:, -length:]
 
         out_bld, tail_bkf, state_bhpn = self._mix(
             hidden_bld,
             memory.tail_bkf if continues else None,
             memory.state_bhpn if continues else None,
-            starts_bl,
-            keep_bl,
+            None if continues else starts_bl,
+            None if keep_bl is None else keep_bl.to(hidden_bld.dtype),
         )
         if memory is not None:
-            memory.write(tail_bkf, state_bhpn, hidden_bld.shape[1])
+            memory.write(tail_bkf, state_bhpn, length)
         return out_bld, None
 
     def _mix(

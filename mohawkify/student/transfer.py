@@ -6,60 +6,32 @@ Shapes: h query heads, g key heads, p head width, n state width, d model width.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mohawkify.adapter import Adapter, AttentionWeights
-from mohawkify.errors import TeacherError
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.teacher.projections import read_attention
 
 LONGEST_HALF_LIFE = 60.0  # tokens; measured on stories260k, see docs/log.md
 
 
-def read_projections(attention: Any) -> AttentionWeights:
-    """Read q_proj, k_proj, v_proj and o_proj, the names most families use; raises TeacherError without them."""
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim"):
-        if not hasattr(attention, name):
-            raise TeacherError(
-                f"{type(attention).__name__} has no {name}", hint="its adapter needs a read_weights function"
-            )
-    width = attention.head_dim
-
-    def heads(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        bias = None if linear.bias is None else linear.bias.unflatten(0, (-1, width))
-        return linear.weight.unflatten(0, (-1, width)), bias
-
-    q_hpd, q_bias_hp = heads(attention.q_proj)
-    k_gpd, k_bias_gp = heads(attention.k_proj)
-    v_gpd, v_bias_gp = heads(attention.v_proj)
-    out = attention.o_proj
-    return AttentionWeights(
-        q_hpd=q_hpd,
-        k_gpd=k_gpd,
-        v_gpd=v_gpd,
-        out_dhp=out.weight.unflatten(1, (-1, width)),
-        q_bias_hp=q_bias_hp,
-        k_bias_gp=k_bias_gp,
-        v_bias_gp=v_bias_gp,
-        out_bias_d=out.bias,
-    )
-
-
 @torch.no_grad()
-def copy_kept_weights(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Copy every tensor that teacher and student share by name; buffers too.
+def copy_kept_weights(
+    teacher: nn.Module, student: nn.Module, adapter: Adapter, grafted_layers: tuple[int, ...]
+) -> None:
+    """Copy every tensor of the teacher, buffers too, but those of the replaced attention modules.
 
-    Returns:
-        The teacher's tensors that have no place in the student: those of the replaced attention modules.
+    The names of those are left alone even where a mixer's are the same: some families call their output projection
+    ``out_proj`` or ``c_proj`` too.
     """
-    source = teacher.state_dict()
+    replaced = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in grafted_layers)
     target = student.state_dict()
-    for name in source.keys() & target.keys():
-        target[name].copy_(source[name])
-    return sorted(source.keys() - target.keys())
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith(replaced):
+            target[name].copy_(tensor)
 
 
 @torch.no_grad()
@@ -84,9 +56,8 @@ def start_from_attention(
 ) -> None:
     """The attention start of every grafted layer: x from V, out from O, C from Q, B from K, head by head."""
     teacher_stack, student_stack = find_layers(teacher, adapter.layers), find_layers(student, adapter.layers)
-    read = adapter.read_weights or read_projections
     for index in grafted_layers:
-        weights = read(getattr(teacher_stack[index], adapter.attention))
+        weights = read_attention(adapter, getattr(teacher_stack[index], adapter.attention))
         start_mixer_from_attention(getattr(student_stack[index], adapter.attention), weights)
 
 
@@ -110,7 +81,8 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
     repeats = num_heads // weights.k_gpd.shape[0]
     k_hpd = weights.k_gpd.float().repeat_interleave(repeats, dim=0)
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
-    scale_h = (1.0 - decay_h) / math.sqrt(q_hpd.shape[1])
+    scaling = 1.0 / math.sqrt(q_hpd.shape[1]) if weights.scaling is None else weights.scaling
+    scale_h = (1.0 - decay_h) * scaling
 
     c_hnd, b_hnd = _fit_state_width(
         q_hpd * scale_h[:, None, None], k_hpd, mixer.b_proj.weight.float().unflatten(0, (num_heads, -1))

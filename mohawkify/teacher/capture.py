@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from mohawkify.adapter import Adapter
+from mohawkify.errors import TeacherError
 from mohawkify.ops.orient_loss import attention_probabilities
+from mohawkify.student.grafting import find_layers
 
 CAPTURE = "mohawk_capture"
+# Keywords of attention functions that change the matrix in ways `CapturedAttention` does not hold.
+CHANGES_ATTENTION = ("s_aux", "position_bias", "alibi")
 
 
 class CapturedAttention(NamedTuple):
@@ -27,7 +32,8 @@ class CapturedAttention(NamedTuple):
     k_bgsp: Tensor
     scaling: float
     mask_bhls: Tensor
-    softcap: float | None
+    softcap: float | None = None
+    bias_bhls: Tensor | None = None
 
     def probabilities(self) -> Tensor:
         """The attention matrices (b, h, l, s)."""
@@ -39,6 +45,7 @@ class LayerCall(NamedTuple):
 
     layer: int
     hidden_bld: Tensor
+    further: tuple[Any, ...]
     arguments: dict[str, Any]
     output_bld: Tensor
     attention: CapturedAttention | None
@@ -55,6 +62,9 @@ def capturing_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers' interface: attends, and leaves queries and keys on the module."""
+    unknown = [name for name in CHANGES_ATTENTION if kwargs.get(name) is not None]
+    if unknown:
+        raise TeacherError(f"{type(module).__name__} attends with {unknown[0]}, which stage 1 does not know yet")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     captured = CapturedAttention(query, key, scaling, attention_mask, softcap)
     module.captured_attention = captured  # type: ignore[assignment]
@@ -82,8 +92,16 @@ def register_capture() -> None:
 
 
 @contextmanager
-def capture_attention(teacher: PreTrainedModel) -> Iterator[None]:
-    """Within the block the teacher attends through `capturing_attention`."""
+def capture_attention(teacher: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
+    """Within the block every attention module leaves what it computed for `listen`.
+
+    The teacher attends through `capturing_attention` or, in families that do not use transformers' interface, the
+    adapter rebuilds it from the module's call.
+    """
+    if adapter.capture is not None:
+        with _rebuilding(teacher, adapter):
+            yield
+        return
     register_capture()
     before = teacher.config._attn_implementation
     teacher.set_attn_implementation(CAPTURE)
@@ -91,6 +109,31 @@ def capture_attention(teacher: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         teacher.set_attn_implementation(before)
+
+
+@contextmanager
+def _rebuilding(teacher: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
+    rebuild = adapter.capture
+    assert rebuild is not None
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden, _, arguments = _split_call(args, kwargs)
+        module.captured_attention = rebuild(module, hidden, arguments)  # type: ignore[assignment]
+
+    attentions = [getattr(layer, adapter.attention) for layer in find_layers(teacher, adapter.layers)]
+    handles = [attention.register_forward_hook(hook, with_kwargs=True) for attention in attentions]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A module's call as its hidden states, what else it was given by place, and its other keywords."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 @contextmanager
@@ -104,12 +147,11 @@ def listen(modules: dict[int, nn.Module], on_call: Callable[[LayerCall], None]) 
 
     def hook_for(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            arguments = dict(kwargs)
-            hidden = args[0] if args else arguments.pop("hidden_states")
+            hidden, further, arguments = _split_call(args, kwargs)
             attention = module.__dict__.pop("captured_attention", None)
             first = output[0] if isinstance(output, tuple) else output
             with torch.enable_grad():
-                on_call(LayerCall(index, hidden, arguments, first, attention))
+                on_call(LayerCall(index, hidden, further, arguments, first, attention))
 
         return hook
 

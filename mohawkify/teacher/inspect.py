@@ -10,14 +10,16 @@ import torch
 import transformers
 from torch import nn
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, AttentionWeights
 from mohawkify.errors import TeacherError
 from mohawkify.shelf import load_adapter
 from mohawkify.spec import TeacherSpec
 from mohawkify.storage import read_json
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.locate import find_config
+from mohawkify.teacher.projections import read_attention
 
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence, by whichever name
 REFUSED_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
 
 
@@ -61,31 +63,57 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
     except Exception as error:
         first = " ".join(str(error).split())
         raise TeacherError(f"{path} is not a valid {adapter.model_type} configuration: {first}") from error
+    reason = adapter.refuse(config) if adapter.refuse else None
+    if reason:
+        raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
     return config, adapter
 
 
 def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherSpec:
     layers = find_layers(modules, adapter.layers)
     attentions: list[nn.Module] = [getattr(layer, adapter.attention) for layer in layers]
-    biases = sorted(
-        {name.removesuffix(".bias") for name, _ in attentions[0].named_parameters() if name.endswith(".bias")}
-    )
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = [read_attention(adapter, attention) for attention in attentions]
+    _require_alike(adapter, weights)
+    num_heads, head_width, hidden_size = weights[0].q_hpd.shape
     embedding, head = modules.get_input_embeddings(), modules.get_output_embeddings()
+    biases = {
+        "query": weights[0].q_bias_hp,
+        "key": weights[0].k_bias_gp,
+        "value": weights[0].v_bias_gp,
+        "out": weights[0].out_bias_d,
+    }
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
     return TeacherSpec(
         source=source,
         model_type=adapter.model_type,
         num_layers=len(layers),
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_key_heads=weights[0].k_gpd.shape[0],
         head_width=head_width,
-        vocabulary_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        vocabulary_size=embedding.weight.shape[0],
+        max_positions=next(getattr(config, key) for key in LENGTH_KEYS if getattr(config, key, None)),
         tied=head is not None and head.weight is embedding.weight,
         num_parameters=sum(p.numel() for p in modules.parameters()),
         attention_parameters=sum(p.numel() for attention in attentions for p in attention.parameters()),
-        attention_biases=tuple(biases),
-        layer_types=tuple(getattr(config, "layer_types", None) or ["full_attention"] * len(layers)),
-        sliding_window=getattr(config, "sliding_window", None),
+        attention_biases=tuple(name for name, bias in biases.items() if bias is not None),
+        layer_types=tuple(kinds),
+        sliding_window=window if "sliding_attention" in kinds else None,
     )
+
+
+def _require_alike(adapter: Adapter, weights: list[AttentionWeights]) -> None:
+    """Mixers of all layers have the same sizes, so their attention modules must."""
+    shapes = [(tuple(each.q_hpd.shape), tuple(each.k_gpd.shape), tuple(each.v_gpd.shape)) for each in weights]
+    q_shape, k_shape, v_shape = shapes[0]
+    if q_shape[1:] != k_shape[1:] or k_shape != v_shape:
+        raise TeacherError(
+            f"the {adapter.title} teacher's queries, keys and values differ in width: {q_shape}, {k_shape}, {v_shape}"
+        )
+    odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise TeacherError(
+            f"layer {odd} of the {adapter.title} teacher has attention of other sizes than layer 0:"
+            f" queries {shapes[odd][0]}, expected {q_shape}",
+        )

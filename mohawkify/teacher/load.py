@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -81,8 +82,8 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
     logging.set_verbosity_error()  # what does not fit is said below, in one line
     try:
         teacher, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
-            local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class),
+            use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -105,6 +106,11 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
         if not torch.isfinite(parameter).all():
             raise TeacherError(f"the teacher in {folder} has values that are not finite in {name}")
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def attention_implementation(model_class: Any) -> str:
+    """The attention implementation that every machine has: fused where the family can, else its own plain one."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:

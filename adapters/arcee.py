@@ -1,0 +1,13 @@
+"""Arcee's foundation models."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="arcee",
+    title="Arcee",
+    examples=("arcee-ai/AFM-4.5B",),
+    odd=("An MLP with squared ReLU and no gate.",),
+    model_class="ArceeForCausalLM",
+    config_class="ArceeConfig",
+    sample={"head_dim": 12},
+)

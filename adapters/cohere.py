@@ -1,0 +1,19 @@
+"""Cohere's Command R and Aya."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="cohere",
+    title="Command R",
+    examples=("CohereLabs/c4ai-command-r-v01", "CohereLabs/aya-23-8B"),
+    odd=(
+        "Attention and MLP run side by side on one normalised input.",
+        "Logits are multiplied by logit_scale.",
+        "Command R+ has a norm for every query and key head.",
+    ),
+    model_class="CohereForCausalLM",
+    config_class="CohereConfig",
+    sample={"use_qk_norm": True, "logit_scale": 0.5},
+    qk_norms=("q_norm", "k_norm"),
+    mlx_module="cohere",
+)

@@ -1,0 +1,26 @@
+"""Gemma 2."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="gemma2",
+    title="Gemma 2",
+    examples=("google/gemma-2-2b-it", "google/gemma-2-9b-it"),
+    odd=(
+        "Scores and logits pass through a soft cap; stage 1 hears the cap, the head keeps its own.",
+        "Layers alternate between a sliding window and full attention.",
+        "Norms before and after attention and MLP.",
+        "Products are scaled by query_pre_attn_scalar, not by the head width.",
+    ),
+    model_class="Gemma2ForCausalLM",
+    config_class="Gemma2Config",
+    sample={
+        "head_dim": 12,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    mlx_module="gemma2",
+)

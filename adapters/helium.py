@@ -1,0 +1,14 @@
+"""Kyutai's Helium."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="helium",
+    title="Helium",
+    examples=("kyutai/helium-1-2b",),
+    odd=("Neighbouring features of a head are rotated together.",),
+    model_class="HeliumForCausalLM",
+    config_class="HeliumConfig",
+    sample={"head_dim": 8, "attention_bias": False},
+    mlx_module="helium",
+)

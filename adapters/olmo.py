@@ -1,0 +1,16 @@
+"""OLMo 1."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="olmo",
+    title="OLMo",
+    examples=("allenai/OLMo-1B-hf", "allenai/OLMo-7B-hf"),
+    odd=(
+        "Norms without weights.",
+        "Queries, keys and values may be clipped; the attention start ignores that, stage 1 sees it.",
+    ),
+    model_class="OlmoForCausalLM",
+    config_class="OlmoConfig",
+    sample={"clip_qkv": 0.4},
+)

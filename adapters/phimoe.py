@@ -1,0 +1,24 @@
+"""Phi-3.5-MoE."""
+
+from mohawkify.adapter import Adapter
+
+ADAPTER = Adapter(
+    model_type="phimoe",
+    title="Phi-3.5 MoE",
+    examples=("microsoft/Phi-3.5-MoE-instruct",),
+    odd=(
+        "Experts and their router are copied.",
+        "The router's noise in training is switched off.",
+        "LayerNorm with biases, and biases in the projections and the head.",
+    ),
+    model_class="PhimoeForCausalLM",
+    config_class="PhimoeConfig",
+    sample={
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": 5,
+    },
+    mlx_module="phimoe",
+)

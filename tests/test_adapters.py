@@ -1,0 +1,253 @@
+"""Every family on the shelf, found by listing: what its file says is true of a small model with its oddities on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mohawkify.data.packing import Batch
+from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe
+from mohawkify.shelf import adapter_names, load_adapter
+from mohawkify.stages.align import Align
+from mohawkify.stages.base import Pair, model_inputs
+from mohawkify.stages.distill import Distill
+from mohawkify.stages.orient import Orient
+from mohawkify.stages.parameters import part_of_parameters
+from mohawkify.student.grafting import find_layers
+from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.inspect import Inspection, inspect_teacher
+from mohawkify.teacher.projections import read_attention
+from mohawkify.train.engine import LocalEngine
+from tests.close import assert_close
+from tests.tiny import packed, tiny_pair, tiny_teacher
+
+LAYERS = 2
+BORDERS = {"one-document": (0,), "packed": (0, 9, 10)}
+STAGE = {"tokens": 1000, "sequence_length": 24, "batch_sequences": 2, "learning_rate": 1e-3}
+
+
+@dataclass
+class Case:
+    """One family: its teacher, a student grafted everywhere, and what was inspected."""
+
+    name: str
+    pair: Pair
+    found: Inspection
+
+    def attentions(self, model: nn.Module) -> dict[int, nn.Module]:
+        adapter = self.pair.adapter
+        return {i: getattr(layer, adapter.attention) for i, layer in enumerate(find_layers(model, adapter.layers))}
+
+    def heard(self, batch: Batch) -> list[LayerCall]:
+        """The calls of the teacher's attention modules as stage 1 hears them."""
+        teacher, calls = self.pair.teacher, []
+        with (
+            torch.no_grad(),
+            capture_attention(teacher, self.pair.adapter),
+            listen(self.attentions(teacher), calls.append),
+        ):
+            teacher(**model_inputs(teacher, batch, self.pair.spec))
+        return calls
+
+
+@pytest.fixture(scope="module", params=adapter_names())
+def case(request, tmp_path_factory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    pair = tiny_pair(request.param, folder, num_hidden_layers=LAYERS)
+    return Case(request.param, pair, inspect_teacher(str(folder)))
+
+
+def test_inspected_facts_are_the_configurations(case):
+    spec, config = case.found.spec, case.found.config
+    assert spec.model_type == case.name == config.model_type
+    assert (spec.num_layers, spec.num_heads, spec.hidden_size) == (LAYERS, config.num_attention_heads, 32)
+    assert spec.vocabulary_size == config.vocab_size
+    assert spec.max_positions == 128
+    with torch.device("meta"):
+        model = getattr(transformers, case.pair.adapter.model_class)(config)
+    assert spec.num_parameters == model.num_parameters() == case.pair.teacher.num_parameters()
+    assert spec.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    biases = {name for name, _ in case.attentions(model)[0].named_parameters() if name.endswith("bias")}
+    assert bool(spec.attention_biases) == any("norm" not in name for name in biases)
+
+
+def test_captured_attention_has_the_inspected_heads_and_windows(case):
+    spec = case.found.spec
+    for call in case.heard(packed(borders=(0,))):
+        q_bhlp, k_bgsp = call.attention.q_bhlp, call.attention.k_bgsp
+        assert q_bhlp.shape[1::2] == (spec.num_heads, spec.head_width)
+        assert k_bgsp.shape[1::2] == (spec.num_key_heads, spec.head_width)
+        row = call.attention.probabilities()[0, :, 20]
+        sees = spec.sliding_window if spec.layer_types[call.layer] == "sliding_attention" else 21
+        assert row[:, 21 - sees : 21].min() > 0
+        assert row[:, : 21 - sees].sum() == 0 == row[:, 21:].sum()
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
+def test_captured_attention_is_the_eager_attention(case, borders):
+    batch = packed(borders=borders)
+    teacher = tiny_teacher(case.name, attention="eager", num_hidden_layers=LAYERS)
+    with torch.no_grad():
+        expected = teacher(**model_inputs(teacher, batch, case.pair.spec), output_attentions=True).attentions
+    for call, matrix in zip(case.heard(batch), expected, strict=True):
+        assert_close(f"attention {call.layer}", call.attention.probabilities(), matrix)
+
+
+@torch.no_grad()
+def test_captured_attention_and_read_weights_make_the_modules_output(case):
+    teacher = case.pair.teacher
+    for call in case.heard(packed()):
+        attention = case.attentions(teacher)[call.layer]
+        weights = read_attention(case.pair.adapter, attention)
+        values = torch.einsum("bld,gpd->bglp", call.hidden_bld, weights.v_gpd)
+        values = values if weights.v_bias_gp is None else values + weights.v_bias_gp[:, None]
+        values = clipped(values, teacher.config)
+        repeats = weights.q_hpd.shape[0] // weights.v_gpd.shape[0]
+        mixed = call.attention.probabilities() @ values.repeat_interleave(repeats, dim=1)
+        output = torch.einsum("bhlp,dhp->bld", mixed, weights.out_dhp)
+        output = output if weights.out_bias_d is None else output + weights.out_bias_d
+        assert_close(f"attention {call.layer}", output, call.output_bld)
+
+
+@torch.no_grad()
+def test_read_queries_and_keys_are_the_captured_ones_up_to_rotation(case):
+    adapter, teacher = case.pair.adapter, case.pair.teacher
+    for call in case.heard(packed()):
+        attention = case.attentions(teacher)[call.layer]
+        if any("norm" in name for name, _ in attention.named_parameters()):
+            pytest.skip("norms divide by lengths that no weight holds")
+        weights = read_attention(adapter, attention)
+        # Some families scale the queries themselves and hand over a scale of 1.
+        q_bhlp = call.attention.q_bhlp * (call.attention.scaling / weights.scaling)
+        for weight, bias, captured in (
+            (weights.q_hpd, weights.q_bias_hp, q_bhlp),
+            (weights.k_gpd, weights.k_bias_gp, call.attention.k_bgsp),
+        ):
+            features = torch.einsum("bld,hpd->bhlp", call.hidden_bld, weight)
+            features = clipped(features if bias is None else features + bias[:, None], teacher.config)
+            assert_close("length", features.norm(dim=-1), captured.norm(dim=-1))
+
+
+def clipped(features: Tensor, config: object) -> Tensor:
+    """Queries, keys and values as families with ``clip_qkv`` bound them."""
+    limit = getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None)
+    return features.clamp(-limit, limit) if limit else features
+
+
+def test_every_teacher_tensor_is_copied_or_belongs_to_replaced_attention(case):
+    teacher, student = case.pair.teacher.state_dict(), case.pair.student.state_dict()
+    adapter = case.pair.adapter
+    replaced = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in range(LAYERS))
+    kept = {name for name in teacher if not name.startswith(replaced)}
+    assert kept == {name for name in student if not name.startswith(replaced)}
+    for name in kept:
+        assert torch.equal(teacher[name], student[name]), name
+
+
+def test_every_parameter_has_a_part_and_norms_are_found(case):
+    parts = part_of_parameters(case.pair.student, case.pair.spec)
+    assert parts.keys() == dict(case.pair.student.named_parameters()).keys()
+    adapter, student = case.pair.adapter, case.pair.student
+    mixers = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in range(LAYERS))
+    for name, part in parts.items():
+        assert (part == "mixer") == name.startswith(mixers)
+        if part not in ("mixer", "norm") and student.get_parameter(name).dim() == 1:
+            assert name.endswith("bias") or "act_fn" in name, f"{name} counts as {part}"
+
+
+@torch.no_grad()
+def test_with_its_attention_kept_the_student_is_the_teacher(case, tmp_path):
+    pair = tiny_pair(case.name, tmp_path, student={"keep_attention": (0,)}, num_hidden_layers=LAYERS)
+    layers = find_layers(pair.student, pair.adapter.layers)
+    setattr(layers[1], pair.adapter.attention, case.attentions(pair.teacher)[1])
+    batch = packed()
+    logits = pair.student(**model_inputs(pair.student, batch, pair.spec)).logits
+    assert torch.equal(logits, pair.teacher(**model_inputs(pair.teacher, batch, pair.spec)).logits)
+
+
+@pytest.fixture(params=[(), (0,), (1,)], ids=["all-grafted", "first-kept", "last-kept"])
+def student(case, request, tmp_path):
+    pair = tiny_pair(case.name, tmp_path, student={"keep_attention": request.param}, num_hidden_layers=LAYERS)
+    return pair.student
+
+
+@torch.no_grad()
+def test_token_by_token_and_by_pieces_equal_the_full_pass(student):
+    ids = packed(length=31).input_ids
+    full = student(ids, use_cache=False).logits
+    for cuts in ([*range(20, 32)], [7, 13, 31]):
+        pieces, cache, begin = [], None, 0
+        for end in cuts:
+            out = student(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache, begin = out.past_key_values, end
+            pieces.append(out.logits)
+        assert_close(f"cut at {cuts}", torch.cat(pieces, 1), full, tolerance=1e-4)
+
+
+@torch.no_grad()
+def test_a_left_padded_batch_equals_single_rows(student):
+    ids = packed(length=30).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = student(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    single = student(ids[1:, 11:], use_cache=True)
+    assert_close("logits", padded.logits[1:, 11:], single.logits, tolerance=1e-4)
+    assert_close("the whole row", padded.logits[:1], student(ids[:1], use_cache=False).logits, tolerance=1e-4)
+    next_id = torch.tensor([[5], [5]])
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+    after = student(
+        next_id, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
+        past_key_values=padded.past_key_values, use_cache=True,
+    )  # fmt: skip
+    after_single = student(next_id[1:], past_key_values=single.past_key_values, use_cache=True)
+    assert_close("next logits", after.logits[1:], after_single.logits, tolerance=1e-4)
+
+
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(case):
+    batch, spec = packed(length=24, borders=(0, 9, 10)), case.pair.spec
+    for model in (case.pair.teacher, case.pair.student):
+        logits = model(**model_inputs(model, batch, spec)).logits
+        for begin, end in ((0, 9), (9, 10), (10, 24)):
+            alone = model(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits
+            assert_close(f"document {begin}", logits[:, begin:end], alone)
+
+
+def test_greedy_text_of_a_padded_batch_equals_single_text(student):
+    ids = packed(length=9).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+    batch = student.generate(ids, attention_mask=mask, **options)
+    single = student.generate(ids[1:, 4:], attention_mask=mask[1:, 4:], **options)
+    assert batch[1, 9:].tolist() == single[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("name", ["orient", "align", "align-mixer", "distill"])
+def test_every_stage_lowers_its_loss(case, name, tmp_path):
+    pair = tiny_pair(case.name, tmp_path, init="identity", num_hidden_layers=LAYERS)
+    stage = {
+        "orient": lambda: Orient(pair),
+        "align": lambda: Align(pair, AlignRecipe(**STAGE)),
+        "align-mixer": lambda: Align(pair, AlignRecipe(target="mixer", **STAGE)),
+        "distill": lambda: Distill(pair, DistillRecipe(**STAGE)),
+    }[name]()
+    engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
+    losses = []
+    for _ in range(20):
+        losses.append(stage.run(packed(), engine.backward)["loss"].item())
+        engine.step(1e-3)
+    assert losses[-1] < losses[0]
+
+
+def test_the_small_model_switches_on_what_is_odd(case):
+    adapter = load_adapter(case.name)
+    assert adapter.title
+    assert adapter.examples
+    assert all(sentence.endswith(".") for sentence in adapter.odd)
+    assert adapter.odd
