@@ -1,6 +1,15 @@
 """Apertus."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from mohawkify.adapter import Adapter
+
+
+def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers takes for granted and mlx-lm asks for."""
+    return {"mlp_bias": False, "post_norm": False, "qk_norm": True}
+
 
 ADAPTER = Adapter(
     model_type="apertus",
@@ -14,4 +23,5 @@ ADAPTER = Adapter(
     config_class="ApertusConfig",
     qk_norms=("q_norm", "k_norm"),
     mlx_module="apertus",
+    mlx_config=mlx_config,
 )

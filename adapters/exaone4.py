@@ -1,6 +1,16 @@
 """LG's EXAONE 4."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from mohawkify.adapter import Adapter
+
+
+def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers with a window, as a word."""
+    letters = ["L" if kind == "sliding_attention" else "G" for kind in config["layer_types"]]
+    return {"sliding_window_pattern": "".join(letters) if "L" in letters else None}
+
 
 ADAPTER = Adapter(
     model_type="exaone4",
@@ -16,4 +26,5 @@ ADAPTER = Adapter(
     sample={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "sliding_window_pattern": 2},
     qk_norms=("q_norm", "k_norm"),
     mlx_module="exaone4",
+    mlx_config=mlx_config,
 )

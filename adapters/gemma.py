@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     config_class="GemmaConfig",
     sample={"head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
     mlx_module="gemma",
+    mlx_sample={"hidden_act": "gelu_python"},
 )

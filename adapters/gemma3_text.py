@@ -31,4 +31,5 @@ ADAPTER = Adapter(
     },
     read_weights=read_weights,
     mlx_module="gemma3_text",
+    mlx_sample={"hidden_size": 64},
 )

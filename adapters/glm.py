@@ -19,4 +19,5 @@ ADAPTER = Adapter(
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
     mlx_module="glm",
+    mlx_sample={"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
 )

@@ -1,5 +1,6 @@
 """GPT-2 and models trained like it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mohawkify.adapter import Adapter, AttentionWeights
@@ -13,6 +14,11 @@ def read_weights(attention: Any) -> AttentionWeights:
     query, key, value = (rows.between(part * features, (part + 1) * features) for part in range(3))
     out = Rows(attention.c_proj.weight.T, attention.c_proj.bias)
     return cut_into_heads(query, key, value, out, attention.head_dim, attention.scaling)
+
+
+def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The older name of the longest sequence."""
+    return {"n_ctx": config["n_positions"]}
 
 
 ADAPTER = Adapter(
@@ -31,4 +37,8 @@ ADAPTER = Adapter(
     attention="attn",
     read_weights=read_weights,
     mlx_module="gpt2",
+    mlx_config=mlx_config,
+    mlx_prefix="transformer.",
+    mlx_counts_tokens=True,
+    mlx_sample={"scale_attn_by_inverse_layer_idx": False, "n_inner": None},
 )

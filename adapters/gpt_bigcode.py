@@ -1,5 +1,6 @@
 """GPT-BigCode: SantaCoder and the first StarCoder."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mohawkify.adapter import Adapter, AttentionWeights
@@ -19,6 +20,11 @@ def read_weights(attention: Any) -> AttentionWeights:
     return cut_into_heads(query, key, value, rows_of(attention.c_proj), width, attention.scaling)
 
 
+def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The width of the MLP, which transformers works out where it is not said."""
+    return {"n_inner": config["n_inner"] or 4 * config["n_embd"]}
+
+
 ADAPTER = Adapter(
     model_type="gpt_bigcode",
     title="GPT-BigCode, StarCoder",
@@ -36,4 +42,7 @@ ADAPTER = Adapter(
     read_weights=read_weights,
     reads_mask=True,
     mlx_module="gpt_bigcode",
+    mlx_config=mlx_config,
+    mlx_counts_tokens=True,
+    mlx_sample={"activation_function": "gelu"},
 )

@@ -1,5 +1,6 @@
 """GPT-NeoX and the Pythia suite."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mohawkify.adapter import Adapter, AttentionWeights
@@ -12,6 +13,11 @@ def read_weights(attention: Any) -> AttentionWeights:
     width = attention.head_size
     query, key, value = interleaved_rows(attention.query_key_value, (1, 1, 1), width)
     return cut_into_heads(query, key, value, rows_of(attention.dense), width, attention.scaling)
+
+
+def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The older names of the rotation."""
+    return {"rotary_emb_base": config["rope_theta"], "rotary_pct": config["partial_rotary_factor"]}
 
 
 ADAPTER = Adapter(
@@ -35,4 +41,6 @@ ADAPTER = Adapter(
     attention="attention",
     read_weights=read_weights,
     mlx_module="gpt_neox",
+    mlx_config=mlx_config,
+    mlx_sample={"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 128},
 )

@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     config_class="MixtralConfig",
     sample={"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 5},
     mlx_module="mixtral",
+    mlx_sample={"sliding_window": None},
 )

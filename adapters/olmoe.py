@@ -15,4 +15,5 @@ ADAPTER = Adapter(
     sample={"num_experts_per_tok": 2, "num_experts": 4, "clip_qkv": 0.4},
     qk_norms=("q_norm", "k_norm"),
     mlx_module="olmoe",
+    mlx_sample={"clip_qkv": None},
 )

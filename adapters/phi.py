@@ -21,4 +21,5 @@ ADAPTER = Adapter(
     out_proj="dense",
     qk_norms=("q_layernorm", "k_layernorm"),
     mlx_module="phi",
+    mlx_sample={"qk_layernorm": False},
 )

@@ -34,4 +34,5 @@ ADAPTER = Adapter(
     sample={"sliding_window": 5},
     read_weights=read_weights,
     mlx_module="phi3",
+    mlx_sample={"sliding_window": None},
 )

@@ -21,4 +21,5 @@ ADAPTER = Adapter(
         "sliding_window": 5,
     },
     mlx_module="phimoe",
+    mlx_sample={"sliding_window": None},
 )

@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     config_class="Starcoder2Config",
     sample={"sliding_window": 5, "use_bias": True},
     mlx_module="starcoder2",
+    mlx_sample={"hidden_act": "gelu", "sliding_window": None},
 )

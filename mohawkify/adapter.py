@@ -59,7 +59,11 @@ class Adapter:
         reads_mask: decoder layers keep ``position_ids`` or further keywords from their attention; mixers then read
             borders and padding from the mask that the model builds.
         mlx_module: the module of ``mlx_lm.models`` that has the family; None where mlx-lm has not.
-        mlx_attention: attribute of mlx-lm's decoder layers that holds the attention; None where it is ``attention``.
+        mlx_config: further keys that mlx-lm's model reads, from the student's configuration; None where it needs none.
+        mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
+        mlx_counts_tokens: mlx-lm's model has learned positions, and asks its first layer's cache for the next one.
+        mlx_sample: changes of ``sample`` for the tests of MLX, where mlx-lm's model lacks what it switches on.
+        recognised: nobody wrote this: it was read off a model's modules, and is proved on the weights before a run.
     """
 
     model_type: str
@@ -79,4 +83,8 @@ class Adapter:
     packs_by_mask: bool = False
     reads_mask: bool = False
     mlx_module: str | None = None
-    mlx_attention: str | None = None
+    mlx_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    mlx_prefix: str = ""
+    mlx_counts_tokens: bool = False
+    mlx_sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    recognised: bool = False

@@ -7,6 +7,7 @@ safetensors alone loads changed values without complaint. Nothing in it is ever 
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
 from mohawkify.storage import (
     atomic_directory,
+    free_bytes,
     read_json,
     remove_directory,
     require_space,
@@ -31,6 +33,7 @@ TensorGroup = Literal["model", "optimizer", "rng"]
 
 _FORMAT = 1
 _STATE_NAME = "state.json"
+_FULL_DISK = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")  # safetensors gives the number in words only
 _FOLDER_NAME = re.compile(r"step-[0-9]{8,}")
 _logger = logging.getLogger(__name__)
 
@@ -107,6 +110,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(_separate(tensors), path)
     except SafetensorError as error:
+        if _FULL_DISK.search(str(error)):
+            needed = sum(tensor.nbytes for tensor in tensors.values())
+            raise DiskFullError(
+                f"cannot write {path}: it needs {needed:,} bytes, {free_bytes(path.parent):,} are free",
+                hint="free some space, or choose a folder on another disk",
+            ) from error
         raise StorageError(f"cannot write {path}: {error}", hint="is the disk full, or the folder gone?") from error
 
 

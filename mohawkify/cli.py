@@ -62,8 +62,8 @@ def main(context: click.Context) -> None:
 
     TEACHER is a model on the Hugging Face Hub, a local folder or, for inspect and plan, a config.json; `demo` is the
     little teacher that comes along. RUN is a folder written by convert; without one, the newest finished run below
-    runs/ is meant. Results go to standard output, everything else to standard error; the exit code is 0 when done,
-    1 when something failed, 2 when the command line or the recipe is wrong.
+    runs/ is meant. Results go to standard output, everything else to standard error. The exit code is 0 when done, 2
+    when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -129,6 +129,22 @@ def plan(
     show_default=True,
     help="auto: continue what the same command began; never: insist on a fresh folder.",
 )
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="End with exit code 75 and all stacks after so long without progress in training; 0: never.",
+)
+@click.option(
+    "--disk-wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Where the disk is full at a checkpoint, wait so long for space before giving up.",
+)
 def convert(
     teacher: str,
     recipe_name: str,
@@ -137,6 +153,8 @@ def convert(
     data: str | None,
     validation: str | None,
     resume: str,
+    patience: float,
+    disk_wait: float,
 ) -> None:
     """Turn a teacher into a student, in three stages.
 
@@ -147,7 +165,9 @@ def convert(
     with _working():
         from mohawkify import pipeline
 
-        run = pipeline.convert(teacher, recipe, output=output, resume=resume, report=_say)
+        run = pipeline.convert(
+            teacher, recipe, output=output, resume=resume, report=_say, patience=patience, disk_wait=disk_wait
+        )
     click.echo(str(run.path))
 
 

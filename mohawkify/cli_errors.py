@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from mohawkify.errors import MohawkifyError
+from mohawkify.errors import BUG, INTERRUPTED, MEMORY, USAGE, MohawkifyError
 
 DEBUG_FLAG = "--debug"
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LONGEST_LINE = 600
 
 
@@ -65,7 +64,7 @@ def report_error(error: BaseException) -> int:
     """Write an error to standard error as one line and a hint.
 
     Returns:
-        The exit code: 1 failed, 2 usage, 130 interrupted; a stopped conversion says its own.
+        The exit code, one of `EXIT_CODES`; a stopped conversion says its own.
     """
     if isinstance(error, MohawkifyError):
         return _write(error.message, error.hint, error.exit_code)
@@ -81,9 +80,9 @@ def report_error(error: BaseException) -> int:
         return _write(
             f"out of memory: {error}",
             "use a smaller compute.micro_batch_sequences or a shorter sequence_length",
-            FAILED,
+            MEMORY,
         )
-    return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", FAILED)
+    return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG)
 
 
 def _write(message: str, hint: str | None, code: int) -> int:

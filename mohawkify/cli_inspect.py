@@ -46,6 +46,7 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
         the stages in which each learns. Tensors that two parts share are counted in the first.
     """
     from mohawkify.student.grafting import find_layers
+    from mohawkify.teacher.inspect import embedding_tables
 
     spec, adapter = inspection.spec, inspection.adapter
     modules: Any = inspection.modules
@@ -57,7 +58,7 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
         counted.update(fresh)
         return sum(fresh.values())
 
-    parts: list[dict[str, Any]] = [_end("embedding", count(modules.get_input_embeddings().parameters()))]
+    parts: list[dict[str, Any]] = [_end("embedding", count(embedding_tables(modules)))]
     for index, layer in enumerate(find_layers(modules, adapter.layers)):
         grafted = index in student.grafted_layers
         attention = count(getattr(layer, adapter.attention).parameters())
@@ -74,7 +75,11 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
         )
     head = modules.get_output_embeddings()
     head_parameters = count(head.parameters())
-    parts.append(_end("norm", count(modules.parameters())))
+    norms = [each for each in modules.modules() if "norm" in type(each).__name__.lower()]
+    parts.append(_end("norm", count(parameter for norm in norms for parameter in norm.parameters())))
+    others = count(modules.parameters())
+    if others:
+        parts.append(_end("projections at the ends", others))
     parts.append(_end("head, tied to the embedding" if spec.tied else "head", head_parameters))
     return {
         "teacher": spec.to_json(),

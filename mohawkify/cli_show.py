@@ -83,7 +83,7 @@ def inspection_text(found: dict[str, Any]) -> str:
     headings = ("part", "attention", "learns in", "grafted away", "new mixer", "copied")
     return "\n".join(
         [
-            f"{teacher['source']}: {found['family']}, {teacher['num_parameters']:,} parameters",
+            f"{teacher['source']}: {found['family']}, {_parameters(teacher)}",
             f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads "
             f"of {teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
             f"vocabulary {teacher['vocabulary_size']:,}, made for up to {teacher['max_positions']:,} tokens"
@@ -96,6 +96,12 @@ def inspection_text(found: dict[str, Any]) -> str:
             *(f"note: {sentence}" for sentence in found["odd"]),
         ]
     )
+
+
+def _parameters(teacher: dict[str, Any]) -> str:
+    """How many there are and, where a router chooses among experts, how many one token meets."""
+    everything, active = teacher["num_parameters"], teacher["active_parameters"]
+    return f"{everything:,} parameters" + (f", {active:,} of them for one token" if active < everything else "")
 
 
 def _learning(part: dict[str, Any]) -> str:
@@ -141,7 +147,7 @@ def plan_text(planned: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"recipe {planned['recipe']} on {planned['device']}",
-            f"teacher  {teacher['source']}: {teacher['model_type']}, {teacher['num_parameters']:,} parameters",
+            f"teacher  {teacher['source']}: {teacher['model_type']}, {_parameters(teacher)}",
             f"student  {student['name']}: {student['num_parameters']:,} parameters, "
             f"{student['mixer_parameters']:,} of them in {len(student['grafted_layers'])} mixers",
             "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -12,7 +13,7 @@ from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import evaluation_batches
 from mohawkify.data.selection import stage_recipes
-from mohawkify.errors import CheckpointError
+from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
 from mohawkify.recipe import Recipe
 from mohawkify.run import RunFolder
@@ -24,8 +25,11 @@ from mohawkify.train.engine import Engine, LocalEngine
 from mohawkify.train.loop import StepReport, Stretch, run_stage
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import StopRequest
+from mohawkify.train.watch import HangWatch, LossWatch
 
 Report = Callable[[str], None]
+
+SECONDS_BETWEEN_TRIES = 5.0  # of saving on a full disk
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Position:
         global_step: optimiser steps taken in all.
         tokens: tokens read in all.
         seconds: training time of each stage so far, by name.
+        losses: running mean and variance of the stage's loss.
     """
 
     stage: str
@@ -45,6 +50,7 @@ class Position:
     global_step: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    losses: LossWatch = field(default_factory=LossWatch)
 
 
 @dataclass
@@ -60,6 +66,8 @@ class Conversion:
         held_out: rows of text for measurements.
         device: where models and batches are.
         report: receives a line for every step of the way.
+        patience: seconds without progress after which the process ends; 0 for never.
+        disk_wait: seconds to wait for space where the disk is full.
     """
 
     run: RunFolder
@@ -70,6 +78,8 @@ class Conversion:
     held_out: list[np.ndarray]
     device: torch.device
     report: Report
+    patience: float = 0.0
+    disk_wait: float = 0.0
 
     def train(self, stop: StopRequest) -> None:
         """Run all stages from wherever the folder's newest valid checkpoint is.
@@ -92,7 +102,7 @@ class Conversion:
             if not stretches[name]:
                 continue
             if position.stage != name:
-                position.stage, position.stage_step, saved = name, 0, None
+                position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
             engine = LocalEngine(
                 stages[name].parameters(), self.recipe.optimizer, self.recipe.compute.precision, self.device
             )
@@ -131,9 +141,25 @@ class Conversion:
         num_steps = sum(stretch.num_steps for stretch in stretches)
         batch = stage_recipe.batch_sequences
         num_tokens = _tokens_before(stretches, num_steps, batch)
-        with StageProgress(stage.name, num_tokens, _tokens_before(stretches, position.stage_step, batch)) as progress:
+        done_tokens = _tokens_before(stretches, position.stage_step, batch)
+        trained = stage.parameters()
+        frozen = {name: p for name, p in self.pair.student.named_parameters() if name not in trained}
+        saved_step = position.global_step
+        with (
+            StageProgress(stage.name, num_tokens, done_tokens) as progress,
+            HangWatch(self.patience, f"training stage {stage.name}") as hang,
+        ):
+
+            def on_micro_batch() -> None:
+                hang.beat()
+                if stop.number is not None:
+                    if position.global_step > saved_step:
+                        self._save(engine, position)
+                    stop.obey(f"after step {position.stage_step:,} of stage {stage.name}, which is saved")
 
             def on_step(step: StepReport) -> None:
+                nonlocal saved_step
+                hang.beat()
                 position.stage_step = step.step
                 position.global_step += 1
                 position.tokens += step.tokens
@@ -143,6 +169,8 @@ class Conversion:
                 is_stopping = stop.number is not None
                 if is_stopping or step.step == num_steps or step.step % self.recipe.checkpoint.every_steps == 0:
                     self._save(engine, position)
+                    saved_step = position.global_step
+                    hang.beat()
                 stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
 
             run_stage(
@@ -153,10 +181,19 @@ class Conversion:
                 self.recipe,
                 device=self.device,
                 first_step=position.stage_step,
+                frozen=frozen,
+                on_micro_batch=on_micro_batch,
                 on_step=on_step,
             )
 
     def _log(self, step: StepReport, position: Position) -> None:
+        leap = position.losses.see(step.figures["loss"])
+        if leap is not None:
+            loss = step.figures["loss"]
+            self.report(
+                f"step {step.step:,} of stage {position.stage}: the loss {loss:.4g} is {leap:.1f} standard deviations"
+                " above the recent ones"
+            )
         record = {
             "stage": position.stage,
             "step": step.step,
@@ -166,17 +203,28 @@ class Conversion:
             "learning_rate": step.learning_rate,
             "gradient_norm": step.gradient_norm,
             "seconds": step.seconds,
+            **({} if leap is None else {"spike": leap}),
         }
         storage.append_line(self.run.metrics_file, record)
 
     def _save(self, engine: Engine, position: Position) -> None:
-        checkpoint.save_checkpoint(
-            self.run.checkpoints,
-            global_step=position.global_step,
-            model_tensors=dict(self.pair.student.named_parameters()),
-            optimizer_tensors=engine.state(),
-            state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
-        )
+        deadline = time.monotonic() + self.disk_wait
+        while True:
+            try:
+                checkpoint.save_checkpoint(
+                    self.run.checkpoints,
+                    global_step=position.global_step,
+                    model_tensors=dict(self.pair.student.named_parameters()),
+                    optimizer_tensors=engine.state(),
+                    state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
+                )
+                break
+            except DiskFullError as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                self.report(f"{error.message}; waiting {left:.0f} s more for space")
+                time.sleep(min(SECONDS_BETWEEN_TRIES, left))
         checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> Position:
@@ -193,7 +241,8 @@ class Conversion:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-        position = Position(**saved.state["position"])
+        where = dict(saved.state["position"])
+        position = Position(**{**where, "losses": LossWatch(**where["losses"])})
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position
 
@@ -203,7 +252,15 @@ class Conversion:
     def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
         """Compare student and teacher on held-out text and record the figures under a stage's name."""
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
-        found = measure_agreement(self.pair.student, self.pair.teacher, batches, device=self.device)
+        with HangWatch(self.patience, f"measuring after {name}") as hang:
+
+            def on_batch(num_tokens: int) -> None:
+                hang.beat()
+                stop.obey(f"while measuring after {name}")
+
+            found = measure_agreement(
+                self.pair.student, self.pair.teacher, batches, device=self.device, progress=on_batch
+            )
         results = self.run.results()
         results["teacher"]["perplexity"] = found.teacher_perplexity
         results["evaluation_tokens"] = found.tokens

@@ -5,6 +5,34 @@
 
 from __future__ import annotations
 
+# Exit codes: those of the shell (0, 2, 128 + signal), and from 64 on those of sysexits.h.
+USAGE = 2
+RECIPE = 64
+NUMBERS = 65
+INPUT = 66
+MISSING = 69
+BUG = 70
+MEMORY = 71
+EXPORT = 73
+STORAGE = 74
+HANG = 75
+INTERRUPTED = 130
+
+EXIT_CODES = {
+    0: "done",
+    USAGE: "it cannot be done as asked: arguments, a folder that is in use or holds something else",
+    RECIPE: "the recipe or an override breaks the schema, or no family fits the teacher",
+    NUMBERS: "a number is not finite, or a weight does not learn",
+    INPUT: "a teacher, text, checkpoint or student is missing, damaged or not what it claims to be",
+    MISSING: "an optional package is not installed",
+    BUG: "something unforeseen: a bug, worth a report with the output of --debug",
+    MEMORY: "out of memory, of the machine or of the device",
+    EXPORT: "an export could not be made, or does not agree with its run",
+    STORAGE: "a file could not be written: the disk is full, or the system refuses",
+    HANG: "no progress for too long; the stacks of all threads are on standard error",
+    INTERRUPTED: "stopped by Ctrl-C; 143 where it was SIGTERM",
+}
+
 
 class MohawkifyError(Exception):
     """A foreseeable failure.
@@ -14,7 +42,7 @@ class MohawkifyError(Exception):
         hint: one line: what to do about it.
     """
 
-    exit_code = 1
+    exit_code = BUG
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -25,39 +53,59 @@ class MohawkifyError(Exception):
 class UsageError(MohawkifyError):
     """The command line asks for something that cannot be done as asked."""
 
-    exit_code = 2
+    exit_code = USAGE
 
 
 class RecipeError(UsageError):
     """A recipe or an override breaks the schema."""
 
+    exit_code = RECIPE
+
 
 class TeacherError(MohawkifyError):
     """The teacher is missing, damaged, or not what it claims to be."""
+
+    exit_code = INPUT
 
 
 class UnknownFamilyError(TeacherError):
     """No adapter knows the teacher's model type."""
 
+    exit_code = RECIPE
+
 
 class DataError(MohawkifyError):
     """Training or evaluation text is missing, empty or unreadable."""
+
+    exit_code = INPUT
 
 
 class StorageError(MohawkifyError):
     """A file or folder could not be written, or is held by another process."""
 
+    exit_code = STORAGE
+
+
+class DiskFullError(StorageError):
+    """The disk, the quota or the limit on a file's size is used up; nothing that was there before is lost."""
+
 
 class CheckpointError(MohawkifyError):
     """A checkpoint is damaged or belongs to another run."""
+
+    exit_code = INPUT
 
 
 class NumericsError(MohawkifyError):
     """A loss or gradient is not finite, or a trained weight does not move."""
 
+    exit_code = NUMBERS
+
 
 class ExportError(MohawkifyError):
     """An export could not be written, or does not agree with its run."""
+
+    exit_code = EXPORT
 
 
 class MissingExtraError(MohawkifyError):
@@ -68,6 +116,8 @@ class MissingExtraError(MohawkifyError):
         extra: the extra of mohawkify that brings it, for example ``mlx``.
         purpose: what it is needed for.
     """
+
+    exit_code = MISSING
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed", hint=f'pip install "mohawkify[{extra}]"')

@@ -26,6 +26,7 @@ from mohawkify.student.save import save_student
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
+from mohawkify.teacher.prove import prove_family
 from mohawkify.train.stop import StopRequest
 
 
@@ -55,7 +56,16 @@ def plan(source: str, recipe: Recipe, *, flops_per_second: float | None = None) 
     return make_plan(inspection.spec, student, recipe, flops_per_second=flops_per_second, device=device)
 
 
-def convert(source: str, recipe: Recipe, *, output: Path | None, resume: str, report: Report) -> RunFolder:
+def convert(
+    source: str,
+    recipe: Recipe,
+    *,
+    output: Path | None,
+    resume: str,
+    report: Report,
+    patience: float = 0.0,
+    disk_wait: float = 0.0,
+) -> RunFolder:
     """Convert a teacher.
 
     Args:
@@ -64,6 +74,8 @@ def convert(source: str, recipe: Recipe, *, output: Path | None, resume: str, re
         output: the run's folder; None for ``runs/<student name>``.
         resume: ``auto`` continues a run of the same teacher and recipe; ``never`` wants a fresh folder.
         report: receives a line for every step of the way.
+        patience: seconds without progress after which the process ends with exit code 75; 0 for never.
+        disk_wait: seconds to wait for space where the disk is full at a checkpoint.
 
     Returns:
         The finished run.
@@ -102,6 +114,7 @@ def convert(source: str, recipe: Recipe, *, output: Path | None, resume: str, re
             if is_new:
                 storage.remove_directory(run.path)
             raise
+        conversion.patience, conversion.disk_wait = patience, disk_wait
         with StopRequest() as stop:
             conversion.train(stop)
         _finish(conversion, tokenizer)
@@ -163,6 +176,9 @@ def _prepare(
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
+    if inspection.adapter.recognised:
+        report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
+        prove_family(teacher, student, inspection.adapter, vocabulary_size)
     pair = Pair(teacher, student, spec, inspection.adapter)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
 

@@ -86,8 +86,7 @@ def _stage(
 
 
 def _trainable(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> int:
-    embedding = teacher.vocabulary_size * teacher.hidden_size
-    head = 0 if teacher.tied else embedding
+    embedding, head = teacher.embedding_parameters, 0 if teacher.tied else teacher.head_parameters
     if name == "orient":
         heads, state = student.num_heads, student.state_width
         per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_width + 1)
@@ -106,19 +105,20 @@ def _trainable(name: str, stage: StageRecipe, teacher: TeacherSpec, student: Stu
 def _flops_per_token(
     name: str, length: int, teacher: TeacherSpec, student: StudentSpec, trainable: int, recipe: Recipe
 ) -> float:
-    """Two FLOPs per weight and token forward, four backward; attention and mixing matrices by their length."""
-    head = teacher.vocabulary_size * teacher.hidden_size
+    """Two FLOPs per active weight and token forward, four backward; attention and mixing matrices by their length."""
+    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    idle = teacher.num_parameters - teacher.active_parameters
     matrix = 2.0 * length * student.num_heads * (2 * teacher.head_width) * 0.5
-    trunk = 2.0 * (teacher.num_parameters - (head if teacher.tied else 2 * head)) + matrix * teacher.num_layers
+    trunk = 2.0 * (teacher.active_parameters - ends) + matrix * teacher.num_layers
     if name == "orient":
         pair = 2.0 * length * student.num_heads * (student.state_width + teacher.head_width)
         return trunk + 6.0 * trainable + 3.0 * pair * len(student.grafted_layers)
     scan = 2.0 * student.num_heads * student.head_width * student.state_width * 3 * len(student.grafted_layers)
     passes = 4.0 if recipe.compute.activation_checkpointing else 3.0
-    body = 2.0 * (student.num_parameters - (head if teacher.tied else 2 * head)) + scan
+    body = 2.0 * (student.num_parameters - idle - ends) + scan
     if name == "align":
         return trunk + passes * body
-    return trunk + passes * body + 2.0 * head * 4.0
+    return trunk + passes * body + 2.0 * teacher.head_parameters * 4.0
 
 
 def _memory(

@@ -28,7 +28,7 @@ from mohawkify.recipe_types import (
     format_count,
 )
 from mohawkify.shelf import recipe_text
-from mohawkify.strict_yaml import KeyPath, Lines, YamlProblem, dump_yaml, load_yaml, parse_yaml, read_text
+from mohawkify.strict_yaml import MAX_DEPTH, KeyPath, Lines, YamlProblem, dump_yaml, load_yaml, parse_yaml, read_text
 
 
 class StudentRecipe(Section):
@@ -353,6 +353,8 @@ def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> R
                 f"--set {show(override)}: found no =, expected key=value, such as stages.distill.tokens=5B"
             )
         path = tuple(int(part) if re.fullmatch("[0-9]{1,4}", part) else part for part in key.strip().split("."))
+        if len(path) > MAX_DEPTH:
+            raise RecipeError(f"--set {show(key)}: found more than {MAX_DEPTH} levels of keys")
         try:
             value, _ = parse_yaml(text)
         except YamlProblem as error:

@@ -87,11 +87,14 @@ def explain(
         The message, ``source:line: key: found ..., expected ...`` for each problem, and the help text of the first key.
     """
     errors = error.errors(include_url=False)
-    problems: dict[str, None] = {}  # ordered, and without the repetitions that a union of types causes
+    problems: dict[KeyPath, ErrorDetails] = {}  # ordered, and without the repetitions that a union of types causes
     for details in errors:
-        path = _path(model, details)
-        problems[f"{_place(source, lines, path)}: {_problem(details, model, path, set_keys)}"] = None
-    shown = list(problems)[:_MOST_PROBLEMS]
+        problems.setdefault(_path(model, details), details)
+    # Guessing what thousands of unknown keys mean would take seconds: only what is shown is put into words.
+    shown = [
+        f"{_place(source, lines, path)}: {_problem(details, model, path, set_keys)}"
+        for path, details in list(problems.items())[:_MOST_PROBLEMS]
+    ]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     return "; ".join(shown), _hint(model, _path(model, errors[0]))

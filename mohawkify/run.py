@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import UsageError
+from mohawkify.errors import CheckpointError, UsageError
 from mohawkify.recipe import Recipe, load_recipe
 from mohawkify.storage import read_json, write_json
 
@@ -78,8 +78,18 @@ class RunFolder:
         return load_recipe(self.recipe_file)
 
     def results(self) -> dict[str, Any]:
-        """What has been measured so far."""
-        return read_json(self.results_file) if self.results_file.is_file() else {"teacher": {}, "stages": {}}
+        """What has been measured so far.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not self.results_file.is_file():
+            return {"teacher": {}, "stages": {}}
+        results = read_json(self.results_file)
+        for part in ("teacher", "stages"):
+            if not isinstance(results, dict) or not isinstance(results.get(part), dict):
+                raise CheckpointError(f"{self.results_file} is damaged: it has no {part}")
+        return results
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace the results."""

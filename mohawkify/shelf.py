@@ -11,6 +11,7 @@ from importlib import metadata, resources
 from typing import TYPE_CHECKING
 
 from mohawkify.errors import RecipeError, UnknownFamilyError
+from mohawkify.unsupported import UNSUPPORTED
 
 if TYPE_CHECKING:
     from mohawkify.adapter import Adapter
@@ -63,6 +64,11 @@ def load_adapter(model_type: str) -> Adapter:
         UnknownFamilyError: no adapter has that name (nothing was imported), or the registered one is broken.
     """
     names = adapter_names()
+    if model_type in UNSUPPORTED and model_type not in names:
+        raise UnknownFamilyError(
+            f"a teacher of the family {model_type} cannot be converted: {UNSUPPORTED[model_type]}",
+            hint="docs/families.md lists the families that can",
+        )
     if not _MODEL_TYPE.fullmatch(model_type) or model_type not in names:
         raise UnknownFamilyError(
             f"found a teacher of the family {_shown(model_type)}, expected one of the {len(names)} that"

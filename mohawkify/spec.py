@@ -22,6 +22,9 @@ class TeacherSpec:
         max_positions: the longest sequence the teacher was made for, in tokens.
         tied: whether head and embedding are one tensor.
         num_parameters: all parameters, shared ones once.
+        active_parameters: those that one token meets; less than all where a router chooses among experts.
+        embedding_parameters: of the embedding, learned positions included.
+        head_parameters: of the head, also where it is the embedding's tensor.
         attention_parameters: parameters of all attention modules.
         attention_biases: the attention projections that have a bias: ``query``, ``key``, ``value``, ``out``.
         layer_types: the kind of attention in each layer, such as ``full_attention`` or ``sliding_attention``.
@@ -39,6 +42,9 @@ class TeacherSpec:
     max_positions: int
     tied: bool
     num_parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    head_parameters: int
     attention_parameters: int
     attention_biases: tuple[str, ...]
     layer_types: tuple[str, ...]

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify.errors import CheckpointError, DiskFullError, StorageError, UsageError
+from mohawkify.strict_json import parse_json, render_json, spell_non_finite
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
@@ -31,6 +31,7 @@ LOCK_NAME = ".lock"
 _MANIFEST_FORMAT = "mohawkify-manifest"
 _MANIFEST_VERSION = 1
 _TEMPORARY_NAME = re.compile(r"\.tmp-.+-(\d{1,9})", re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HINTS = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
@@ -74,14 +75,14 @@ def write_json(path: Path, value: Any) -> None:
         NumericsError: the value holds a number that is not finite.
         StorageError: the file could not be written.
     """
-    write_text(path, _render_json(value, path))
+    write_text(path, render_json(value, path))
 
 
 def read_json(path: Path) -> Any:
     """Read a strict JSON file; raise `CheckpointError` if it is not: NaN, infinities and duplicate keys are refused."""
     with _clear_errors("read", path):
         data = path.read_bytes()
-    return _parse_json(data, str(path))
+    return parse_json(data, str(path))
 
 
 def file_sha256(path: Path) -> str:
@@ -99,7 +100,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         StorageError: the line could not be written; the log is as it was.
     """
-    line = json.dumps(_spell_non_finite(record), allow_nan=False).encode() + b"\n"
+    line = json.dumps(spell_non_finite(record), allow_nan=False).encode() + b"\n"
     with _clear_errors("append to", path), path.open("a+b", buffering=0) as file:
         end = _end_of_whole_lines(file)
         file.truncate(end)
@@ -127,7 +128,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parse_json(line, f"{path}, line {number},")
+        record = parse_json(line, f"{path}, line {number},")
         if not isinstance(record, dict):
             raise CheckpointError(f"{path}, line {number}, is not a JSON object")
         records.append(record)
@@ -260,7 +261,7 @@ def require_space(directory: Path, needed: int) -> None:
     """Refuse to begin writing `needed` bytes that the disk cannot hold."""
     free = free_bytes(directory)
     if free < needed:
-        raise StorageError(f"{directory} needs {needed:,} bytes, {free:,} are free", hint=_HINTS[errno.ENOSPC])
+        raise DiskFullError(f"{directory} needs {needed:,} bytes, {free:,} are free", hint=_HINTS[errno.ENOSPC])
 
 
 @contextmanager
@@ -274,7 +275,16 @@ def _clear_errors(action: str, path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.filename is not None and str(error.filename) != str(path):
             reason = f"{reason} ({error.filename})"
+        if error.errno in _FULL:
+            raise DiskFullError(f"cannot {action} {path}: {reason}{_free(path)}", hint=_HINTS[error.errno]) from error
         raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno)) from error
+
+
+def _free(path: Path) -> str:
+    """Say what is free where a file was to be written, if that can be asked."""
+    with suppress(OSError, StorageError):
+        return f"; {free_bytes(path.parent):,} bytes are free"
+    return ""
 
 
 def _absolute(path: Path) -> Path:
@@ -320,48 +330,6 @@ def _take_lock(directory: Path) -> int:
     return handle
 
 
-def _render_json(value: Any, path: Path) -> str:
-    try:
-        return json.dumps(value, indent=2, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise NumericsError(f"cannot write {path} as strict JSON: {error}") from error
-
-
-def _parse_json(data: bytes, name: str) -> Any:
-    try:
-        return json.loads(
-            data.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object_without_duplicates
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not strict JSON: {error}") from error
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {text} is not finite")
-    return number
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key!r} appears twice")
-        result[key] = value
-    return result
-
-
-def _spell_non_finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    if isinstance(value, Mapping):
-        return {key: _spell_non_finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_spell_non_finite(item) for item in value]
-    return value
-
-
 def _end_of_whole_lines(file: FileIO) -> int:
     """Find where the last complete line of a log ends, in bytes from its start."""
     size = file.seek(0, os.SEEK_END)
@@ -382,7 +350,7 @@ def _write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    manifest = _parse_json(data, str(path))
+    manifest = parse_json(data, str(path))
     if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
         raise CheckpointError(f"{path} is not a manifest of mohawkify")
     body = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -414,8 +382,8 @@ def _compare(directory: Path, listed: dict[str, Any]) -> None:
 
 def _sealed(body: dict[str, Any], path: Path) -> bytes:
     """Render a manifest with the hash of its own text, so that a change to the manifest shows too."""
-    seal = hashlib.sha256(_render_json(body, path).encode()).hexdigest()
-    return _render_json({**body, "sha256": seal}, path).encode()
+    seal = hashlib.sha256(render_json(body, path).encode()).hexdigest()
+    return render_json({**body, "sha256": seal}, path).encode()
 
 
 def _describe(path: Path) -> dict[str, Any]:

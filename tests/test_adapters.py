@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
-from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe
+from mohawkify.pipeline import plan
+from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.shelf import adapter_names, load_adapter
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, model_inputs
@@ -243,6 +244,20 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
         losses.append(stage.run(packed(), engine.backward)["loss"].item())
         engine.step(1e-3)
     assert losses[-1] < losses[0]
+
+
+def test_real_configurations_are_planned_with_transformers_own_parameter_count(teacher_configs):
+    recipe = load_recipe("llamba-1b")
+    configs = sorted(teacher_configs.glob("*.json"))
+    assert len(configs) >= 12
+    for config in configs:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(config))
+        assert plan(str(config), recipe)["teacher"]["num_parameters"] == model.num_parameters(), config.stem
+
+
+def test_there_are_as_many_families_as_the_documents_say():
+    assert len(adapter_names()) >= 41
 
 
 def test_the_small_model_switches_on_what_is_odd(case):

@@ -60,17 +60,17 @@ def convert(*changes: object, teacher: object = "tiny-llama", recipe: object = "
         (("tiny-llama",), 2, "Missing option '--recipe'"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--resume", "perhaps"), 2, "'perhaps' is not one of"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--ouptut", "x"), 2, "Did you mean '--output'?"),
-        (("tiny-lama", "--recipe", "tiny.yaml"), 1, "no such teacher: tiny-lama"),
-        (("../../etc/passwd", "--recipe", "tiny.yaml"), 1, "no such teacher"),
-        (("nobody/nothing", "--recipe", "tiny.yaml"), 1, "no such teacher: nobody/nothing"),
-        (("tiny-llama/config.json", "--recipe", "tiny.yaml"), 1, "expected a folder with weights"),
-        (("tiny-llama", "--recipe", "llamba-1bb"), 2, "did you mean llamba-1b?"),
-        (("tiny-llama", "--recipe", "missing.yaml"), 2, "missing.yaml"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distil.tokens=5B"), 2, "stages.distill.tokens"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distill.tokens=many"), 2, "expected a count"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "seed"), 2, "expected key=value"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "student.keep_attention=[7]"), 2, "found layer 7"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--data", "nowhere.txt"), 1, "nowhere.txt"),
+        (("tiny-lama", "--recipe", "tiny.yaml"), 66, "no such teacher: tiny-lama"),
+        (("../../etc/passwd", "--recipe", "tiny.yaml"), 66, "no such teacher"),
+        (("nobody/nothing", "--recipe", "tiny.yaml"), 66, "no such teacher: nobody/nothing"),
+        (("tiny-llama/config.json", "--recipe", "tiny.yaml"), 66, "expected a folder with weights"),
+        (("tiny-llama", "--recipe", "llamba-1bb"), 64, "did you mean llamba-1b?"),
+        (("tiny-llama", "--recipe", "missing.yaml"), 64, "missing.yaml"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distil.tokens=5B"), 64, "stages.distill.tokens"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distill.tokens=many"), 64, "expected a count"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "seed"), 64, "expected key=value"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "student.keep_attention=[7]"), 64, "found layer 7"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--data", "nowhere.txt"), 66, "nowhere.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -91,7 +91,7 @@ def test_a_wrong_command_line(teacher, arguments, code, says):
 )
 def test_a_recipe_with_a_mistake(teacher, old, new, says):
     Path("tiny.yaml").write_text(RECIPE.replace(old, new))
-    refused(*convert(), code=2, says=says)
+    refused(*convert(), code=64, says=says)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -156,12 +156,12 @@ DAMAGES = {
 def test_a_damaged_teacher(teacher, damage):
     work, says = DAMAGES[damage]
     work(teacher)
-    refused(*convert("--output", "out"), code=1, says=says)
+    refused(*convert("--output", "out"), code=64 if "family" in damage else 66, says=says)
 
 
 def test_a_vocabulary_that_does_not_fit(teacher, whole_teacher):
     make_teacher(teacher / "small", vocab_size=97)
-    refused(*convert("--output", "out", teacher=teacher / "small"), code=1, says="token id 257")
+    refused(*convert("--output", "out", teacher=teacher / "small"), code=66, says="token id 257")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_vocabulary_that_does_not_fit(teacher, whole_teacher):
 )
 def test_text_that_cannot_be_used(teacher, name, content, says):
     Path(name).write_bytes(content)
-    refused(*convert("--data", name), code=1, says=says)
+    refused(*convert("--data", name), code=66, says=says)
 
 
 def test_an_output_folder_that_holds_something_else(teacher):
@@ -201,11 +201,11 @@ def test_an_output_folder_that_another_process_holds(teacher):
 def test_an_output_that_cannot_be_written(teacher, output):
     if output.startswith("/proc") and not Path("/proc").is_dir():
         pytest.skip("needs /proc, a file system that nobody can write")
-    refused(*convert("--output", output), code=1, says=output)
+    refused(*convert("--output", output), code=74, says=output)
 
 
 def test_the_corrected_command_works(teacher):
-    refused(*convert("--data", "nowhere.txt"), code=1, says="nowhere.txt")
+    refused(*convert("--data", "nowhere.txt"), code=66, says="nowhere.txt")
     refused(*convert("--set", "compute.device=cuda"), code=2, says="cuda") if not torch.cuda.is_available() else None
     short = ["--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=64"]
     assert run_well(*convert(*short)).stdout == "runs/tiny-llama-mohawk\n"
@@ -234,11 +234,11 @@ def finished(whole_teacher, tmp_path_factory):
         (("eval", "run", "--limit", "3"), 2, "--limit"),
         (("eval", "run", "--preset", "lamba"), 2, "llamba"),
         (("eval", "run", "--preset", "llamba", "--tasks", "piqa"), 2, "--preset"),
-        (("eval", "run", "--teacher", "nowhere"), 1, "no such teacher: nowhere"),
+        (("eval", "run", "--teacher", "nowhere"), 66, "no such teacher: nowhere"),
         (("export", "run"), 2, "Missing option '--target'"),
         (("export", "run", "--target", "mlx-q5"), 2, "did you mean mlx-q8?"),
         (("export", "run", "--target", "hf", "--dtype", "int3"), 2, "int3"),
-        (("export", "run", "--target", "hf", "--output", "tiny-llama"), 1, "is not empty"),
+        (("export", "run", "--target", "hf", "--output", "tiny-llama"), 73, "is not empty"),
         (("generate",), 2, "Missing argument"),
         (("generate", "run", "once", "upon"), 2, "expected [RUN] PROMPT"),
         (("generate", "run", "once", "--max-tokens", "0"), 2, "0 is not in the range"),
@@ -255,14 +255,14 @@ def test_a_teacher_that_changed_since(finished, tmp_path, monkeypatch):
     other = copy_of(finished / "tiny-llama", tmp_path / "other")
     run_well("eval", "run", "--teacher", other)
     damage_weights(other, lambda tensors: tensors[NORM].mul_(1.5))
-    refused("eval", "run", "--teacher", other, code=1, says="model.safetensors differs")
+    refused("eval", "run", "--teacher", other, code=66, says="model.safetensors differs")
 
 
 def test_a_missing_extra_names_the_command(finished, monkeypatch):
     monkeypatch.chdir(finished)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = run("eval", "run", "--tasks", "piqa")
-    assert result.exit_code == 1
+    assert result.exit_code == 69
     assert result.stderr.splitlines()[-1] == 'hint: pip install "mohawkify[eval]"'
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_student(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy_of(finished / "run", tmp_path / "run")
     truncate(tmp_path / "run" / "final")
-    refused("generate", "run", "once", code=1, says="could not be loaded")
+    refused("generate", "run", "once", code=66, says="could not be loaded")
 
 
 def test_a_mistyped_verb():
@@ -285,14 +285,14 @@ def test_a_bug_is_one_line_too_and_its_traceback_comes_when_asked_for(monkeypatc
 
     monkeypatch.setattr(pipeline, "plan", broken)
     plain = run("plan", "x", "--recipe", "demo")
-    assert plain.exit_code == 1
+    assert plain.exit_code == 70
     assert plain.stderr.splitlines() == [
         "error: unexpected ZeroDivisionError: a line and another",
         "hint: run it again with --debug for the traceback",
     ]
     for arguments in (("--debug", "plan", "x", "--recipe", "demo"), ("plan", "x", "--recipe", "demo", "--debug")):
         debugged = run(*arguments)
-        assert debugged.exit_code == 1
+        assert debugged.exit_code == 70
         assert "Traceback" in debugged.stderr
         assert "error: unexpected ZeroDivisionError: a line and another" in debugged.stderr.splitlines()
 
@@ -313,7 +313,7 @@ def test_a_full_memory_is_told_with_a_way_out(monkeypatch):
 
     monkeypatch.setattr(pipeline, "plan", full)
     result = run("plan", "x", "--recipe", "demo")
-    assert result.exit_code == 1
+    assert result.exit_code == 71
     assert "micro_batch_sequences" in result.stderr
 
 
@@ -323,7 +323,7 @@ def test_a_real_process_refuses_cleanly(teacher):
     done = subprocess.run(
         [script, *map(str, convert("--output", "out"))], capture_output=True, text=True, check=False, cwd=teacher.parent
     )
-    assert done.returncode == 1
+    assert done.returncode == 66
     assert done.stdout == ""
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
     assert not Path("out").exists()

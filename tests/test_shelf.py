@@ -62,7 +62,7 @@ def recording(function: Callable[[str], ModuleType], names: list[str]) -> Callab
         "adapters/llama",
         "llama\n",
         "LLAMA",
-        "mamba2",
+        "mamba9",
         "\ud800",
         "x" * 9999,
     ],

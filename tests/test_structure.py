@@ -18,6 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from mohawkify.family_docs import with_reference
+from mohawkify.shelf import adapter_names
+from mohawkify.unsupported import UNSUPPORTED
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mohawkify"
 LONGEST_FILE = 500
@@ -25,16 +29,18 @@ LONGEST_FILE = 500
 # A module imports only from lines above its own; names are relative to the package, the longest one that fits counts,
 # and a package's modules may import each other. Two names on a line do not know each other.
 RANKS = (
-    ("errors", "adapter", "spec"),
-    ("strict_yaml", "shelf", "storage"),
+    ("errors", "adapter", "spec", "unsupported"),
+    ("strict_json", "strict_yaml"),
+    ("shelf", "storage"),
     ("recipe_fields",),
     ("recipe_types",),
     ("recipe",),
     ("recipe_docs", "run", "checkpoint", "plan"),
+    ("family_docs",),
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
     ("student.grafting",),
-    ("teacher.projections",),
+    ("teacher.projections", "teacher.recognise"),
     ("student", "teacher"),
     ("adapters", "stages", "auto"),
     ("train",),
@@ -440,6 +446,12 @@ def test_index_lists_every_page() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert_none(pages - listed, "give these pages a line in docs/index.md")
     assert_none(listed - pages, "docs/index.md lists pages that are not there")
+
+
+def test_the_page_of_families_is_what_their_files_say() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert page == with_reference(page), "renew it with mohawkify.family_docs.with_reference"
+    assert_none(UNSUPPORTED.keys() & set(adapter_names()), "these families have a file and a reason against them")
 
 
 def test_pages_that_the_sources_name_exist() -> None:

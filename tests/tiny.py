@@ -45,7 +45,11 @@ def tiny_teacher(family: str, attention: str | None = None, **changes: Any) -> P
     """A frozen random teacher; every tensor is random, biases and norms too. The same weights for every call."""
     model_class = getattr(transformers, load_adapter(family).model_class)
     implementation = attention or attention_implementation(model_class)
-    model = model_class._from_config(tiny_config(family, **changes), attn_implementation=implementation)
+    return randomise(model_class._from_config(tiny_config(family, **changes), attn_implementation=implementation))
+
+
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Freeze a model with random tensors, the weights of norms around 1."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for module in model.modules():

@@ -17,10 +17,13 @@ from torch import Tensor
 from mohawkify.errors import ExportError
 
 NUM_SEQUENCES = 4
-LENGTH = 160  # longer than a chunk of either scan
+LENGTH = 160  # longer than a chunk of either scan; less where the model has fewer positions
 LOGIT_TOLERANCE = 1e-4  # of float32, relative to the largest logit (at least 1)
 # Nats per token, by bits; beyond it an export is broken, not just coarse: a hardly trained student reaches 1.3 with 4.
 LARGEST_KL: dict[int | None, float] = {None: 0.1, 8: 0.5, 4: 2.0}
+# Before anything is rounded: another GELU costs 1e-6, another rotation in a single kept layer far more than this.
+LARGEST_KL_UNROUNDED = 1e-3
+OTHER_MODEL = "mlx-lm's model of a family may compute something else than the teacher: export to hf instead"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ def sample_ids(student: Any, seed: int = 0) -> Tensor:
     """Let the student write, sampling at temperature 1 from its start token; returns token ids (b, l)."""
     generator = torch.Generator().manual_seed(seed)
     first = student.config.bos_token_id
+    length = min(LENGTH, getattr(student.config, "max_position_embeddings", None) or LENGTH)
     ids_bl = torch.full((NUM_SEQUENCES, 1), 0 if first is None else first)
     memory, newest = None, ids_bl
-    while ids_bl.shape[1] < LENGTH:
+    while ids_bl.shape[1] < length:
         output = student(newest, past_key_values=memory, use_cache=True, logits_to_keep=1)
         memory = output.past_key_values
         newest = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
@@ -83,6 +87,23 @@ def compare(reference: Callable[[Tensor], Tensor], found: Callable[[Tensor], Ten
     return Agreement(difference, scale, max(kl / tokens, 0.0), same / tokens, tokens)
 
 
+def require_same_model(agreement: Agreement) -> None:
+    """Refuse another library's model that is not the run's, before rounding hides it.
+
+    Args:
+        agreement: what `compare` found for the model in float32.
+
+    Raises:
+        ExportError: it computes something else.
+    """
+    if agreement.kl > LARGEST_KL_UNROUNDED:
+        raise ExportError(
+            f"the export is {agreement.kl:.3g} nats per token away from its run before it is rounded, "
+            f"allowed {LARGEST_KL_UNROUNDED:g}",
+            hint=OTHER_MODEL,
+        )
+
+
 def require_agreement(agreement: Agreement, dtype: str, bits: int | None) -> None:
     """Refuse an export that does not compute what its run computes.
 
@@ -99,7 +120,8 @@ def require_agreement(agreement: Agreement, dtype: str, bits: int | None) -> Non
         if agreement.max_logit_difference > allowed:
             raise ExportError(
                 f"the export's logits differ by {agreement.max_logit_difference:.3g} from the run's, "
-                f"allowed {allowed:.3g}"
+                f"allowed {allowed:.3g}",
+                hint=OTHER_MODEL,
             )
     largest = LARGEST_KL[bits]
     if agreement.kl > largest:

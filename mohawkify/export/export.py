@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from mohawkify.errors import ExportError, UsageError
-from mohawkify.export.agreement import compare, require_agreement, sample_ids
+from mohawkify.export.agreement import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.export.card import model_card
-from mohawkify.export.mlx import mlx_logits, require_mlx, write_mlx
+from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, write_mlx
 from mohawkify.run import finished_run
 from mohawkify.shelf import nearest
 from mohawkify.storage import atomic_directory
@@ -61,7 +61,8 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
     Raises:
         UsageError: no such target, precision or finished run.
-        ExportError: the output folder is in use, or the export does not agree with the run.
+        ExportError: the output folder is in use, the target's library cannot hold the student, or the export does not
+            agree with the run.
         MissingExtraError: the target's library is not installed.
     """
     wanted, dtype = _target(target), dtype or "bfloat16"
@@ -69,7 +70,7 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         raise UsageError(f"found the precision {dtype}, expected one of {', '.join(DTYPES)}")
     source = finished_run(run)
     if wanted.library == "mlx":
-        require_mlx()
+        require_mlx(source.final)
     _require_free(output)
 
     report(f"loading {source.final}")
@@ -80,9 +81,10 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
     with atomic_directory(output, manifest=False) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
-            plain = write_mlx(source.final, folder, dtype, wanted.bits)
+            plain = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
+            (folder / "generation_config.json").write_bytes((source.final / "generation_config.json").read_bytes())
             save_tokenizer(tokenizer, folder)
-            found = mlx_logits(folder)
+            found = mlx_logits(load_mlx(folder))
         else:
             save_student(student, tokenizer, folder, DTYPES[dtype])
             found = _torch_logits(load_student(folder, DTYPES[dtype]))
@@ -102,6 +104,14 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         (folder / "README.md").write_text(model_card(source, wanted.library, wanted.bits, result), encoding="utf-8")
         result["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     return result
+
+
+def _export_mlx(final: Path, student: Any, ids_bl: Tensor, folder: Path, dtype: str, bits: int | None) -> list[str]:
+    """Write the model, refused if it is another one even before rounding; returns the modules left plain."""
+    model, config = build_mlx(final)
+    if dtype != "float32" or bits is not None:
+        require_same_model(compare(_torch_logits(student), mlx_logits(model), ids_bl))
+    return write_mlx(model, config, folder, dtype, bits)
 
 
 def _target(name: str) -> Target:

@@ -9,43 +9,95 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
+from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
+from mohawkify.storage import read_json
 from mohawkify.student.save import family_of
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (64, 32)  # weights that share a scale; the first that divides a weight's rows is taken
+HEAD = "lm_head.weight"
 
 
-def require_mlx() -> None:
-    """Raise MissingExtraError where mlx-lm is not installed."""
-    if util.find_spec("mlx_lm") is None:
-        raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
-
-
-def write_mlx(final: Path, directory: Path, dtype: str, bits: int | None) -> list[str]:
-    """Write model, configuration and code; the tokenizer is the caller's.
+def require_mlx(final: Path) -> None:
+    """Refuse at once what no MLX target can hold.
 
     Args:
         final: the student's Hugging Face folder.
+
+    Raises:
+        MissingExtraError: mlx-lm is not installed.
+        ExportError: mlx-lm does not have the student's family.
+    """
+    if util.find_spec("mlx_lm") is None:
+        raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
+    adapter = family_of(read_json(final / "config.json").get("model_type", ""))
+    if adapter.mlx_module is None:
+        raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
+
+
+def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
+    """Build a student as mlx-lm's model of the family with mixers.
+
+    Args:
+        final: the student's Hugging Face folder, of a family that mlx-lm has.
+
+    Returns:
+        The model in float32, and its configuration as mlx-lm reads it.
+
+    Raises:
+        ExportError: mlx-lm's model of the family cannot hold this student.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mohawkify.export import mlx_model
+
+    adapter = family_of(read_json(final / "config.json")["model_type"])
+    config = _mlx_config(final, adapter)
+    teacher = _teacher_modules(final, adapter)
+    try:
+        model = mlx_model.Model(mlx_model.ModelArgs.from_dict(config))
+        weights = model.sanitize(_published_weights(final, adapter, teacher, model.mixer_paths()))
+        parameters: Any = tree_flatten(model.parameters())
+        for name, value in parameters:
+            if name not in weights and name.endswith(".bias"):
+                weights[name] = mx.zeros_like(value)  # the family's projections have none, mlx-lm's always do
+            elif name not in weights and name == HEAD:
+                weights[name] = weights[teacher.all_tied_weights_keys[HEAD]]
+        model.load_weights(list(weights.items()), strict=True)
+    except (ValueError, TypeError, KeyError, IndexError, AssertionError, AttributeError) as error:
+        first = " ".join(str(error).split())
+        raise ExportError(
+            f"mlx-lm's {adapter.mlx_module} cannot hold this student: {first[:300]}", hint="export to hf instead"
+        ) from error
+    _require_windows(model, config)
+    model.eval()
+    mx.eval(model.parameters())
+    return model, config
+
+
+def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, bits: int | None) -> list[str]:
+    """Write model, configuration and code; the tokenizer and the settings of generation are the caller's.
+
+    Args:
+        model: what `build_mlx` returned; it is rounded in place.
+        config: its configuration, completed in place.
         directory: an existing, empty folder.
         dtype: of everything but the precise parameters and the quantised weights.
         bits: of the quantised weights; None quantises nothing.
 
     Returns:
         Modules that stay plain because no group size divides their width.
-
-    Raises:
-        ExportError: mlx-lm does not have the student's family.
     """
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
     from mlx_lm.utils import save_config, save_model
-
-    config = _mlx_config(final)
-    model = _load(final, config)
-    _require_windows(model, config)
 
     def cast(name: str, value: Any) -> Any:
         follows = model.cast_predicate(name) and mx.issubdtype(value.dtype, mx.floating)
@@ -56,18 +108,35 @@ def write_mlx(final: Path, directory: Path, dtype: str, bits: int | None) -> lis
     plain = [] if bits is None else _quantise(model, config, bits)
     save_model(directory, model)
     save_config(config, directory / "config.json")
-    for name in (MODEL_FILE, "generation_config.json"):
-        source = resources.files("mohawkify.export") if name == MODEL_FILE else final
-        (directory / name).write_bytes(source.joinpath(name).read_bytes())
+    code = resources.files("mohawkify.export").joinpath(MODEL_FILE)
+    (directory / MODEL_FILE).write_bytes(code.read_bytes())
     return plain
 
 
-def mlx_logits(directory: Path) -> Callable[[Tensor], Tensor]:
-    """Load a written MLX folder with mohawkify's own copy of its code; returns the map from token ids to logits."""
+def load_mlx(directory: Path) -> Any:
+    """Load a written MLX folder with mohawkify's own copy of its code, to compute its logits here."""
+    import mlx.core as mx
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import load_model
+
+    from mohawkify.export import mlx_model
+
+    model, _ = load_model(
+        directory,
+        model_config={"model_file": None},
+        get_model_classes=lambda config: (mlx_model.Model, mlx_model.ModelArgs),  # type: ignore[arg-type,return-value]
+    )
+    if mx.default_device() == mx.Device(mx.cpu):
+        for module in model.modules():
+            if isinstance(module, SwitchLinear):
+                module.weight = module.weight.astype(mx.float32)  # MLX multiplies experts in nothing else on CPUs
+    return model
+
+
+def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """The map from token ids (b, l) to a model's logits (b, l, v), both as torch has them."""
     import mlx.core as mx
     import numpy
-
-    model = _load(directory, {"model_file": None})
 
     def logits(ids_bl: Tensor) -> Tensor:
         return torch.from_numpy(numpy.array(model(mx.array(ids_bl.numpy())).astype(mx.float32)))
@@ -75,64 +144,128 @@ def mlx_logits(directory: Path) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _load(directory: Path, overrides: dict[str, Any]) -> Any:
-    from mlx_lm.utils import load_model
-
-    from mohawkify.export import mlx_model
-
-    model, _ = load_model(
-        directory,
-        model_config={**overrides, "model_file": None},
-        get_model_classes=lambda config: (mlx_model.Model, mlx_model.ModelArgs),  # type: ignore[arg-type,return-value]
-    )
-    return model
-
-
-def _mlx_config(final: Path) -> dict[str, Any]:
-    """The student's configuration as mlx-lm reads it."""
+def _teacher_modules(final: Path, adapter: Adapter) -> Any:
+    """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
     config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
-    adapter = family_of(config["model_type"])
-    if adapter.mlx_module is None:
-        raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
+    for key in ("model_type", "architectures", "auto_map", "mixer"):
+        config.pop(key, None)
+    with torch.device("meta"):
+        return getattr(transformers, adapter.model_class)(getattr(transformers, adapter.config_class)(**config))
+
+
+def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths: dict[int, str]) -> dict[str, Any]:
+    """The student's tensors under the names that the family's published checkpoints have, mixers' under mlx-lm's."""
+    import mlx.core as mx
+
+    mixers = {f"{adapter.layers}.{index}.{adapter.attention}.": f"{path}." for index, path in mixer_paths.items()}
+
+    weights: dict[str, Tensor] = {}
+    for file in sorted(final.glob("model*.safetensors")):
+        weights.update(load_file(file))
+    weights = revert_weight_conversion(teacher, weights)
+    published: dict[str, Any] = {}
+    while weights:  # one at a time: both copies of a large student need not fit
+        name, tensor = weights.popitem()
+        prefix = next((prefix for prefix in mixers if name.startswith(prefix)), None)
+        name = name.removeprefix(adapter.mlx_prefix) if prefix is None else mixers[prefix] + name.removeprefix(prefix)
+        published[name] = mx.array(tensor.float().numpy())
+    return published
+
+
+def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
+    """The student's configuration as mlx-lm reads it: transformers' keys, and beside them the older names."""
+    config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)
-    rope = config.pop("rope_parameters", None)
-    if rope is not None:
-        # mlx-lm's older families read the two keys that transformers 5 has merged into one.
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    for alias, name in getattr(transformers, adapter.config_class).attribute_map.items():
+        if name in config:
+            config.setdefault(alias, config[name])
+    config["mixer"]["counts_tokens"] = adapter.mlx_counts_tokens
+    if config.get("head_dim") is None:
+        config["head_dim"] = config["mixer"]["head_width"]
+    config |= _older_rope(config.pop("rope_parameters", None) or {})
+    if len(config["mixer"]["grafted_layers"]) == config["num_hidden_layers"]:
+        config["rope_scaling"] = None  # nothing rotates any more, and mlx-lm refuses kinds that it does not have
+    config |= _older_layers(config)
+    if adapter.mlx_config is not None:
+        config |= adapter.mlx_config(config)
     return {**config, "model_file": MODEL_FILE, "mlx_module": adapter.mlx_module}
 
 
-def _require_windows(model: Any, config: dict[str, Any]) -> None:
-    """Refuse a hybrid whose kept attention looks through a window that mlx-lm's model of the family does not have."""
-    from mlx_lm.models.cache import KVCache
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The keys that transformers 5 has merged into ``rope_parameters``, for one kind of layers or for each."""
+    older: dict[str, Any] = {"rope_scaling": None}
+    if "sliding_attention" in rope:
+        older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = rope.get("full_attention", rope)
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if key in rope:
+            older[key] = rope[key]
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        older["rope_scaling"] = {**{key: value for key, value in rope.items() if key != "rope_theta"}, "type": kind}
+    return older
 
-    kinds = config.get("layer_types") or []
-    for index, (kind, memory) in enumerate(zip(kinds, model.make_cache(), strict=False)):
-        if kind == "sliding_attention" and type(memory) is KVCache:
+
+def _older_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """Which layers look through a window, in the two ways that mlx-lm's models read it."""
+    kinds = list(_layer_kinds(config))
+    if not config.get("layer_types"):
+        # mlx-lm's llama needs a full layer, and of a grafted one it does not matter.
+        for index in config["mixer"]["grafted_layers"]:
+            kinds[index] = "full_attention"
+    older: dict[str, Any] = {"layer_types": kinds}
+    if "full_attention" in kinds:
+        older["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    return older
+
+
+def _layer_kinds(config: dict[str, Any]) -> list[str]:
+    """The kind of attention that each of the teacher's layers has, as `TeacherSpec.layer_types`."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    kinds: list[str] = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+    return kinds
+
+
+def _require_windows(model: Any, config: dict[str, Any]) -> None:
+    """Refuse a hybrid whose kept attention mlx-lm's model of the family sees through another window.
+
+    The comparison of logits would not notice: its text is shorter than the windows of published models.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    for index, (kind, memory) in enumerate(zip(config["layer_types"], model.make_cache(), strict=True)):
+        if index in config["mixer"]["grafted_layers"]:
+            continue
+        window = config["sliding_window"] if kind == "sliding_attention" else None
+        found = memory.max_size if isinstance(memory, RotatingKVCache) else None
+        if found != window or not isinstance(memory, KVCache | RotatingKVCache):
+            through = "everything" if window is None else "a sliding window"
             raise ExportError(
-                f"layer {index} keeps attention through a sliding window, which mlx-lm's {config['mlx_module']} lacks",
+                f"layer {index} keeps attention through {through}, which mlx-lm's {config['mlx_module']} lacks",
                 hint="export to hf instead",
             )
 
 
 def _quantise(model: Any, config: dict[str, Any], bits: int) -> list[str]:
-    """Quantise the projections, the MLPs, embedding and head in place, and say so in the configuration."""
+    """Quantise the projections, MLPs or experts, embedding and head in place, and say so in the configuration."""
     import mlx.nn as nn
 
-    quantisation: dict[str, Any] = {"group_size": GROUP_SIZES[0], "bits": bits, "mode": "affine"}
+    common: dict[str, Any] = {"group_size": GROUP_SIZES[0], "bits": bits, "mode": "affine"}
+    quantisation: dict[str, Any] = dict(common)
     plain: list[str] = []
 
     def choose(path: str, module: Any) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized") or not model.quant_predicate(path, module):
+        wanted = hasattr(module, "to_quantized") and model.quant_predicate(path, module)
+        if not wanted:
             return False
         sizes = [size for size in GROUP_SIZES if module.weight.shape[-1] % size == 0]
         if not sizes:
             plain.append(path)
             return False
-        chosen = {"group_size": sizes[0], "bits": bits, "mode": "affine"}
-        if sizes[0] != GROUP_SIZES[0]:
+        # mlx-lm asks for more bits where a family's modules are known to suffer.
+        own = {"bits": max(bits, wanted["bits"])} if isinstance(wanted, dict) else {}
+        chosen = {**common, **own, "group_size": sizes[0]}
+        if chosen != common:
             quantisation[path] = chosen
         return chosen
 

@@ -117,7 +117,8 @@ class DiscreteMamba2(nn.Module):
         Args:
             hidden_bld: hidden states.
             mask: the mask the model built for attention; not needed here.
-            cache: a `GraftedMemory`, or None.
+            cache: a `GraftedMemory`, or None. Its arrays are the tail of the convolutions, the state, and in the first
+                layer of a family with learned positions the number of tokens seen, without padding.
         """
         memory = ArraysCache(size=2) if cache is None else cache.arrays
         batch, length, _ = hidden_bld.shape
@@ -144,6 +145,9 @@ class DiscreteMamba2(nn.Module):
             state_bhpn = mx.zeros((batch, self.num_heads, self.head_width, self.state_width), dtype=mx.float32)
         scan = scan_step if length == 1 else scan_chunked
         y_blhp, memory[1] = scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn)
+        if len(memory.cache) == 3:
+            seen_b = mx.zeros((batch,), dtype=mx.int32) if memory[2] is None else memory[2]
+            memory[2] = seen_b + (length if keep_bl is None else keep_bl.sum(-1))
         memory.advance(length)
 
         y_blhp = y_blhp + self.d[:, None] * x_blhp
@@ -180,6 +184,14 @@ class GraftedMemory:
         """The mask for kept attention."""
         return None if self.kept is None else self.kept.make_mask(*args, **kwargs)
 
+    @property
+    def offset(self) -> Any:
+        """The next token's position, which models with learned positions ask the first layer's cache for."""
+        offset_b = mx.zeros((1,), dtype=mx.int32) if self.arrays[2] is None else self.arrays[2]
+        if self.arrays.left_padding is not None:
+            offset_b = offset_b - mx.maximum(self.arrays.left_padding, 0)
+        return offset_b if offset_b.size > 1 else offset_b.item()
+
 
 FamilyModel: Any = object  # the second base brings mlx-lm's
 
@@ -191,8 +203,12 @@ class GraftedModel(FamilyModel):
         super().__init__(args)
         mixer, layers = args.mixer, self.layers
         for index in mixer["grafted_layers"]:
-            setattr(layers[index], mixer["attention"], DiscreteMamba2(args.hidden_size, mixer))
-        kinds = getattr(args, "layer_types", None) or ["full_attention"] * len(layers)
+            attention, module = getattr(layers[index], mixer["attention"]), DiscreteMamba2(args.hidden_size, mixer)
+            for name, fact in vars(attention).items():
+                vars(module).setdefault(name, fact)  # the family's model may ask its attention what it looks at
+            setattr(layers[index], mixer["attention"], module)
+        # Layers of one kind have one kind of cache.
+        kinds = [type(cache) for cache in self._family_caches()]
         kept = [index for index in range(len(layers)) if index not in mixer["grafted_layers"]]
         self._same_kind = {
             index: next((other for other in kept if kinds[other] == kinds[index]), None)
@@ -210,15 +226,36 @@ class GraftedModel(FamilyModel):
             ]
         return super().__call__(inputs, cache, **kwargs)
 
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As the family's model, which never sees the mixers' tensors: they may be called as something of its own."""
+        paths, family = tuple(f"{path}." for path in self.mixer_paths().values()), super()
+        mixers = {name: weights.pop(name) for name in list(weights) if name.startswith(paths)}
+        return {**(family.sanitize(weights) if hasattr(family, "sanitize") else weights), **mixers}
+
+    def mixer_paths(self) -> dict[int, str]:
+        """The path of every grafted layer's mixer in this model."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        attention = self.args.mixer["attention"]
+        return {index: paths[id(getattr(self.layers[index], attention))] for index in self._same_kind}
+
     def make_cache(self) -> list[Any]:
         """A state for every grafted layer, the family's own cache for every layer that kept its attention."""
-        family = super()
-        caches = family.make_cache() if hasattr(family, "make_cache") else [KVCache() for _ in self.layers]
-        return [ArraysCache(size=2) if index in self._same_kind else each for index, each in enumerate(caches)]
+        counts = self.args.mixer.get("counts_tokens", False)
+        return [
+            ArraysCache(size=3 if counts and index == 0 else 2) if index in self._same_kind else each
+            for index, each in enumerate(self._family_caches())
+        ]
 
-    def quant_predicate(self, path: str, module: Any) -> bool:
-        """Whether a module may be quantised: not the decay, whose errors compound along the sequence."""
-        return not path.endswith(".decay_proj")
+    def _family_caches(self) -> list[Any]:
+        family = super()
+        return family.make_cache() if hasattr(family, "make_cache") else [KVCache() for _ in self.layers]
+
+    def quant_predicate(self, path: str, module: Any) -> Any:
+        """Whether or how a module may be quantised: as the family says, but not the decay, whose errors compound."""
+        family = super()
+        if path.endswith(".decay_proj"):
+            return False
+        return family.quant_predicate(path, module) if hasattr(family, "quant_predicate") else True
 
     def cast_predicate(self, path: str) -> bool:
         """Whether a parameter follows the model's precision; decay, convolutions, d and z_bias stay float32."""
@@ -236,7 +273,7 @@ class ModelArgs:
             raise ValueError(f"config.json: mlx_module is {name!r}, expected the name of a module of mlx_lm.models")
         family = importlib.import_module(f"mlx_lm.models.{name}")
         args = family.ModelArgs.from_dict(config)
-        args.mixer, args.family = config["mixer"], family
+        args.mixer, args.family, args.hidden_size = config["mixer"], family, config["hidden_size"]
         return args
 
 

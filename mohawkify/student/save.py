@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import CheckpointError
-from mohawkify.shelf import load_adapter
 from mohawkify.storage import read_json
 from mohawkify.student.build import classes_for
 from mohawkify.student.mixer import PRECISE_PARAMETERS
+from mohawkify.teacher.recognise import find_classes
 
 TYPE_PREFIX = "mohawk_"
 MODEL_FILE = "modeling_mohawk"
@@ -134,10 +134,10 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
 
 def family_of(model_type: str) -> Adapter:
-    """The adapter of a student's teacher, by the student's model type; raises CheckpointError if it is none."""
+    """The family of a student's teacher, by the student's model type; raises CheckpointError if it is none."""
     if not isinstance(model_type, str) or not model_type.startswith(TYPE_PREFIX):
         raise CheckpointError(f"found a model of type {model_type!r}, expected a student of type {TYPE_PREFIX}...")
-    return load_adapter(model_type.removeprefix(TYPE_PREFIX))
+    return find_classes(model_type.removeprefix(TYPE_PREFIX))
 
 
 @cache

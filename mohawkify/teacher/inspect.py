@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import transformers
 from torch import nn
 
 from mohawkify.adapter import Adapter, AttentionWeights
-from mohawkify.errors import TeacherError
-from mohawkify.shelf import load_adapter
+from mohawkify.errors import CheckpointError, TeacherError
 from mohawkify.spec import TeacherSpec
 from mohawkify.storage import read_json
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.locate import find_config
 from mohawkify.teacher.projections import read_attention
+from mohawkify.teacher.recognise import find_adapter
 
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence, by whichever name
+CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token, by whichever name
+COUNTED_KEYS = re.compile("layer|block|depth|expert")  # keys that say how many modules there are
+MOST_MODULES = 1000  # the deepest teachers have under 200 layers, those with the most experts 512 per layer
 REFUSED_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
 
 
@@ -44,29 +48,54 @@ def inspect_teacher(source: str) -> Inspection:
     """
     path = find_config(source)
     config, adapter = read_config(path)
-    with torch.device("meta"):
-        modules = getattr(transformers, adapter.model_class)(config)
-    return Inspection(_facts(source, config, adapter, modules), config, adapter, modules)
+    try:
+        with torch.device("meta"):
+            modules = getattr(transformers, adapter.model_class)(config)
+        spec = _facts(source, config, adapter, modules)
+    except TeacherError:
+        raise
+    except Exception as error:  # sizes that do not fit each other fail in whatever way the family's modules do
+        raise TeacherError(
+            f"no {adapter.title} model can be laid out from {path}: {type(error).__name__}: {_one_line(error)}",
+            hint="the sizes in config.json do not fit each other: fetch the file again",
+        ) from error
+    return Inspection(spec, config, adapter, modules)
 
 
 def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
     """Read a config.json with its family's own configuration class; keys that would run code are dropped."""
-    raw = read_json(path)
+    try:
+        raw = read_json(path)
+    except CheckpointError as error:
+        raise TeacherError(error.message, hint="fetch the file again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise TeacherError(f"{path} has no model_type", hint="expected the config.json of a transformers model")
     if raw["model_type"].startswith("mohawk_"):
         raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type']})")
-    adapter = load_adapter(raw["model_type"])
     values = {key: value for key, value in raw.items() if key not in REFUSED_KEYS}
+    _refuse_gigantic(path, values)
+    adapter = find_adapter(raw["model_type"], values)
     try:
         config = getattr(transformers, adapter.config_class)(**values)
+        reason = adapter.refuse(config) if adapter.refuse else None
     except Exception as error:
-        first = " ".join(str(error).split())
-        raise TeacherError(f"{path} is not a valid {adapter.model_type} configuration: {first}") from error
-    reason = adapter.refuse(config) if adapter.refuse else None
+        raise TeacherError(f"{path} is not a valid {adapter.model_type} configuration: {_one_line(error)}") from error
     if reason:
         raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
     return config, adapter
+
+
+def _refuse_gigantic(path: Path, values: dict[str, Any]) -> None:
+    """Refuse numbers of modules that would take hours to lay out, even without memory for their weights."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _refuse_gigantic(path, value)
+        elif COUNTED_KEYS.search(key) and isinstance(value, int | float) and value > MOST_MODULES:
+            raise TeacherError(f"{path} has {key} {str(value)[:20]}, expected at most {MOST_MODULES}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherSpec:
@@ -82,6 +111,7 @@ def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherS
         "value": weights[0].v_bias_gp,
         "out": weights[0].out_bias_d,
     }
+    num_parameters = sum(p.numel() for p in modules.parameters())
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * len(layers)
     return TeacherSpec(
@@ -95,12 +125,32 @@ def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherS
         vocabulary_size=embedding.weight.shape[0],
         max_positions=next(getattr(config, key) for key in LENGTH_KEYS if getattr(config, key, None)),
         tied=head is not None and head.weight is embedding.weight,
-        num_parameters=sum(p.numel() for p in modules.parameters()),
+        num_parameters=num_parameters,
+        active_parameters=num_parameters - _idle_parameters(config, modules),
+        embedding_parameters=sum(p.numel() for p in embedding_tables(modules)),
+        head_parameters=0 if head is None else sum(p.numel() for p in head.parameters()),
         attention_parameters=sum(p.numel() for attention in attentions for p in attention.parameters()),
         attention_biases=tuple(name for name, bias in biases.items() if bias is not None),
         layer_types=tuple(kinds),
         sliding_window=window if "sliding_attention" in kinds else None,
     )
+
+
+def embedding_tables(modules: nn.Module) -> list[nn.Parameter]:
+    """The tables that a model looks tokens and learned positions up in."""
+    return [p for module in modules.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
+
+
+def _idle_parameters(config: Any, modules: nn.Module) -> int:
+    """Experts lie side by side in tensors of three axes, the first their number; a token leaves most of them idle."""
+    chosen = next((getattr(config, key) for key in CHOSEN_KEYS if isinstance(getattr(config, key, None), int)), None)
+    idle = 0
+    for module in modules.modules():
+        experts = getattr(module, "num_experts", None)
+        for parameter in module.parameters(recurse=False):
+            if chosen and parameter.dim() == 3 and parameter.shape[0] == experts:
+                idle += parameter[chosen:].numel()
+    return idle
 
 
 def _require_alike(adapter: Adapter, weights: list[AttentionWeights]) -> None:

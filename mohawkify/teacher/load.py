@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,33 @@ from transformers.utils import logging
 
 from mohawkify.errors import TeacherError
 from mohawkify.storage import file_sha256, read_json
+from mohawkify.teacher.claims import (
+    INTEGER_BYTES,
+    ClaimedTensor,
+    read_tensors,
+    require_distinct_ids,
+    require_plain_weights,
+    require_tokenizer_files,
+    same_content,
+)
 from mohawkify.teacher.inspect import read_config
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+# What is laid out without weights may need this much more memory than they take, for masks and tables that some
+# families compute: measured, the largest is 0.1 of the weights.
+_COMPUTED_SHARE = 4
+_COMPUTED_BYTES = 1 << 30
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The teacher's safetensors files, each inside the folder, present and readable to its end.
+    """The teacher's safetensors files, all that they claim compared with what is there.
 
     Raises:
-        TeacherError: no safetensors, a path that leaves the folder, a missing shard, a damaged or truncated file.
+        TeacherError: no safetensors, names or links that leave the folder, damaged files, an index that disagrees with
+            them, quantised weights.
     """
-    index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise TeacherError(f"{index} has no weight_map")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise TeacherError(f"{index} names {name!r}, expected a .safetensors file inside the folder")
-    elif (folder / SINGLE_FILE).is_file():
-        names = [SINGLE_FILE]
-    else:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"only {pickles[0]}, a pickle," if pickles else "no weights,"
-        raise TeacherError(
-            f"{folder} holds {found} expected {SINGLE_FILE}" + ("" if pickles else " or shards with an index"),
-            hint="convert it to safetensors first: pickles can run code and are never read" if pickles else None,
-        )
-    files = [folder / name for name in names]
+    files = sorted({tensor.file for tensor in read_tensors(folder).values()})
+    require_plain_weights(folder / "config.json", read_json(folder / "config.json"))
     for file in files:
-        if not file.is_file():
-            raise TeacherError(f"{file} is missing; {INDEX_FILE} names it", hint="download the teacher again")
         try:
             with safe_open(str(file), framework="pt") as opened:
                 opened.keys()
@@ -58,8 +52,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def teacher_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file that decides what the teacher computes, recorded in the run."""
+    """The sha256 of every file that decides what the teacher computes, recorded in the run.
+
+    Raises:
+        TeacherError: the files are not the model that config.json describes.
+    """
     files = [*weight_files(folder), folder / "config.json"]
+    require_fit(folder)
     files += [folder / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     return {file.name: file_sha256(file) for file in files if file.is_file()}
 
@@ -76,6 +75,7 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
         TeacherError: damaged files; tensors that are missing, left over, misshapen or not finite.
     """
     weight_files(folder)
+    require_fit(folder)
     config, adapter = read_config(folder / "config.json")
     model_class = getattr(transformers, adapter.model_class)
     verbosity = logging.get_verbosity()
@@ -86,7 +86,9 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
         raise TeacherError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -108,28 +110,98 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def require_fit(folder: Path) -> None:
+    """Refuse weights that are not those of the model in config.json, before any memory is taken for it.
+
+    Raises:
+        TeacherError: too few numbers for the parameters; a head that contradicts tie_word_embeddings; integers where
+            the model has weights.
+    """
+    path = folder / "config.json"
+    config, adapter = read_config(path)
+    with torch.device("meta"):
+        model = getattr(transformers, adapter.model_class)(config)
+    tensors = read_tensors(folder)
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 2 * held:
+        raise TeacherError(
+            f"{path} describes {needed:,} parameters, the weights hold {held:,}",
+            hint="the weights do not fit config.json: is the download complete?",
+        )
+    computed = sum(buffer.nbytes for buffer in model.buffers())
+    if computed > _COMPUTED_BYTES + _COMPUTED_SHARE * sum(tensor.end - tensor.begin for tensor in tensors.values()):
+        raise TeacherError(
+            f"{path} describes a model that needs {computed:,} bytes beside its weights",
+            hint="is max_position_embeddings right?",
+        )
+    _require_head(path, model, tensors)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in tensors.items():
+        is_weight = name.endswith(".weight") or name in names or f"{model.base_model_prefix}.{name}" in names
+        if tensor.dtype in INTEGER_BYTES and is_weight:
+            raise TeacherError(
+                f"{tensor.file} holds tensor {name} as {tensor.dtype}, expected floating-point numbers",
+                hint="quantised weights cannot be trained against: use the teacher's plain version",
+            )
+
+
+def _require_head(path: Path, model: Any, tensors: dict[str, ClaimedTensor]) -> None:
+    """The flag says whether head and embedding are one; transformers would make up a head, or drop one, to follow it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return
+    is_tied = head.weight is embedding.weight
+    head_name, embedding_name = (f"{names[id(module)]}.weight" for module in (head, embedding))
+    prefix = f"{model.base_model_prefix}."
+    found_head = tensors.get(head_name)
+    found_embedding = tensors.get(embedding_name) or tensors.get(embedding_name.removeprefix(prefix))
+    if found_embedding is None:
+        return  # said in other words when the weights are loaded
+    if found_head is None and not is_tied:
+        raise TeacherError(
+            f"{path} says that head and embedding differ (tie_word_embeddings false), but the weights lack {head_name}",
+            hint="is the download complete? If the model's head is its embedding, set tie_word_embeddings to true",
+        )
+    if found_head is not None and is_tied and not same_content(found_head, found_embedding):
+        raise TeacherError(
+            f"{path} says that head and embedding are one (tie_word_embeddings true), but {head_name} in the weights"
+            f" differs from {embedding_name}",
+            hint="set tie_word_embeddings to false if the model has a head of its own",
+        )
+
+
 def attention_implementation(model_class: Any) -> str:
     """The attention implementation that every machine has: fused where the family can, else its own plain one."""
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer and check that every token has a row in the embedding.
+    """Load the teacher's tokenizer and check that every token has a row in the embedding, and an id of its own.
+
+    Rows without a token are fine: vocabularies are padded.
 
     Raises:
-        TeacherError: no tokenizer, or token ids beyond the vocabulary.
+        TeacherError: no tokenizer, damaged files, token ids beyond the vocabulary, or two tokens with one id.
     """
+    require_tokenizer_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+        vocabulary = tokenizer.get_vocab()
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception, but it is what a damaged file does to it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TeacherError(
             f"{folder} has no usable tokenizer ({' '.join(str(error).split())[:200]})",
             hint="expected tokenizer.json beside the weights",
         ) from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    largest = max(vocabulary.values(), default=-1)
     if not 0 <= largest < vocabulary_size:
         raise TeacherError(
             f"the tokenizer has token id {largest}, but the model's vocabulary has {vocabulary_size} rows",
             hint="tokenizer and weights belong to different models",
         )
+    require_distinct_ids(folder, vocabulary)
     return tokenizer

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mohawkify.demo import TEACHER_DIRECTORY
 from mohawkify.errors import TeacherError
+from mohawkify.teacher.claims import require_config, require_own_files
 
 DEMO = "demo"
 
@@ -27,12 +28,19 @@ def find_config(source: str) -> Path:
     """The teacher's config.json; from the Hub only this one file is fetched.
 
     Raises:
-        TeacherError: there is no such teacher.
+        TeacherError: there is no such teacher, or its sizes are none that a model has.
     """
+    path = _find_config(source)
+    require_config(path)
+    return path
+
+
+def _find_config(source: str) -> Path:
     path = _local(source)
     if path.is_file() and path.suffix == ".json":
         return path
     if path.is_dir():
+        require_own_files(path)
         return _required(path / "config.json", source)
     _require_hub_id(source)
     from huggingface_hub import hf_hub_download

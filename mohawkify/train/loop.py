@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.order import sequence_indices
@@ -16,6 +17,7 @@ from mohawkify.stages.base import Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
+from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def run_stage(
     *,
     device: torch.device,
     first_step: int,
+    frozen: dict[str, nn.Parameter],
+    on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], None],
 ) -> None:
     """Train one stage from a given step to its end.
@@ -79,13 +83,16 @@ def run_stage(
         recipe: seed, schedule and micro-batch.
         device: where batches go.
         first_step: steps already taken.
+        frozen: the student's parameters that this stage leaves alone.
+        on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
         on_step: called after each step; may raise to stop.
 
     Raises:
-        NumericsError: a loss or gradient is not finite, or a parameter has no gradient.
+        NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     parameters = stage.parameters()
+    motion = MotionWatch(parameters, frozen)
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
@@ -93,6 +100,7 @@ def run_stage(
         micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
         totals: dict[str, float] = {}
         for first in range(0, stage_recipe.batch_sequences, micro):
+            on_micro_batch()
             part = Batch(*(tensor[first : first + micro].to(device) for tensor in batch))
             share = micro / stage_recipe.batch_sequences
 
@@ -109,6 +117,8 @@ def run_stage(
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
+        if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
+            motion.look(place)
         seconds = time.perf_counter() - begin
         on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
 

@@ -1,0 +1,116 @@
+"""The watchers of a run: leaping losses, weights that do not move, processes that hang."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mohawkify.errors import HANG, NumericsError
+from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
+
+
+def losses(seed: int = 0, count: int = 200) -> list[float]:
+    return list(5.0 + 0.1 * np.random.default_rng(seed).standard_normal(count))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_spike_is_seen_and_ordinary_noise_is_not(seed):
+    watch, calm = LossWatch(), losses(seed)
+    assert [leap for leap in map(watch.see, calm) if leap is not None] == []
+    leap = watch.see(5.0 + 20 * 0.1)
+    assert leap is not None
+    assert leap > SPIKE
+    assert watch.see(5.0) is None
+    assert watch.see(5.0 + 20 * 0.1) is not None, "one spike must not hide the next"
+
+
+def test_the_first_losses_and_a_falling_loss_are_no_spikes():
+    watch = LossWatch()
+    assert [watch.see(100.0 / (step + 1)) for step in range(300)] == [None] * 300
+    fresh = LossWatch()
+    assert all(fresh.see(loss) is None for loss in [1.0, 50.0] * (FEWEST_LOSSES // 2))
+
+
+def test_a_watch_that_was_saved_decides_alike():
+    whole, calm = LossWatch(), [*losses(), 7.5]
+    for loss in calm[:120]:
+        whole.see(loss)
+    restored = LossWatch(**asdict(whole))
+    assert [whole.see(loss) for loss in calm[120:]] == [restored.see(loss) for loss in calm[120:]]
+    assert whole == restored
+
+
+def parameters(*names: str) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.randn(40, 30)) for name in names}
+
+
+def move(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.add_(1e-3)
+
+
+def test_weights_that_move_pass_and_each_look_counts_anew():
+    trained, frozen = parameters("a", "b"), parameters("c")
+    watch = MotionWatch(trained, frozen)
+    for parameter in trained.values():
+        move(parameter)
+    watch.look("step 50")
+    move(trained["a"])  # at the end of a schedule not every weight need move any more
+    watch.look("step 100")
+    with pytest.raises(NumericsError, match="no weight has changed by step 150"):
+        watch.look("step 150")
+
+
+def test_a_weight_that_never_moves_is_named():
+    trained = parameters("a", "b")
+    watch = MotionWatch(trained, {})
+    move(trained["a"])
+    with pytest.raises(NumericsError, match="b has not changed by step 50"):
+        watch.look("step 50")
+
+
+def test_a_frozen_weight_that_moves_is_named():
+    trained, frozen = parameters("a"), parameters("c")
+    watch = MotionWatch(trained, frozen)
+    move(trained["a"])
+    move(frozen["c"])
+    with pytest.raises(NumericsError, match="c has changed by step 50, though the stage does not train it"):
+        watch.look("step 50")
+
+
+HANGING = """
+import sys, threading, time
+from mohawkify.train.watch import HangWatch
+with HangWatch(float(sys.argv[1]), "waiting for Godot") as watch:
+    for _ in range(int(sys.argv[2])):
+        time.sleep(0.2)
+        watch.beat()
+    if sys.argv[3] == "hang":
+        threading.Event().wait()
+"""
+
+
+def hang(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", HANGING, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_a_hang_ends_with_its_code_and_all_stacks():
+    done = hang("1.5", "10", "hang")
+    assert done.returncode == HANG
+    assert "no progress for" in done.stderr
+    assert "while waiting for Godot" in done.stderr
+    assert "threading.py" in done.stderr, "the stack of the thread that hangs"
+    assert "most recent call first" in done.stderr
+
+
+@pytest.mark.parametrize("patience", ["1.5", "0"])
+def test_progress_is_left_alone(patience):
+    assert hang(patience, "12", "end").returncode == 0
