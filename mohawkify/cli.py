@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from mohawkify import __version__, cli_show
 from mohawkify.cli_errors import Verbs
-from mohawkify.errors import UsageError
+from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
@@ -363,11 +363,22 @@ def families(as_json: bool) -> None:
 
 @main.command()
 @as_json
-def doctor(as_json: bool) -> None:
-    """Say what is installed and what is missing.
+@click.argument("folder", required=False, type=FOLDER)
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Say what is installed and what is missing, or whether a folder is sound.
 
-    For each missing extra: what it would bring, and the command that installs it.
+    Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher, a run,
+    a checkpoint or an export as FOLDER: whether every byte is as it was written and what a command would refuse;
+    nothing in it is run. The exit code is then 0 where it is sound and 66 where not.
     """
+    if folder is not None:
+        from mohawkify.verdict import judge
+
+        found = judge(folder)
+        _print(found, cli_show.verdict_text, as_json)
+        if not found["sound"]:
+            raise SystemExit(INPUT)
+        return
     from mohawkify.doctor import examine
 
     _print(examine(), cli_show.doctor_text, as_json)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from mohawkify.errors import BUG, INTERRUPTED, MEMORY, USAGE, MohawkifyError
+from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError
 
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
@@ -46,6 +48,7 @@ class Verbs(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+        _end_cleanly_on_sigterm()
         try:
             code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         except (Exception, KeyboardInterrupt) as error:
@@ -53,6 +56,20 @@ class Verbs(click.Group):
                 traceback.print_exception(error, file=sys.stderr)
             sys.exit(report_error(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is: what is under way is undone, and the exit code says which of the two it was."""
+
+
+def _end_cleanly_on_sigterm() -> None:
+    def terminate(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        raise Terminated
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def debug_option() -> click.Option:
@@ -73,6 +90,8 @@ def report_error(error: BaseException) -> int:
         return _write(error.format_message(), f"`{verb} --help` lists what it takes", USAGE)
     if isinstance(error, click.ClickException):
         return _write(error.format_message(), None, error.exit_code)
+    if isinstance(error, Terminated):
+        return _write("terminated", None, TERMINATED)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return _write("interrupted", None, INTERRUPTED)
     # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.

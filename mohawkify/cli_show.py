@@ -187,6 +187,18 @@ def doctor_text(found: dict[str, Any]) -> str:
     ).rstrip()
 
 
+def verdict_text(found: dict[str, Any]) -> str:
+    """What `mohawkify doctor FOLDER` found."""
+    rows = [
+        (finding["what"], "sound" if finding["sound"] else f"REFUSED: {finding['says']}")
+        for finding in found["findings"]
+    ]
+    lines = [f"{found['folder']}: {found['kind']}", "", table(("examined", "found"), rows, left=2), ""]
+    if found["never_read"]:
+        lines += [f"never read or run: {', '.join(found['never_read'])}", ""]
+    return "\n".join([*lines, "sound" if found["sound"] else "not sound: a command that needs it refuses it"])
+
+
 def _extra_state(extra: dict[str, Any]) -> str:
     if not extra["packages"]:
         return "not for this system"

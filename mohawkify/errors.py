@@ -17,6 +17,7 @@ EXPORT = 73
 STORAGE = 74
 HANG = 75
 INTERRUPTED = 130
+TERMINATED = 143
 
 EXIT_CODES = {
     0: "done",
@@ -30,7 +31,8 @@ EXIT_CODES = {
     EXPORT: "an export could not be made, or does not agree with its run",
     STORAGE: "a file could not be written: the disk is full, or the system refuses",
     HANG: "no progress for too long; the stacks of all threads are on standard error",
-    INTERRUPTED: "stopped by Ctrl-C; 143 where it was SIGTERM",
+    INTERRUPTED: "stopped by Ctrl-C",
+    TERMINATED: "stopped by SIGTERM",
 }
 
 

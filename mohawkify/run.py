@@ -8,7 +8,7 @@ from typing import Any
 
 from mohawkify.errors import CheckpointError, UsageError
 from mohawkify.recipe import Recipe, load_recipe
-from mohawkify.storage import read_json, write_json
+from mohawkify.storage import read_json, verify_directory, write_json
 
 RUNS = Path("runs")
 
@@ -67,6 +67,15 @@ class RunFolder:
     def final(self) -> Path:
         """The finished student as a Hugging Face folder."""
         return self.path / "final"
+
+    def checked_final(self) -> Path:
+        """The finished student's folder, every byte as it was written.
+
+        Raises:
+            CheckpointError: a file is missing, extra or changed: it was damaged or edited since.
+        """
+        verify_directory(self.final)
+        return self.final
 
     @property
     def is_finished(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mohawkify.recipe import StudentRecipe
-from mohawkify.storage import write_json
+from mohawkify.storage import atomic_directory, write_json
 from mohawkify.student.build import build_student, design_student
 from mohawkify.student.save import save_student
 from mohawkify.teacher.inspect import inspect_teacher
@@ -51,8 +51,8 @@ def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **change
 def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = (), **changes: Any) -> PreTrainedModel:
     """Write what a finished conversion leaves behind; returns the student."""
     student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
-    (folder / "final").mkdir()
-    save_student(student, bytes_tokenizer(chat_template=TEMPLATE), folder / "final")
+    with atomic_directory(folder / "final") as final:
+        save_student(student, bytes_tokenizer(chat_template=TEMPLATE), final)
     figures = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
     write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": figures}})
     write_json(folder / "student.json", spec.to_json())

@@ -270,7 +270,9 @@ def test_a_damaged_student(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy_of(finished / "run", tmp_path / "run")
     truncate(tmp_path / "run" / "final")
-    refused("generate", "run", "once", code=66, says="could not be loaded")
+    refused("generate", "run", "once", code=66, says="model.safetensors has changed")
+    refused("eval", "run", code=66, says="model.safetensors has changed")
+    refused("export", "run", "--target", "hf", code=66, says="model.safetensors has changed")
 
 
 def test_a_mistyped_verb():

@@ -149,7 +149,7 @@ ARGUMENTS = ("generate", "--trust-remote-code", "--ignore-chat-template", "--tem
 @pytest.mark.slow
 def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_teacher):
     from mohawkify.recipe import StudentRecipe
-    from mohawkify.storage import write_json
+    from mohawkify.storage import atomic_directory, write_json
     from mohawkify.student.build import build_student, design_student
     from mohawkify.teacher.inspect import inspect_teacher
     from mohawkify.teacher.load import load_teacher, load_tokenizer
@@ -159,8 +159,8 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     spec = design_student("stories", found.spec, found.config, found.adapter, StudentRecipe(state_width=16))
     student = build_student(teacher, found.adapter, spec, "attention", 0).eval()
     tokenizer = load_tokenizer(stories_teacher, 512)
-    (tmp_path / "final").mkdir()
-    save_student(student, tokenizer, tmp_path / "final")
+    with atomic_directory(tmp_path / "final") as final:
+        save_student(student, tokenizer, final)
     write_json(tmp_path / "results.json", {"teacher": {}, "stages": {}})
     write_json(tmp_path / "teacher.json", {"source": str(stories_teacher)})
     for target, dtype in (("mlx-q4", None), ("mlx", "float32")):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from mohawkify.errors import EXIT_CODES
 from mohawkify.family_docs import with_reference
 from mohawkify.shelf import adapter_names
 from mohawkify.unsupported import UNSUPPORTED
@@ -40,12 +41,12 @@ RANKS = (
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
     ("student.grafting",),
-    ("teacher.projections", "teacher.recognise"),
+    ("teacher.claims", "teacher.projections", "teacher.recognise"),
     ("student", "teacher"),
     ("adapters", "stages", "auto"),
     ("train",),
     ("evaluate",),
-    ("export", "generate", "doctor"),
+    ("export", "generate", "doctor", "verdict"),
     ("conversion",),
     ("pipeline",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
@@ -405,6 +406,12 @@ def documented_modules(page: str) -> dict[str, str]:
             indented = len(line) - len(line.lstrip()) > 2
             files[f"{folder if indented else ''}{name}"] = words.strip()
     return files
+
+
+def test_the_exit_codes_are_listed_as_they_are():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    assert {int(code): means for code, means in rows} == EXIT_CODES
 
 
 def test_architecture_page_names_every_module() -> None:

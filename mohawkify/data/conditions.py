@@ -58,7 +58,7 @@ def _meets(row: Row, condition: Condition) -> bool:
             hint="write the value of the condition as the column holds it",
         )
     if condition.operator == "in":
-        return value in allowed
+        return any(value == choice for choice in allowed if _kind(choice) == _kind(value))  # to Python, 1 is True
     return _COMPARISONS[condition.operator](value, condition.value)
 
 

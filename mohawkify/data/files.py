@@ -186,8 +186,10 @@ def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file}, row {number}", values)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    # Besides Arrow's own errors: dates, durations and time zones that Python has no values for.
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
         raise DataError(
-            f"{file} is not a readable parquet file (after row {number}): {str(error).splitlines()[0]}",
+            f"{file} is not a readable parquet file (after row {number}): {reason[0]}",
             hint="the file is damaged or of another kind; fetch it again",
         ) from error

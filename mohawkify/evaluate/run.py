@@ -71,7 +71,7 @@ def load_run_models(
     if teacher is not None:
         is_bf16 = run.recipe().compute.precision == "bf16"  # then it taught in bf16, and is measured as it taught
         models["teacher"] = load_teacher(teacher, dtype=torch.bfloat16 if is_bf16 else torch.float32, device=device)
-    student: Any = load_student(run.final)
+    student: Any = load_student(run.checked_final())
     models["student"] = student.to(device)
     return models, load_tokenizer(run.final, student.config.vocab_size)
 

@@ -101,7 +101,10 @@ def _quality(results: dict[str, Any]) -> str:
 def _precision(bits: int | None, result: dict[str, Any]) -> str:
     weights = f"The weights are {result['dtype']}"
     if bits is not None:
-        weights = f"Projections, MLPs, embedding and head have {bits} bits, the rest is {result['dtype']}"
+        weights = (
+            f"Projections, MLPs or experts, embedding and head have {bits} bits (8 where mlx-lm asks for them, as for"
+            f" some routers), the rest is {result['dtype']}"
+        )
     text = (
         f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32.\n\n"
         f"Against the run in float32, on {result['tokens']:,} tokens the student wrote:\n"

@@ -74,11 +74,11 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
     _require_free(output)
 
     report(f"loading {source.final}")
-    student: Any = load_student(source.final)
+    student: Any = load_student(source.checked_final())
     tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
     ids_bl = sample_ids(student)
     plain: list[str] = []
-    with atomic_directory(output, manifest=False) as folder:
+    with atomic_directory(output) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
             plain = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)

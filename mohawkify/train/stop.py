@@ -19,7 +19,7 @@ class Interrupted(MohawkifyError):
 
 
 class StopRequest:
-    """Within the block, remembers the first signal; a second one ends the process the ordinary way."""
+    """Within the block, remembers the first signal; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -44,4 +44,4 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for each in SIGNALS:
-            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL)
