@@ -30,13 +30,13 @@ def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> An
     """Rebuild rotated queries and keys as the module does."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
-    from mohawkify.teacher.capture import CapturedAttention
+    from mohawkify.ops.orient_loss import AttentionMatrix
 
     q_blhp, k_blhp, _ = attention._split_heads(attention.query_key_value(hidden_bld))
     q_bhlp, k_bhlp = apply_rotary_pos_emb(
         q_blhp.transpose(1, 2), k_blhp.transpose(1, 2), *arguments["position_embeddings"]
     )
-    return CapturedAttention(q_bhlp, k_bhlp, attention.head_dim**-0.5, arguments["attention_mask"])
+    return AttentionMatrix(q_bhlp, k_bhlp, attention.head_dim**-0.5, arguments["attention_mask"])
 
 
 ADAPTER = Adapter(

@@ -18,7 +18,7 @@ def read_weights(attention: Any) -> AttentionWeights:
 
 def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> Any:
     """Rebuild queries and keys as the module does; its mask is true where it must not look."""
-    from mohawkify.teacher.capture import CapturedAttention
+    from mohawkify.ops.orient_loss import AttentionMatrix
 
     qkv_blf = attention.Wqkv(hidden_bld)
     if attention.clip_qkv:
@@ -28,7 +28,7 @@ def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> An
     )
     length = hidden_bld.shape[1]
     bias_hls = arguments["position_bias"][:, -length:, -length:]
-    return CapturedAttention(
+    return AttentionMatrix(
         q_bhlp, k_bhlp, attention.softmax_scale, ~arguments["attention_mask"], bias_bhls=bias_hls.unsqueeze(0)
     )
 

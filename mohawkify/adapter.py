@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mohawkify.teacher.capture import CapturedAttention
+    from mohawkify.ops.orient_loss import AttentionMatrix
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Adapter:
     out_proj: str = "o_proj"
     qk_norms: tuple[str, str] | None = None
     read_weights: Callable[[Any], AttentionWeights] | None = None
-    capture: Callable[[Any, Tensor, Mapping[str, Any]], CapturedAttention] | None = None
+    capture: Callable[[Any, Tensor, Mapping[str, Any]], AttentionMatrix] | None = None
     refuse: Callable[[Any], str | None] | None = None
     packs_by_mask: bool = False
     reads_mask: bool = False

@@ -90,7 +90,8 @@ def report_error(error: BaseException) -> int:
         return _write(error.format_message(), f"`{verb} --help` lists what it takes", USAGE)
     if isinstance(error, click.ClickException):
         return _write(error.format_message(), None, error.exit_code)
-    if isinstance(error, Terminated):
+    # click turns whatever a KeyboardInterrupt is into an Abort.
+    if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
         return _write("terminated", None, TERMINATED)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return _write("interrupted", None, INTERRUPTED)

@@ -93,9 +93,9 @@ def convert(
     hashes = teacher_hashes(folder)
     run = RunFolder(output or RUNS / student.name)
     is_new = not run.path.exists()
-    storage.ensure_writable(run.path)
     with storage.run_lock(run.path):
         try:
+            storage.ensure_writable(run.path)
             identity = _claim(run, recipe, hashes, resume)
             if run.is_finished:
                 report(f"{run.path} is already finished")

@@ -12,6 +12,7 @@ FP32_BYTES = 4
 ADAM_BYTES = 8  # two float32 moments
 # Numbers kept per token, layer and model width between forward and backward: measured to be 30-40 on small Llamas.
 ACTIVATIONS_PER_WIDTH = 34
+BAND_NUMBERS, FEWEST_ROWS = 1 << 22, 16  # of ops/orient_tiles.py
 LOGIT_COPIES = 5  # both logits in float32, two log-softmaxes, a gradient
 # One assumption on speed per device, used when the user gives none: what such machines sustain in training.
 ASSUMED_FLOPS_PER_SECOND = {"cuda": 4.0e14, "mps": 4.0e12, "cpu": 3.0e10}
@@ -136,8 +137,9 @@ def _memory(
     learning = trainable * (FP32_BYTES + ADAM_BYTES)
     layer = micro * length * teacher.hidden_size * ACTIVATIONS_PER_WIDTH * number
     if name == "orient":
-        # One layer's two matrices, their difference and gradients; in float32.
-        return weights + learning + 6 * micro * student.num_heads * length * length * FP32_BYTES
+        # A band of rows of each matrix with its temporaries, in float32, and the mask that attention sees.
+        band = max(BAND_NUMBERS, FEWEST_ROWS * micro * student.num_heads * length)
+        return weights + learning + 8 * band * FP32_BYTES + micro * length * length
     if name == "align":
         return weights + learning + layer
     kept = micro * length * teacher.hidden_size * number * teacher.num_layers

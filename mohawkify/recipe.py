@@ -41,7 +41,7 @@ class StudentRecipe(Section):
         default="attention",
         description="start of the mixers: from the teacher's attention weights, or as published (identity)",
     )
-    state_width: int = Field(default=64, ge=1, description="width of the state per head")
+    state_width: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
     conv_width: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
     decay_bias: bool = Field(
         default=True,
@@ -251,7 +251,9 @@ class ComputeRecipe(Section):
     )
     activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
-    threads: Annotated[int, Field(ge=1)] | None = Field(default=None, description="CPU threads; null: torch decides")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="CPU threads; null: torch decides"
+    )
 
 
 class EvaluationRecipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def finished_run(path: Path | None, root: Path = RUNS) -> RunFolder:
     """
     if path is not None:
         run = RunFolder(path)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             raise UsageError(f"no such run: {path}", hint="a run is a folder written by `mohawkify convert`")
         if not run.is_finished:
             raise UsageError(f"{path} is not a finished run", hint="the same `mohawkify convert` command continues it")

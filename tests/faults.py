@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# Functions of `os`; then `create`, `write` and `truncate` of Python's own files, and `save_file` of safetensors, in Rust.
+# Functions of `os`; `create`, `write` and `truncate` of Python's own files; `save_file`, which safetensors does itself.
 OPERATIONS = (
     *("open", "mkdir", "rename", "replace", "link", "symlink", "fsync", "fchmod", "unlink", "rmdir"),
     *("ftruncate", "pwrite", "create", "write", "truncate", "save_file"),

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.losses import align_loss, distill_loss
-from mohawkify.ops.orient_loss import attention_probabilities, orient_loss
 from mohawkify.ops.scan import mixing_matrix, scan_chunked, scan_recurrent
 from tests.close import assert_close
 
@@ -182,18 +181,6 @@ def test_conv_equals_its_definition(num_taps):
     second, end = causal_conv(u[:, 2:], weight, bias, middle)
     assert_close("continued", torch.cat([first, second], 1), y)
     assert torch.equal(end, tail)
-
-
-def test_orient_loss_is_zero_at_the_teacher_and_has_exact_gradients():
-    q, k = torch.randn(2, 4, 9, 6, dtype=torch.float64), torch.randn(2, 2, 9, 6, dtype=torch.float64)
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    probabilities = attention_probabilities(q, k, 0.3, mask, softcap=5.0)
-    assert_close("rows", probabilities.sum(-1), torch.ones(2, 4, 9, dtype=torch.float64))
-    loss, relative = orient_loss(probabilities, probabilities)
-    assert loss == 0
-    assert relative == 0
-    matrix = torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m: orient_loss(m, probabilities)[0], (matrix,))
 
 
 def test_align_loss_is_zero_at_the_teacher():

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
-from mohawkify.ops.orient_loss import orient_loss
-from mohawkify.ops.scan import mixing_matrix
+from mohawkify.ops.orient_loss import MixingMatrix
+from mohawkify.ops.orient_tiles import orient_loss
 from mohawkify.stages.base import Backward, Stage, run_trunk
 from mohawkify.stages.parameters import mixers_by_layer, mixing_parameters
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
@@ -17,7 +17,7 @@ class Orient(Stage):
     """Sum over layers of the mean Frobenius distance between mixing and attention matrices.
 
     One teacher forward without gradients; a hook on each attention module runs and differentiates that layer's mixer
-    at once, so that one layer's matrices exist at a time. Scan, gate, output projection and MLP are not computed.
+    at once, band by band, so that no matrix ever exists. Scan, gate, output projection and MLP are not computed.
 
     Source: MOHAWK (arXiv 2408.10189), section 4.1; Llamba (arXiv 2502.14458), section 4.1.
     """
@@ -39,8 +39,7 @@ class Orient(Stage):
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
             parts = mixers[call.layer].mixing_parts(call.hidden_bld, starts_bl)
-            matrix_bhls = mixing_matrix(parts.b_blhn, parts.c_blhn, parts.log_decay_blh, parts.d_h, starts_bl)
-            loss, relative = orient_loss(matrix_bhls, call.attention.probabilities())
+            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, starts_bl)
             backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)

@@ -17,27 +17,12 @@ from transformers.masking_utils import sdpa_mask
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import TeacherError
-from mohawkify.ops.orient_loss import attention_probabilities
+from mohawkify.ops.orient_loss import AttentionMatrix
 from mohawkify.student.grafting import find_layers
 
 CAPTURE = "mohawk_capture"
-# Keywords of attention functions that change the matrix in ways `CapturedAttention` does not hold.
+# Keywords of attention functions that change the matrix in ways `AttentionMatrix` does not hold.
 CHANGES_ATTENTION = ("s_aux", "position_bias", "alibi")
-
-
-class CapturedAttention(NamedTuple):
-    """What determines one attention matrix; grouped keys are not repeated."""
-
-    q_bhlp: Tensor
-    k_bgsp: Tensor
-    scaling: float
-    mask_bhls: Tensor
-    softcap: float | None = None
-    bias_bhls: Tensor | None = None
-
-    def probabilities(self) -> Tensor:
-        """The attention matrices (b, h, l, s)."""
-        return attention_probabilities(*self)
 
 
 class LayerCall(NamedTuple):
@@ -48,7 +33,7 @@ class LayerCall(NamedTuple):
     further: tuple[Any, ...]
     arguments: dict[str, Any]
     output_bld: Tensor
-    attention: CapturedAttention | None
+    attention: AttentionMatrix | None
 
 
 def capturing_attention(
@@ -66,7 +51,7 @@ def capturing_attention(
     if unknown:
         raise TeacherError(f"{type(module).__name__} attends with {unknown[0]}, which stage 1 does not know yet")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    captured = CapturedAttention(query, key, scaling, attention_mask, softcap)
+    captured = AttentionMatrix(query, key, scaling, attention_mask, softcap)
     module.captured_attention = captured  # type: ignore[assignment]
     repeats = query.shape[1] // key.shape[1]
     if softcap is None:
