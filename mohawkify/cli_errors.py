@@ -113,5 +113,6 @@ def _write(message: str, hint: str | None, code: int) -> int:
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    # Names come from strangers' files: nothing in them may steer the terminal.
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

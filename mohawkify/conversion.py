@@ -15,6 +15,7 @@ from mohawkify.data.evaluation import evaluation_batches
 from mohawkify.data.selection import stage_recipes
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
+from mohawkify.plan import STAGES
 from mohawkify.recipe import Recipe
 from mohawkify.run import RunFolder
 from mohawkify.stages.align import Align
@@ -228,9 +229,9 @@ class Conversion:
         checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> Position:
-        if saved.state["identity"] != self.identity:
+        if saved.state.get("identity") != self.identity:
             raise CheckpointError(f"{saved.path} belongs to another recipe or teacher")
-        if saved.state["text"] != self._fingerprints():
+        if saved.state.get("text") != self._fingerprints():
             raise CheckpointError(
                 f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
             )
@@ -241,8 +242,7 @@ class Conversion:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-        where = dict(saved.state["position"])
-        position = Position(**{**where, "losses": LossWatch(**where["losses"])})
+        position = _read_position(saved)
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position
 
@@ -277,6 +277,26 @@ class Conversion:
             f"perplexity {found.perplexity:.3f} (teacher {found.teacher_perplexity:.3f})"
         )
         stop.obey(f"after measuring {name}")
+
+
+def _read_position(saved: checkpoint.Checkpoint) -> Position:
+    """How far a run was; the state may come from a stranger's folder, so every value is looked at."""
+    try:
+        values = dict(saved.state["position"])
+        position = Position(**{**values, "losses": LossWatch(**values["losses"])})
+        counts = (position.stage_step, position.global_step, position.tokens, position.losses.num_losses)
+        figures = (*position.seconds.values(), position.losses.mean, position.losses.variance)
+        sound = (
+            position.stage in STAGES
+            and all(type(count) is int and count >= 0 for count in counts)
+            and all(type(figure) in (int, float) for figure in figures)
+            and position.global_step == saved.global_step
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{saved.path} does not say where its run stood", hint="its state.json was changed")
+    return position
 
 
 def _tokens_before(stretches: list[Stretch], step: int, batch_sequences: int) -> int:

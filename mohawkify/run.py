@@ -87,6 +87,19 @@ class RunFolder:
         """The recipe the run was made with."""
         return load_recipe(self.recipe_file)
 
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's facts as they were recorded: ``source``, ``folder``, ``files`` and what was inspected.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        facts = read_json(self.teacher_file)
+        texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("source", "folder"))
+        files = facts.get("files") if texts else None
+        if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+            raise CheckpointError(f"{self.teacher_file} does not say which teacher the run was made from")
+        return dict(facts)
+
     def results(self) -> dict[str, Any]:
         """What has been measured so far.
 

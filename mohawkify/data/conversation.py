@@ -68,7 +68,7 @@ def render_conversation(value: Any, tokenizer: PreTrainedTokenizerBase, place: s
             f"{place}: the teacher's chat template refuses the conversation: {str(error)[:300]}",
             hint="remove the row, or bring its roles into the order that the template wants",
         ) from error
-    except TimeoutError as error:
+    except _TimeIsOver as error:
         raise _broken(place, f"takes longer than {_SECONDS:g} s") from error
     except MemoryError as error:
         raise _broken(place, f"needs more than {_MEMORY_BYTES >> 20} MB of memory") from error
@@ -96,7 +96,7 @@ def _bounded() -> Iterator[None]:
     Time is bounded in the main thread only, where signals arrive; memory only where the system says how much is in use.
 
     Raises:
-        TimeoutError: the time is over.
+        _TimeIsOver: the time is over.
         MemoryError: what was asked for is beyond the bound.
     """
     is_main = threading.current_thread() is threading.main_thread()
@@ -118,8 +118,12 @@ def _bounded() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+class _TimeIsOver(BaseException):
+    """No Exception: Jinja tries constant expressions while it compiles and goes on after any Exception in them."""
+
+
 def _time_is_over(number: int, frame: object) -> None:
-    raise TimeoutError
+    raise _TimeIsOver
 
 
 def _address_space() -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MissingExtraError, MohawkifyError, NumericsError, UsageError
@@ -151,9 +153,20 @@ def _import_lm_eval() -> Any:
     try:
         import lm_eval
         import lm_eval.models.huggingface
+        import lm_eval.utils
     except ImportError as error:
         raise MissingExtraError("lm_eval", "eval", "running benchmark tasks") from error
+    _require_sandbox(lm_eval.utils)
     return lm_eval
+
+
+def _require_sandbox(utilities: Any) -> None:
+    """Render tasks' templates in Jinja's sandbox: lm-eval's own environment lets a task file run any code."""
+    if isinstance(utilities.env, ImmutableSandboxedEnvironment):
+        return
+    sandbox = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(utilities.env.filters)
+    utilities.env = sandbox
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
     Raises:
         TeacherError: it is not there, or its files have changed.
     """
-    facts = storage.read_json(run.teacher_file)
+    facts = run.teacher()
     recorded = Path(facts["folder"])
     folder = recorded if override is None and recorded.is_dir() else find_folder(override or facts["source"])
     found = teacher_hashes(folder)
@@ -135,7 +135,7 @@ def evaluate_run(
             include_path=include_path,
         )
     # Text beside the teacher is found without it being compared, or even whole.
-    text_base = teacher_path or Path(storage.read_json(run.teacher_file)["folder"])
+    text_base = teacher_path or Path(run.teacher()["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
     known = set(run.corpora.iterdir())
     rows = text.held_out()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from mohawkify.errors import CheckpointError
 from mohawkify.storage import read_json
 from mohawkify.student.build import classes_for
 from mohawkify.student.mixer import PRECISE_PARAMETERS
+from mohawkify.teacher.claims import CODE_KEYS, read_tensors, require_plain_weights
 from mohawkify.teacher.recognise import find_classes
 
 TYPE_PREFIX = "mohawk_"
@@ -109,14 +109,19 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
         UnknownFamilyError: no adapter knows the student's teacher.
         CheckpointError: not a student, or damaged: tensors missing, left over or misshapen.
     """
-    config = read_json(directory / "config.json")
-    _, model_class = register_family(family_of(config.get("model_type", "")))
+    path = directory / "config.json"
+    values = {key: value for key, value in read_json(path).items() if not CODE_KEYS.fullmatch(key)}
+    config_class, model_class = register_family(family_of(values.get("model_type", "")))
     try:
+        require_plain_weights(path, values)
+        read_tensors(directory)  # transformers would follow an index out of the folder
         student, info = model_class.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            directory, config=config_class(**values), dtype=dtype, local_files_only=True, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
         raise CheckpointError(
             f"the student in {directory} could not be loaded: {' '.join(str(error).split())[:300]}",
             hint="its files are damaged or incomplete: copy them again, or convert again into another --output",

@@ -20,6 +20,9 @@ SINGLE_FILE = "model.safetensors"
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+# Keys that make transformers run code of the folder or, where its package `kernels` is installed, of the Hub.
+CODE_KEYS = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
+
 _AGAIN = "download or copy the file again"
 _POINTER = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -128,7 +131,7 @@ def read_tensors(folder: Path) -> dict[str, ClaimedTensor]:
         _refuse_unlisted(folder, names)
     tensors: dict[str, ClaimedTensor] = {}
     for name in names:
-        for key, tensor in _read_header(folder / name).items():
+        for key, tensor in read_header(folder / name).items():
             if key in tensors:
                 raise TeacherError(
                     f"tensor {key!r} lies in two files of {folder}: {tensors[key].file.name} and {name}",
@@ -283,9 +286,11 @@ def _compare_index(index: Path, places: dict[str, str], tensors: dict[str, Claim
     for key, tensor in tensors.items():
         if key not in places:
             raise TeacherError(f"{tensor.file} has tensor {key!r:.100}, which {INDEX_FILE} does not list", hint=hint)
+    if not isinstance(read_json(index).get("metadata"), dict):
+        raise TeacherError(f"{index} has no metadata, which transformers looks into", hint='add "metadata": {}')
 
 
-def _read_header(path: Path) -> dict[str, ClaimedTensor]:
+def read_header(path: Path) -> dict[str, ClaimedTensor]:
     """The tensors of one file; together they must fill it to the byte."""
     size = path.stat().st_size
     if size == 0:

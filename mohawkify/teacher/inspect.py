@@ -15,14 +15,15 @@ from mohawkify.errors import TeacherError
 from mohawkify.spec import TeacherSpec
 from mohawkify.storage import read_json
 from mohawkify.student.grafting import find_layers
-from mohawkify.teacher.claims import require_config
+from mohawkify.teacher.claims import CODE_KEYS, require_config
 from mohawkify.teacher.locate import find_config
 from mohawkify.teacher.projections import read_attention
 from mohawkify.teacher.recognise import find_adapter
 
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence, by whichever name
 CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token, by whichever name
-REFUSED_KEYS = ("auto_map", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
+# Not architecture: what transformers would hand back beside the results, which nobody here reads.
+UNUSED_KEYS = ("output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise TeacherError(f"{path} has no model_type", hint="expected the config.json of a transformers model")
     if raw["model_type"].startswith("mohawk_"):
-        raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type']})")
-    values = {key: value for key, value in raw.items() if key not in REFUSED_KEYS}
+        raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")
+    values = {key: value for key, value in raw.items() if not CODE_KEYS.fullmatch(key) and key not in UNUSED_KEYS}
     adapter = find_adapter(raw["model_type"], values)
     try:
         config = getattr(transformers, adapter.config_class)(**values)

@@ -25,10 +25,10 @@ from mohawkify.teacher.claims import (
 )
 from mohawkify.teacher.inspect import read_config
 
-# What is laid out without weights may need this much more memory than they take, for masks and tables that some
-# families compute: measured, the largest is 0.1 of the weights.
-_COMPUTED_SHARE = 4
+# Masks and tables that a family computes when it is loaded may take this many bytes, and this many times the weights.
+# Assumed: GPT-2's square mask in every layer, the largest known, is far below at its published length.
 _COMPUTED_BYTES = 1 << 30
+_COMPUTED_SHARE = 4
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,7 +147,7 @@ def require_fit(folder: Path) -> None:
 
 
 def _require_head(path: Path, model: Any, tensors: dict[str, ClaimedTensor]) -> None:
-    """The flag says whether head and embedding are one; transformers would make up a head, or drop one, to follow it."""
+    """Refuse a tie_word_embeddings that the weights contradict: transformers would make up a head, or drop one."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
@@ -155,8 +155,15 @@ def _require_head(path: Path, model: Any, tensors: dict[str, ClaimedTensor]) -> 
     is_tied = head.weight is embedding.weight
     head_name, embedding_name = (f"{names[id(module)]}.weight" for module in (head, embedding))
     prefix = f"{model.base_model_prefix}."
-    found_head = tensors.get(head_name)
     found_embedding = tensors.get(embedding_name) or tensors.get(embedding_name.removeprefix(prefix))
+    # Some families' files have other names than their modules, such as embed_out; the shape of a head is rare.
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    renamed = (
+        tensor
+        for name, tensor in tensors.items()
+        if tensor.shape == tuple(head.weight.shape) and not {name, prefix + name} & known
+    )
+    found_head = tensors.get(head_name) or next(renamed, None)
     if found_embedding is None:
         return  # said in other words when the weights are loaded
     if found_head is None and not is_tied:
