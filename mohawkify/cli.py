@@ -6,6 +6,8 @@ Nothing heavy is imported before a verb runs, so that help and completion come a
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,6 +56,17 @@ teacher_moved = click.option(
 )
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range; nan is in none, though click lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a refusal."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name=NAME)
 @click.pass_context
@@ -90,7 +103,7 @@ def inspect(teacher: str, as_json: bool) -> None:
 @set_option
 @click.option(
     "--flops-per-second",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=1, max=1e30),
     metavar="X",
     help="Sustained speed of the whole machine, such as 4e14; by default one is assumed for the device.",
 )
@@ -131,7 +144,7 @@ def plan(
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=1800.0,
     show_default=True,
     metavar="SECONDS",
@@ -139,7 +152,7 @@ def plan(
 )
 @click.option(
     "--disk-wait",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     metavar="SECONDS",
@@ -251,7 +264,7 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
     "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The most tokens to write."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
+    "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the drawn tokens.")
 def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temperature: float, seed: int) -> None:
@@ -340,7 +353,7 @@ def recipes_cp(name: str, file: Path) -> None:
     from mohawkify.storage import write_text
 
     text = recipe_text(name)
-    if file.is_dir():
+    if os.path.isdir(file):  # Path.is_dir raises for a name that is too long
         file = file / f"{name}.yaml"
     if file.exists() or file.is_symlink():
         raise UsageError(f"{file} exists already", hint="choose another name")

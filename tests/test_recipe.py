@@ -145,7 +145,7 @@ BAD = [
     pytest.param("tokens: 80M", "tokens: -1", "small.yaml:14: stages.orient.tokens: found -1", id="negative count"),
     pytest.param("16\n", "'16'\n", 'small.yaml:4: student.state_width: found "16"', id="text as number"),
     pytest.param("16\n", "16.0\n", "small.yaml:4: student.state_width: found 16.0", id="float as whole number"),
-    pytest.param("16\n", "yes\n", 'found "yes", expected a whole number (at least 1)', id="yes is text"),
+    pytest.param("16\n", "yes\n", 'found "yes", expected a whole number (at least 1, at most 65536)', id="yes is text"),
     pytest.param("16\n", "0\n", "small.yaml:4: student.state_width: found 0", id="out of range"),
     pytest.param("1e-4", ".nan", "small.yaml:14: stages.orient.learning_rate: found NaN", id="NaN"),
     pytest.param("1e-4", "1e999", "small.yaml:14: stages.orient.learning_rate: found Infinity", id="infinity"),
@@ -224,7 +224,7 @@ def test_bad_input_is_refused_in_one_line_that_names_the_place(old: str, new: st
 def test_several_errors_are_told_together() -> None:
     text = SMALL.replace("16\n", "0\n", 1).replace("tokens: 80M", "tokens: 5 B")
     assert refusal(text) == (
-        "small.yaml:4: student.state_width: found 0, expected a whole number (at least 1); "
+        "small.yaml:4: student.state_width: found 0, expected a whole number (at least 1, at most 65536); "
         'small.yaml:14: stages.orient.tokens: found "5 B", expected a count such as 80M'
     )
 

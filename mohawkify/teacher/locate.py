@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mohawkify.errors import TeacherError
 from mohawkify.teacher.claims import require_config, require_own_files
 
 DEMO = "demo"
+LONGEST_NAME = 255  # bytes, on every common file system
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, configuration and tokenizer as data; never pickles, never code.
@@ -18,7 +20,7 @@ WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "voc
 
 def teacher_name(source: str) -> str:
     """The last part of a teacher's path or Hub id; a config.json is named by its file or, if plain, by its folder."""
-    path = Path(source)
+    path = _local(source)
     if path.suffix == ".json":
         return path.resolve().parent.name if path.stem == "config" else path.stem
     return path.resolve().name if path.exists() else source.rsplit("/", 1)[-1]
@@ -74,6 +76,9 @@ def find_folder(source: str) -> Path:
 def _local(source: str) -> Path:
     """The local path a source means; ``demo`` is the embedded teacher, unless a folder of that name is here."""
     path = Path(source)
+    # Asking for a name that no file system has is an error of its own kind, whose message quotes all of it.
+    if "\0" in source or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+        raise TeacherError(f"no such teacher: {source[:100]!r}... is no name of a file")
     return TEACHER_DIRECTORY if source == DEMO and not path.exists() else path
 
 
