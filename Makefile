@@ -1,11 +1,11 @@
-# make setup | demo | test | lint. PYTHON picks the interpreter, CONSTRAINTS the file of tested versions.
+# make setup | demo | test | lint | soak. PYTHON picks the interpreter, CONSTRAINTS the file of tested versions.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint soak
 
 setup: $(STAMP)
 
@@ -27,3 +27,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The long forms of tests/soak and tests/fuzz, half an hour and more; what they tried goes to docs/reliability.md.
+SOAK := build/soak
+SOAK_SHARE ?= 1
+FUZZ_FACTOR ?= 20
+
+soak: setup
+	mkdir -p $(SOAK)
+	rm -f $(SOAK)/soak.jsonl $(SOAK)/fuzz.jsonl
+	OMP_NUM_THREADS=1 MOHAWKIFY_SOAK=1 MOHAWKIFY_SOAK_SHARE=$(SOAK_SHARE) MOHAWKIFY_SOAK_LOG=$(CURDIR)/$(SOAK)/soak.jsonl \
+		$(BIN)/python -m pytest tests/soak
+	OMP_NUM_THREADS=1 MOHAWKIFY_FUZZ=$(FUZZ_FACTOR) MOHAWKIFY_FUZZ_LOG=$(CURDIR)/$(SOAK)/fuzz.jsonl \
+		$(BIN)/python -m pytest tests/fuzz
+	$(BIN)/python -m tests.soak.report $(SOAK)/soak.jsonl $(SOAK)/fuzz.jsonl

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mohawkify import storage
+from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.packing import num_sequences
 from mohawkify.data.selection import TextReader, stage_recipes, tokens_to_read
@@ -102,6 +102,7 @@ def convert(
                 return run
             storage.sweep_temporaries(run.path)
             storage.sweep_temporaries(run.checkpoints)
+            checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
             if not run.checkpoints.is_dir():
                 storage.require_space(run.path, sum(planned["disk_bytes"].values()))
             storage.write_json(run.plan_file, planned)

@@ -1,0 +1,438 @@
+"""What goes wrong inside a child of the server; every function named as a `fault` is a context manager here."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from mohawkify import conversion
+from mohawkify.cli import main
+from mohawkify.train import loop
+from tests import faults
+
+# Moments of a conversion by the function that begins them, as the caller finds it.
+EVENTS = {
+    "loading": ("mohawkify.pipeline", "load_teacher"),
+    "tokenising": ("mohawkify.data.corpus", "encode_documents"),
+    "building": ("mohawkify.pipeline", "build_student"),
+    "measuring": ("mohawkify.conversion", "measure_agreement"),
+    "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
+    "step": ("mohawkify.train.loop", "batch_at"),
+    "micro-batch": ("mohawkify.train.loop", "Batch"),
+    "update": ("mohawkify.train.engine.LocalEngine", "step"),
+    "logging": ("mohawkify.storage", "append_line"),
+    "saving": ("mohawkify.checkpoint", "save_checkpoint"),
+    "tensors saved": ("mohawkify.checkpoint", "write_json"),
+    "rotating": ("mohawkify.checkpoint", "rotate"),
+    "finishing": ("mohawkify.pipeline", "save_student"),
+}
+# Functions during which operations on the disk are counted.
+WINDOWS = {
+    "save": ("mohawkify.conversion.Conversion", "_save"),
+    "measure": ("mohawkify.conversion.Conversion", "_measure"),
+    "finish": ("mohawkify.pipeline", "_finish"),
+    "export": ("mohawkify.export.export", "export_run"),
+    "convert": ("mohawkify.pipeline", "convert"),
+}
+CHANGING = tuple(name for name in faults.OPERATIONS if name not in ("open", "fchmod"))
+
+
+def run(arguments: list[str], fault: str | None, options: dict[str, Any]) -> int:
+    """Run a command line with a fault; returns its exit code."""
+    with globals()[fault](**options) if fault else nullcontext():
+        try:
+            main(arguments)
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else 0
+    return 0
+
+
+@contextmanager
+def at(events: list[tuple[str, int, str]]) -> Iterator[None]:
+    """Act when events begin: (event, its how-manieth time, action)."""
+    with ExitStack() as stack:
+        for name in {event for event, _, _ in events}:
+            wanted = {number: action for event, number, action in events if event == name}
+            stack.enter_context(_counted(EVENTS[name], wanted))
+        yield
+
+
+@contextmanager
+def disk(
+    window: str, call: int, index: int, action: str, count_to: str | None = None, until: int = 1
+) -> Iterator[None]:
+    """Act at one operation on the disk, counted from 0, during one call of a window's function.
+
+    Args:
+        window: one of `WINDOWS`.
+        call: which call of the function, from 1.
+        index: of the operation; -1 for none.
+        action: a signal, or an error of the system such as ENOSPC.
+        count_to: a file that gets the number of operations of that call.
+        until: in how many calls, from that one on, the operation fails.
+    """
+    calls = 0
+
+    def window_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if not call <= calls < call + until:
+                return function(*args, **kwargs)
+            with faults.fault_at(index, _action(action), CHANGING) as begun:
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    if count_to is not None:
+                        Path(count_to).write_text(json.dumps(begun))
+
+        return called
+
+    with _patched(WINDOWS[window], window_of):
+        yield
+
+
+@contextmanager
+def full_disk(times: int) -> Iterator[None]:
+    """The disk is full for the first so many tries to save, without long waits between."""
+    left = times
+
+    def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+        def save(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                with faults.fault_at(0, faults.raise_error(errno.ENOSPC), ("write", "save_file")):
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return save
+
+    with (
+        mock.patch.object(conversion, "SECONDS_BETWEEN_TRIES", 0.05),
+        _patched(("mohawkify.checkpoint", "save_checkpoint"), fails),
+    ):
+        yield
+
+
+@contextmanager
+def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
+    """A small disk of its own on a folder, copied back at the end; before a certain save it is filled to the brim.
+
+    Args:
+        place: the folder where it is mounted.
+        size: in bytes.
+        filled_at: the number of the save.
+        freed: whether the space comes back once the run says that it waits.
+    """
+    import shutil
+    import subprocess
+
+    copy = Path(f"{place}.copy")
+    _enter_namespace()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
+    ballast = Path(place) / ".ballast"
+    original = conversion.Conversion._save
+    saves = 0
+
+    def save(self: Any, *args: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == filled_at:
+            with ballast.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+        original(self, *args)
+
+    def wait(seconds: float) -> None:
+        if freed:
+            ballast.unlink(missing_ok=True)
+
+    try:
+        with mock.patch.object(conversion.Conversion, "_save", save), mock.patch.object(conversion.time, "sleep", wait):
+            yield
+    finally:
+        ballast.unlink(missing_ok=True)
+        shutil.copytree(place, copy, dirs_exist_ok=True)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file may grow beyond a size."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    yield
+
+
+@contextmanager
+def bounded(checkpoints: str, say_to: str) -> Iterator[None]:
+    """Look at a folder of checkpoints before every operation on the disk, and write down the most there ever were."""
+    most = 0
+
+    def looking(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            nonlocal most
+            if os.path.isdir(checkpoints):
+                most = max(most, sum("step-" in name for name in os.listdir(checkpoints)))
+            return original(*args, **kwargs)
+
+        return operation
+
+    try:
+        with faults.replaced(looking, CHANGING):
+            yield
+    finally:
+        Path(say_to).write_text(str(most))
+
+
+@contextmanager
+def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say_to: str) -> Iterator[None]:
+    """Put a number that is not finite where a run computes, and write down the weights' hash before and after.
+
+    Args:
+        site: teacher, student, gradient, optimizer or weight.
+        stage: in which stage.
+        step: in which of its steps, from 1; before that step's save for a weight.
+        micro_batch: in which of its micro-batches, from 1.
+        value: the number.
+        say_to: gets the hashes of the student's weights before that step and when the run ends.
+    """
+    place = {"stage": "", "step": 0, "micro": 0}
+    hashes: dict[str, str] = {}
+    seen: dict[str, Any] = {}
+    run_stage, batch_at = loop.run_stage, loop.batch_at
+
+    def begin_stage(which: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
+        place["stage"], place["step"] = which.name, kwargs["first_step"]
+        seen["stage"], seen["engine"] = which, engine
+        inner = which.run
+
+        def run_micro(batch: Any, backward: Callable[[Any], None]) -> Any:
+            place["micro"] += 1
+            here = place["stage"] == stage and place["step"] == step and place["micro"] == micro_batch
+            if not here:
+                return inner(batch, backward)
+            with _poisoned_module(which.pair, site, value):
+                figures = inner(batch, backward)
+            if site == "gradient":
+                _spoil(next(iter(which.parameters().values())).grad, value)
+            if site == "optimizer":
+                _spoil(next(iter(engine.adamw.state.values()))["exp_avg"], value)
+            return figures
+
+        which.run = run_micro
+        run_stage(which, engine, *args, **kwargs)
+
+    def begin_step(*args: Any) -> Any:
+        place["step"] += 1
+        place["micro"] = 0
+        if place["stage"] == stage and place["step"] == step:
+            hashes["before"] = _hash_of(seen["stage"].pair.student)
+        return batch_at(*args)
+
+    save = conversion.Conversion._save
+
+    def spoil_and_save(self: Any, engine: Any, position: Any) -> None:
+        if site == "weight" and position.stage == stage and position.stage_step == step:
+            _spoil(next(iter(self.pair.student.parameters())), value)
+        save(self, engine, position)
+
+    try:
+        with (
+            mock.patch.object(conversion, "run_stage", begin_stage),
+            mock.patch.object(loop, "batch_at", begin_step),
+            mock.patch.object(conversion.Conversion, "_save", spoil_and_save),
+        ):
+            yield
+    finally:
+        if "stage" in seen:
+            hashes["after"] = _hash_of(seen["stage"].pair.student)
+        Path(say_to).write_text(json.dumps(hashes))
+
+
+@contextmanager
+def idle(kind: str) -> Iterator[None]:
+    """Training that looks alive and does not learn.
+
+    Args:
+        kind: `rate` for a learning rate of 0, `forgotten` for a parameter the optimiser does not get, `frozen` for one
+            that takes no gradient, `detached` for a layer cut out of the graph, `leaking` for a frozen one that moves.
+    """
+    run_stage, engine_init = conversion.run_stage, conversion.LocalEngine.__init__
+
+    def begin_stage(stage: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = list(stage.parameters().values())
+        if kind == "frozen":
+            parameters[0].requires_grad_(False)
+        if kind == "detached":
+            module = next(m for m in stage.pair.student.modules() if isinstance(m, torch.nn.Linear))
+            module.register_forward_hook(lambda module, inputs, output: output.detach())
+        if kind == "leaking":
+            step = engine.step
+
+            def leak(rate: float) -> float:
+                with torch.no_grad():
+                    next(iter(kwargs["frozen"].values())).add_(1e-3)
+                return step(rate)
+
+            engine.step = leak
+        run_stage(stage, engine, *args, **kwargs)
+
+    def forgetful(self: Any, parameters: dict[str, Any], *args: Any) -> None:
+        engine_init(self, parameters, *args)
+        if kind == "forgotten":
+            self.adamw.param_groups[0]["params"].pop()
+
+    with (
+        mock.patch.object(conversion, "run_stage", begin_stage),
+        mock.patch.object(conversion.LocalEngine, "__init__", forgetful),
+        mock.patch.object(loop, "learning_rate", return_value=0.0) if kind == "rate" else nullcontext(),
+    ):
+        yield
+
+
+@contextmanager
+def spike(stage: str, step: int, factor: float, events: list[tuple[str, int, str]]) -> Iterator[None]:
+    """The loss of one step is reported many times too high; further events as in `at`."""
+    original = loop.StepReport
+
+    def report(number: int, tokens: int, rate: float, norm: float, seconds: float, figures: dict[str, float]) -> Any:
+        if number == step and seen.get("stage") == stage:
+            figures = {**figures, "loss": figures["loss"] * factor}
+        return original(number, tokens, rate, norm, seconds, figures)
+
+    seen: dict[str, str] = {}
+    run_stage = conversion.run_stage
+
+    def begin_stage(which: Any, *args: Any, **kwargs: Any) -> None:
+        seen["stage"] = which.name
+        run_stage(which, *args, **kwargs)
+
+    with (
+        mock.patch.object(conversion, "run_stage", begin_stage),
+        mock.patch.object(loop, "StepReport", report),
+        at(events),
+    ):
+        yield
+
+
+def _enter_namespace() -> None:
+    """Give this process mounts of its own, as `unshare -rm` does, and the right to make some."""
+    import ctypes
+
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None, use_errno=True).unshare(0x10000000 | 0x00020000):  # CLONE_NEWUSER, CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(text)
+
+
+def _action(name: str) -> Callable[[], None]:
+    """A signal to this process, a hang, a full memory, a stop until the test says go, or an error of the system."""
+    if name.startswith("SIG"):
+        return lambda: os.kill(os.getpid(), getattr(signal, name))
+    if name.startswith("touch "):
+        return Path(name.removeprefix("touch ")).touch
+    if name == "block":
+        return lambda: threading.Event().wait() and None
+    if name == "memory":
+        return _fill_memory
+    if name.startswith("hold "):
+        return lambda: _hold(Path(name.removeprefix("hold ")))
+    return faults.raise_error(getattr(errno, name))
+
+
+def _fill_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def _hold(fifo: Path) -> None:
+    """Say that we are here and wait for a byte from the test."""
+    fifo.with_suffix(".here").touch()
+    with fifo.open("rb", buffering=0) as file:
+        file.read(1)
+
+
+@contextmanager
+def _counted(place: tuple[str, str], wanted: dict[int, str]) -> Iterator[None]:
+    count = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count in wanted:
+                _action(wanted[count])()
+            return function(*args, **kwargs)
+
+        return called
+
+    with _patched(place, counting):
+        yield
+
+
+@contextmanager
+def _patched(place: tuple[str, str], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace a function of a module, or a method of a class, by a wrapped one."""
+    holder, name = place
+    try:
+        owner = importlib.import_module(holder)
+    except ModuleNotFoundError:
+        module, _, class_name = holder.rpartition(".")
+        owner = getattr(importlib.import_module(module), class_name)
+    with mock.patch.object(owner, name, wrap(getattr(owner, name))):
+        yield
+
+
+@contextmanager
+def _poisoned_module(pair: Any, site: str, value: float) -> Iterator[None]:
+    """Spoil one number that a module of teacher or student puts out."""
+    if site not in ("teacher", "student"):
+        yield
+        return
+    model = pair.teacher if site == "teacher" else pair.student
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output.view(-1)[0] = value
+        return output
+
+    # Of the teacher what every stage computes; of the student all, since each stage runs its own modules.
+    chosen = layers[:1] if site == "teacher" else layers
+    handles = [module.register_forward_hook(hook) for module in chosen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _spoil(tensor: Any, value: float) -> None:
+    with torch.no_grad():
+        tensor.view(-1)[0] = value
+
+
+def _hash_of(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

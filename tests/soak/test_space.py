@@ -1,0 +1,100 @@
+"""Where the disk is full, one line says so, nothing is lost, and the run goes on once there is space."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.soak import IS_SOAK, SEED, chooser, trials
+from tests.soak.runs import Tally, compare_runs, require_checkpoints, require_one_line
+
+ERRORS = ("ENOSPC", "EDQUOT", "EIO")
+
+
+def test_p6_an_error_at_every_operation_of_a_save(workshop, tmp_path):
+    """The error comes at one operation of the fifth save, before which four checkpoints were written."""
+    count_to = tmp_path / "count.json"
+    ended = workshop.convert(
+        tmp_path / "count", fault="disk", window="save", call=5, index=-1, action="EIO", count_to=str(count_to)
+    )
+    assert ended.code == 0, ended.output
+    names = json.loads(count_to.read_text())
+    cases = [(index, error) for error in ERRORS for index in range(len(names))]
+    draw = chooser("P6", 0)
+    with Tally("P6", "ENOSPC, EDQUOT or EIO at an operation of a save") as tally:
+        for index, error in draw.sample(cases, min(trials(4, len(cases)), len(cases))):
+            run = tmp_path / f"{error}-{index}"
+            with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", run):
+                ended = workshop.convert(run, fault="disk", window="save", call=5, index=index, action=error)
+                assert ended.code == 74, f"{ended.code}: {ended.output}"
+                require_one_line(ended)
+                assert str(run) in ended.output
+                if error != "EIO":
+                    assert "bytes" in ended.output
+                require_checkpoints(run, at_least=4)
+                workshop.finish(run)
+
+
+def test_p6_waiting_for_space(workshop, tmp_path):
+    with Tally("P6", "--disk-wait: space comes in time, or it does not") as tally:
+        run = tmp_path / "in-time"
+        with tally.trial("space comes after three tries", run):
+            ended = workshop.convert(run, "--disk-wait", 60, fault="full_disk", times=3)
+            assert ended.code == 0, ended.output
+            assert ended.output.count("more for space") == 3
+            compare_runs(run, workshop.whole)
+        run = tmp_path / "too-late"
+        with tally.trial("no space comes", run):
+            ended = workshop.convert(run, "--disk-wait", 0.3, fault="full_disk", times=10**9)
+            assert ended.code == 74, ended.output
+            assert "more for space" in ended.output
+            workshop.finish(run)
+
+
+def test_p6_a_limit_on_the_size_of_files(workshop, tmp_path):
+    with Tally("P6", "a limit on the size of a file") as tally:
+        for size in (1000, 50_000, 100_000) if IS_SOAK else (100_000,):
+            run = tmp_path / f"limit-{size}"
+            with tally.trial(f"{size} bytes", run):
+                ended = workshop.convert(run, fault="limited", size=size)
+                assert ended.code == 74, f"{ended.code}: {ended.output}"
+                require_one_line(ended)
+                require_checkpoints(run, at_least=0)
+                workshop.finish(run)
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a small disk in a namespace of its own."""
+    unshare = shutil.which("unshare")
+    probe = [unshare or "unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return unshare is not None and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs unshare and the right to mount a tmpfs in a namespace")
+@pytest.mark.parametrize("freed", [True, False])
+def test_p6_a_disk_that_is_really_full(workshop, tmp_path, freed):
+    """A tmpfs of 16 MiB, filled to the last page before the fourth save."""
+    with Tally("P6", "a real disk of 16 MiB, filled" + (" and freed while the run waits" if freed else "")) as tally:
+        run = tmp_path / "disk"
+        run.mkdir()
+        with tally.trial(f"freed: {freed}", run):
+            wait = ["--disk-wait", 30] if freed else []
+            ended = workshop.convert(
+                run, *wait, fault="tmpfs", place=str(run), size=16 * 2**20, filled_at=4, freed=freed
+            )
+            copy = Path(f"{run}.copy")
+            if freed:
+                assert ended.code == 0, ended.output
+                assert "more for space" in ended.output
+                compare_runs(copy, workshop.whole)
+            else:
+                assert ended.code == 74, ended.output
+                require_one_line(ended)
+                assert str(run) in ended.output
+                assert "are free" in ended.output
+                require_checkpoints(copy, at_least=3)
+                workshop.finish(copy)
