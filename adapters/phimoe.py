@@ -8,8 +8,8 @@ ADAPTER = Adapter(
     examples=("microsoft/Phi-3.5-MoE-instruct",),
     odd=(
         "Experts and their router are copied.",
-        "Its router draws at random in training mode only, and students train in evaluation mode; router_jitter_noise, which"
-        " also decides how near a second expert must come, stays the teacher's.",
+        "Its router draws at random in training mode; students train in evaluation mode.",
+        "router_jitter_noise also decides how near a second expert must come, and stays the teacher's.",
         "LayerNorm with biases, and biases in the projections and the head.",
     ),
     model_class="PhimoeForCausalLM",
