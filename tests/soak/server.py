@@ -106,6 +106,7 @@ class Server:
         """
         self._count += 1
         log = self._logs / f"{self._count:05d}.txt"
+        log.touch()  # a child may be killed before it opens it
         answer = self.ask(
             folder=str(folder), arguments=[str(a) for a in arguments], log=str(log), fault=fault, options=options
         )
