@@ -196,6 +196,8 @@ def verdict_text(found: dict[str, Any]) -> str:
     lines = [f"{found['folder']}: {found['kind']}", "", table(("examined", "found"), rows, left=2), ""]
     if found["never_read"]:
         lines += [f"never read or run: {', '.join(found['never_read'])}", ""]
+    if found["kind"] == "teacher":
+        lines += ["A teacher comes without hashes: a value that was changed to another finite one is not noticed.", ""]
     return "\n".join([*lines, "sound" if found["sound"] else "not sound: a command that needs it refuses it"])
 
 

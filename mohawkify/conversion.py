@@ -155,7 +155,7 @@ class Conversion:
                 hang.beat()
                 if stop.number is not None:
                     if position.global_step > saved_step:
-                        self._save(engine, position)
+                        self._save(engine, position, stop, hang)
                     stop.obey(f"after step {position.stage_step:,} of stage {stage.name}, which is saved")
 
             def on_step(step: StepReport) -> None:
@@ -169,7 +169,7 @@ class Conversion:
                 progress.update(step)
                 is_stopping = stop.number is not None
                 if is_stopping or step.step == num_steps or step.step % self.recipe.checkpoint.every_steps == 0:
-                    self._save(engine, position)
+                    self._save(engine, position, stop, hang)
                     saved_step = position.global_step
                     hang.beat()
                 stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
@@ -208,7 +208,7 @@ class Conversion:
         }
         storage.append_line(self.run.metrics_file, record)
 
-    def _save(self, engine: Engine, position: Position) -> None:
+    def _save(self, engine: Engine, position: Position, stop: StopRequest, hang: HangWatch) -> None:
         deadline = time.monotonic() + self.disk_wait
         while True:
             try:
@@ -225,7 +225,13 @@ class Conversion:
                 if left <= 0:
                     raise
                 self.report(f"{error.message}; waiting {left:.0f} s more for space")
-                time.sleep(min(SECONDS_BETWEEN_TRIES, left))
+                next_try = time.monotonic() + min(SECONDS_BETWEEN_TRIES, left)
+                while time.monotonic() < next_try:
+                    stop.obey(
+                        f"at step {position.stage_step:,} of stage {position.stage}, which the disk has no room for"
+                    )
+                    hang.beat()
+                    time.sleep(0.1)
         checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> Position:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import make_plan
 from mohawkify.recipe import Recipe, dump_recipe
-from mohawkify.run import RUNS, RunFolder
+from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.student.build import build_student, checkpoint_activations, design_student
@@ -81,8 +80,27 @@ def convert(
         The finished run.
 
     Raises:
+        Interrupted: Ctrl-C or SIGTERM; the same call continues.
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
+    with StopRequest() as stop:
+        try:
+            return _convert(source, recipe, output, resume, report, patience, disk_wait, stop)
+        except KeyboardInterrupt:
+            stop.obey("outside of training; nothing is half-written")
+            raise
+
+
+def _convert(
+    source: str,
+    recipe: Recipe,
+    output: Path | None,
+    resume: str,
+    report: Report,
+    patience: float,
+    disk_wait: float,
+    stop: StopRequest,
+) -> RunFolder:
     inspection = inspect_teacher(source)
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
@@ -98,6 +116,7 @@ def convert(
             storage.ensure_writable(run.path)
             identity = _claim(run, recipe, hashes, resume)
             if run.is_finished:
+                run.checked_final()
                 report(f"{run.path} is already finished")
                 return run
             storage.sweep_temporaries(run.path)
@@ -116,9 +135,13 @@ def convert(
                 storage.remove_directory(run.path)
             raise
         conversion.patience, conversion.disk_wait = patience, disk_wait
-        with StopRequest() as stop:
-            conversion.train(stop)
+        stop.obey("before training")
+        stop.at_once = False  # training stops itself, with a checkpoint
+        conversion.train(stop)
+        stop.at_once = True
+        stop.obey("before the student was written")
         _finish(conversion, tokenizer)
+        stop.obey("after the student was written: the run is finished")
     return run
 
 
@@ -130,7 +153,7 @@ def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
 def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) -> str:
     """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both."""
     text = dump_recipe(recipe)
-    identity = hashlib.sha256((text + repr(sorted(hashes.items()))).encode()).hexdigest()
+    identity = run_identity(text, hashes)
     if run.recipe_file.is_file():
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
@@ -158,7 +181,7 @@ def _prepare(
     device: torch.device,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
-    """Load the teacher, read the text, build the student."""
+    """Load the teacher, build the student, read the text."""
     vocabulary_size = inspection.spec.vocabulary_size
     tokenizer = load_tokenizer(folder, vocabulary_size)
     text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size)
@@ -166,6 +189,12 @@ def _prepare(
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     teacher = load_teacher(folder, dtype=dtype, device=device)
+    student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
+    if inspection.adapter.recognised:
+        report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
+        prove_family(teacher, student, inspection.adapter, vocabulary_size)
+    if recipe.compute.activation_checkpointing:
+        checkpoint_activations(student, spec.layers)
     report("reading the text")
     corpora, held_out = text.training(), text.held_out()
     for stage in stage_recipes(recipe).values():
@@ -174,12 +203,6 @@ def _prepare(
     for name, corpus in corpora.items():
         passes = tokens_to_read(recipe)[name] / corpus.num_tokens
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))
-    student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
-    if recipe.compute.activation_checkpointing:
-        checkpoint_activations(student, spec.layers)
-    if inspection.adapter.recognised:
-        report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
-        prove_family(teacher, student, inspection.adapter, vocabulary_size)
     pair = Pair(teacher, student, spec, inspection.adapter)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,11 @@ from mohawkify.recipe import Recipe, load_recipe
 from mohawkify.storage import read_json, verify_directory, write_json
 
 RUNS = Path("runs")
+
+
+def run_identity(recipe_text: str, teacher_files: Mapping[str, str]) -> str:
+    """A hash of a run's resolved recipe and of the hashes of its teacher's files, to know one's own checkpoints by."""
+    return hashlib.sha256((recipe_text + repr(sorted(teacher_files.items()))).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,12 @@ class RunFolder:
         Raises:
             CheckpointError: a file is missing, extra or changed: it was damaged or edited since.
         """
-        verify_directory(self.final)
+        try:
+            verify_directory(self.final)
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.message, hint=f"remove {self.final}: the command that made the run writes it again"
+            ) from error
         return self.final
 
     @property

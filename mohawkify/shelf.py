@@ -72,7 +72,7 @@ def load_adapter(model_type: str) -> Adapter:
     if not _MODEL_TYPE.fullmatch(model_type) or model_type not in names:
         raise UnknownFamilyError(
             f"found a teacher of the family {_shown(model_type)}, expected one of the {len(names)} that"
-            f" `mohawkify families` lists{_guess(model_type, names)}",
+            f" `mohawkify families` lists, or a causal language model of transformers{_guess(model_type, names)}",
             hint="docs/adapters.md says how to add a family: one file",
         )
     if model_type in _stems(_ADAPTER_PACKAGE, ".py"):

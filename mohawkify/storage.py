@@ -22,7 +22,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import CheckpointError, DiskFullError, StorageError, UsageError
+from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
 from mohawkify.strict_json import parse_json, render_json, spell_non_finite
 
 MANIFEST_NAME = "manifest.json"
@@ -377,7 +377,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         # Comparing the text, not the values, finds a changed space as well.
         is_sealed = _sealed(body, path) == data
-    except RecursionError:  # Python reads deeper nesting than it writes
+    except NumericsError:  # it holds what is never written, such as nesting without end
         is_sealed = False
     if not is_sealed:
         raise CheckpointError(f"{path} has changed: it does not carry its own hash")

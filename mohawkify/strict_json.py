@@ -15,7 +15,7 @@ def render_json(value: Any, path: Path) -> str:
     """Write a value as JSON for a file; raises NumericsError where a number is not finite."""
     try:
         return json.dumps(value, indent=2, allow_nan=False) + "\n"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # Python reads deeper nesting than it writes
         raise NumericsError(f"cannot write {path} as strict JSON: {error}") from error
 
 

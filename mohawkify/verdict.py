@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mohawkify.checkpoint import list_checkpoints
-from mohawkify.errors import MohawkifyError, TeacherError, UsageError
+from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
 from mohawkify.recipe import load_recipe
-from mohawkify.storage import MANIFEST_NAME, read_json, read_lines, verify_directory
+from mohawkify.run import RunFolder, run_identity
+from mohawkify.storage import MANIFEST_NAME, file_sha256, read_json, read_lines, verify_directory
 from mohawkify.teacher.claims import (
     ClaimedTensor,
     read_header,
@@ -27,6 +28,7 @@ from mohawkify.teacher.claims import (
 )
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
+NOTHING = "nothing known"
 NUMBERS_AT_ONCE = 1 << 22
 BF16_EXPONENT = 0x7F80
 
@@ -62,13 +64,16 @@ def _kind(folder: Path) -> str:
         return "run"
     if re.fullmatch(r"step-\d{8,}", folder.name) and (folder / "state.json").exists():
         return "checkpoint"
-    return "student or export" if (folder / MANIFEST_NAME).is_file() else "teacher"
+    if (folder / MANIFEST_NAME).is_file():
+        return "student or export"
+    return "teacher" if (folder / "config.json").exists() else NOTHING
 
 
 def _judge_run(folder: Path) -> list[dict[str, Any]]:
     findings = [
         _finding("recipe.yaml", lambda: load_recipe(folder / "recipe.yaml")),
-        _finding("metrics.jsonl", lambda: read_lines(folder / "metrics.jsonl")),
+        _finding("metrics.jsonl", lambda: _require_log(folder)),
+        _finding("recipe and teacher are those of the checkpoints", lambda: _require_identity(folder)),
     ]
     for name in ("plan.json", "teacher.json", "student.json", "results.json", "eval.json"):
         if (folder / name).exists():
@@ -114,11 +119,35 @@ def _judge_teacher(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _require_log(folder: Path) -> None:
+    if not read_lines(folder / "metrics.jsonl") and list_checkpoints(folder / "checkpoints"):
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} is missing or empty, though steps were taken")
+
+
+def _require_identity(folder: Path) -> None:
+    """Compare with the checkpoints what a run would be refused for when it continues or is measured."""
+    facts = RunFolder(folder).teacher()
+    teacher = Path(facts["folder"])
+    for name, digest in sorted(facts["files"].items()) if teacher.is_dir() else ():
+        if Path(name).name == name and file_sha256(teacher / name) != digest:
+            raise TeacherError(f"{teacher / name} is not the file that the run was made from")
+    identity = run_identity((folder / "recipe.yaml").read_text(encoding="utf-8"), facts["files"])
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        if read_json(checkpoint / "state.json").get("identity") != identity:
+            raise CheckpointError(f"{checkpoint.name} belongs to another recipe or teacher")
+
+
+def _judge_nothing(folder: Path) -> list[dict[str, Any]]:
+    says = "no config.json, no recipe.yaml and no manifest: nothing that mohawkify writes or reads"
+    return [{"what": "what it is", "sound": False, "says": f"{folder} holds {says}"}]
+
+
 _KINDS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "run": _judge_run,
     "checkpoint": _judge_checkpoint,
     "student or export": _judge_sealed,
     "teacher": _judge_teacher,
+    NOTHING: _judge_nothing,
 }
 
 

@@ -272,6 +272,8 @@ def test_a_damaged_student(finished, tmp_path, monkeypatch):
     truncate(tmp_path / "run" / "final")
     refused("generate", "run", "once", code=66, says="model.safetensors has changed")
     refused("eval", "run", code=66, says="model.safetensors has changed")
+    result = run("eval", "run")
+    assert "remove run/final: the command that made the run writes it again" in result.stderr
     refused("export", "run", "--target", "hf", code=66, says="model.safetensors has changed")
 
 

@@ -103,8 +103,40 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused.stderr
 
 
-def test_an_empty_folder_is_not_sound(tmp_path):
-    assert run("doctor", tmp_path).exit_code == 66
+def test_what_mohawkify_neither_writes_nor_reads_is_not_sound(work, tmp_path):
+    for folder in (tmp_path, work / "run" / "checkpoints"):
+        refused = run("doctor", folder)
+        assert refused.exit_code == 66
+        assert "nothing that mohawkify writes or reads" in refused.stdout
+
+
+def edit_recipe(folder: Path) -> None:
+    file = folder / "run" / "recipe.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+
+
+def edit_teacher(folder: Path) -> None:
+    facts = folder / "run" / "teacher.json"
+    told = json.loads(facts.read_text())
+    told["folder"] = str(folder / "teacher")
+    facts.write_text(json.dumps(told))
+    (folder / "teacher" / "config.json").write_text((folder / "teacher" / "config.json").read_text() + " ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (edit_recipe, "belongs to another recipe or teacher"),
+        (edit_teacher, "is not the file that the run was made from"),
+        (lambda folder: (folder / "run" / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty"),
+    ],
+)
+def test_a_run_that_a_command_would_refuse_is_not_sound(work, tmp_path, damage, says):
+    copy_of(work, tmp_path / "work")
+    damage(tmp_path / "work")
+    refused = run("doctor", tmp_path / "work" / "run")
+    assert refused.exit_code == 66
+    assert says in refused.stdout
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -55,9 +55,18 @@ def move(parameter: nn.Parameter) -> None:
         parameter.add_(1e-3)
 
 
+RATE = 1e-3
+
+
+def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> MotionWatch:
+    watch = MotionWatch(trained, frozen)
+    watch.step(rate)
+    return watch
+
+
 def test_weights_that_move_pass_and_each_look_counts_anew():
     trained, frozen = parameters("a", "b"), parameters("c")
-    watch = MotionWatch(trained, frozen)
+    watch = watching(trained, frozen)
     for parameter in trained.values():
         move(parameter)
     watch.look("step 50")
@@ -69,15 +78,39 @@ def test_weights_that_move_pass_and_each_look_counts_anew():
 
 def test_a_weight_that_never_moves_is_named():
     trained = parameters("a", "b")
-    watch = MotionWatch(trained, {})
+    watch = watching(trained, {})
     move(trained["a"])
     with pytest.raises(NumericsError, match="b has not changed by step 50"):
         watch.look("step 50")
 
 
+def test_a_rate_below_the_rounding_of_a_weight_moves_it_not_and_that_is_fine():
+    trained = {"a": nn.Parameter(torch.zeros(5)), "b": nn.Parameter(torch.full((5,), 1.25))}
+    watch = watching(trained, {}, rate=4e-8)  # the last steps of a published schedule
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(4e-8)
+    assert torch.equal(trained["b"], torch.full((5,), 1.25))
+    watch.look("step 120")
+    watch.step(1e-5)
+    move(trained["a"])
+    with pytest.raises(NumericsError, match="b has not changed"):
+        watch.look("step 170")
+
+
+def test_of_an_embedding_only_the_rows_that_the_text_reached_are_watched():
+    embedding = nn.Parameter(torch.randn(50_000, 8))
+    embedding.grad = torch.zeros_like(embedding)
+    embedding.grad[[7, 31_111]] = 1.0
+    watch = watching({"embedding": embedding}, {})
+    with torch.no_grad():
+        embedding[7] += 1e-3
+    watch.look("step 3")
+
+
 def test_a_frozen_weight_that_moves_is_named():
     trained, frozen = parameters("a"), parameters("c")
-    watch = MotionWatch(trained, frozen)
+    watch = watching(trained, frozen)
     move(trained["a"])
     move(frozen["c"])
     with pytest.raises(NumericsError, match="c has changed by step 50, though the stage does not train it"):

@@ -66,7 +66,8 @@ def explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
     """transformers' boolean mask, always written out: causal, windowed and within documents as the model wants it."""
     kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(*args, **kwargs)
-    assert mask is not None
+    if mask is None:
+        raise TeacherError("the teacher attends without a mask: it sees the future")
     return mask
 
 

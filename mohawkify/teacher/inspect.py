@@ -81,6 +81,11 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
         reason = adapter.refuse(config) if adapter.refuse else None
     except Exception as error:
         raise TeacherError(f"{path} is not a valid {adapter.model_type} configuration: {_one_line(error)}") from error
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    ):
+        reason = "its attention sees the future"
     if reason:
         raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
     return config, adapter

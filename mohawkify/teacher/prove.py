@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mohawkify.adapter import Adapter
-from mohawkify.errors import TeacherError
+from mohawkify.errors import UnknownFamilyError
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
@@ -28,7 +28,8 @@ def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Ad
     """Check a recognised family on one row of two random documents.
 
     Every attention module is heard, each matrix times the values that the projections give is the module's output,
-    no row looks across the border of documents, and the student's mixers are told of borders and padding.
+    no row looks into the future or across the border of documents, and the student's mixers are told of borders and
+    padding.
 
     Args:
         teacher: loaded.
@@ -37,7 +38,7 @@ def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Ad
         vocabulary_size: token ids are drawn below it.
 
     Raises:
-        TeacherError: names the belief that is wrong.
+        UnknownFamilyError: names the belief that is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     ids_bl = torch.randint(vocabulary_size, (1, sum(DOCUMENTS)), generator=generator).to(teacher.device)
@@ -58,6 +59,8 @@ def _prove_attention(adapter: Adapter, call: LayerCall, attention: nn.Module) ->
     if call.attention is None:
         raise _disproved(adapter, f"the attention of layer {call.layer} was not heard through the interface")
     matrix_bhls = call.attention.probabilities()
+    if matrix_bhls.triu(1).any():
+        raise _disproved(adapter, f"layer {call.layer} looks into the future")
     if matrix_bhls[:, :, DOCUMENTS[0] :, : DOCUMENTS[0]].any():
         raise _disproved(adapter, f"layer {call.layer} looks across the border of two documents")
     expected_bld = _attend(matrix_bhls, call.hidden_bld, adapter, attention)
@@ -96,8 +99,8 @@ def _prove_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str
             raise _disproved(adapter, f"its decoder layers keep {name} from their attention")
 
 
-def _disproved(adapter: Adapter, reason: str) -> TeacherError:
-    return TeacherError(
+def _disproved(adapter: Adapter, reason: str) -> UnknownFamilyError:
+    return UnknownFamilyError(
         f"the family {adapter.model_type} has no file in adapters/, and its weights disprove what its modules say:"
         f" {reason}",
         hint="docs/adapters.md says how to add a family: one file",

@@ -37,8 +37,8 @@ def find_adapter(model_type: str, values: Mapping[str, Any]) -> Adapter:
     Raises:
         UnknownFamilyError: no file, and the modules are not what a family needs; or the family cannot be converted.
     """
+    _refuse_other_kinds(model_type)
     if not _is_unwritten(model_type):
-        _refuse_other_kinds(model_type)
         return load_adapter(model_type)
     return recognise(model_type, values)
 
@@ -109,14 +109,15 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
             f"{attention} is the attention, {type(modules[0]).__name__}: it has q_proj, k_proj, v_proj,"
             f" {out_proj}{norms}, and no other parameters.",
             "It attends through transformers' attention interface, where stage 1 hears queries and keys.",
-            "A run proves all this on the loaded weights before it trains.",
+            "Norms of queries and keys are not folded into the attention start: how they keep weights is not known.",
+            "Before it trains, a run proves on the loaded weights that attention is heard, that it is its matrix times"
+            " its values, and that it looks neither into the future nor into other documents.",
         ),
         model_class=model_class,
         config_class=config_class,
         layers=layers,
         attention=attention,
         out_proj=out_proj,
-        qk_norms=qk_norms,
         recognised=True,
     )
 
@@ -154,7 +155,7 @@ def _refusal(model_type: str, reason: str) -> UnknownFamilyError:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in ("q_proj", "k_proj", "v_proj"))
 
 
 def _find_layers(model_type: str, model: nn.Module, num_layers: int) -> str:
@@ -173,7 +174,7 @@ def _find_layers(model_type: str, model: nn.Module, num_layers: int) -> str:
     first = next(iter(lists.values()))[0]
     _refuse_recurrent(model_type, 0, first)
     children = ", ".join(f"{name} ({_parts(child)})" for name, child in first.named_children() if [*child.children()])
-    raise _refusal(model_type, f"no child of its layers has q_proj, k_proj and v_proj; found {children}")
+    raise _refusal(model_type, f"no child of its layers has linear q_proj, k_proj and v_proj; found {children}")
 
 
 def _find_attention(model_type: str, stack: nn.Module) -> str:

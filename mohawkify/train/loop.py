@@ -92,7 +92,6 @@ def run_stage(
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     parameters = stage.parameters()
-    motion = MotionWatch(parameters, frozen)
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
@@ -114,9 +113,11 @@ def run_stage(
         require_finite(totals, place)
         if step == first_step:
             require_gradients(parameters, place)
+            motion = MotionWatch(parameters, frozen)
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
+        motion.step(rate)
         if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
             motion.look(place)
         seconds = time.perf_counter() - begin

@@ -19,10 +19,15 @@ class Interrupted(MohawkifyError):
 
 
 class StopRequest:
-    """Within the block, remembers the first signal; a second one ends the process at once."""
+    """Within the block, remembers the first signal; a second one ends the process at once.
+
+    While ``at_once`` is set the first one also raises KeyboardInterrupt. That alone would not do: a library that
+    catches everything can swallow it (measured), and the request is then obeyed at the next place that looks.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.at_once = True
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,3 +50,5 @@ class StopRequest:
         self.number = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        if self.at_once:
+            raise KeyboardInterrupt

@@ -22,6 +22,7 @@ MEMORY = 0.98  # weight of the past in the running mean and variance: about the 
 FEWEST_LOSSES = 20  # before that many a deviation means nothing
 STEPS_BETWEEN_LOOKS = 50
 SAMPLE_SIZE = 256
+MOVES = 8.0  # a learning rate of so many roundings moves a weight for certain: Adam's first steps are about the rate
 
 
 @dataclass
@@ -59,46 +60,74 @@ class LossWatch:
 class MotionWatch:
     """Notices weights that should learn and stay where they are, and weights that should stay and move.
 
-    It remembers a sample of every parameter, so it costs no second copy of the model.
+    It remembers some numbers of every parameter: of a trained one those with the largest gradients of the present step,
+    since the text of a few steps reaches only some rows of an embedding. So it costs no second copy of the model.
 
     Args:
-        trained: the parameters of the stage, by name.
+        trained: the parameters of the stage, by name, with their gradients.
         frozen: all others.
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter], frozen: Mapping[str, nn.Parameter]) -> None:
-        self.trained, self.frozen = trained, frozen
-        self._first = {name: _sample(parameter) for name, parameter in {**trained, **frozen}.items()}
-        self._last = dict(self._first)
+        self._samples = {name: _Sample(parameter, _largest_gradients(parameter)) for name, parameter in trained.items()}
+        self._frozen = {name: _Sample(parameter, _evenly_spread(parameter)) for name, parameter in frozen.items()}
         self._unmoved = set(trained)
+        self._largest_rate = 0.0
+
+    def step(self, learning_rate: float) -> None:
+        """Take note of a step's rate: where all were below the rounding of a weight, it need not move."""
+        self._largest_rate = max(self._largest_rate, learning_rate)
 
     def look(self, place: str) -> None:
-        """Compare with the start of the stage and with the last look.
+        """Compare with the first step that was watched and with the last look.
 
         Raises:
-            NumericsError: a trained parameter has not moved since the start, none has since the last look, or a
-                frozen one has moved.
+            NumericsError: a trained parameter has not moved though it had the rate for it, none has since the last
+                look, or a frozen one has moved.
         """
-        now = {name: _sample(parameter) for name, parameter in {**self.trained, **self.frozen}.items()}
-        moved = {name for name in self.trained if not torch.equal(now[name], self._last[name])}
-        self._unmoved -= moved
-        for name in self.frozen:
-            if not torch.equal(now[name], self._first[name]):
+        for name, sample in self._frozen.items():
+            if sample.has_moved():
                 raise NumericsError(f"{name} has changed by {place}, though the stage does not train it")
+        moved = {name for name, sample in self._samples.items() if sample.has_moved()}
+        self._unmoved -= moved
         if not moved:
             raise NumericsError(f"no weight has changed by {place} since the last look", hint="is the learning rate 0?")
-        if self._unmoved:
-            raise NumericsError(
-                f"{min(self._unmoved)} has not changed by {place}, though the stage should train it"
-                + (f"; nor have {len(self._unmoved) - 1} more" if len(self._unmoved) > 1 else "")
-            )
-        self._last = now
+        stuck = sorted(name for name in self._unmoved if self._largest_rate > MOVES * self._samples[name].rounding())
+        if stuck:
+            more = f"; nor have {len(stuck) - 1} more" if len(stuck) > 1 else ""
+            raise NumericsError(f"{stuck[0]} has not changed by {place}, though the stage should train it{more}")
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Some of a parameter's numbers, evenly spread."""
-    flat = parameter.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLE_SIZE)].to("cpu", copy=True)
+class _Sample:
+    """Some numbers of a parameter as they were at the last look."""
+
+    def __init__(self, parameter: nn.Parameter, places: Tensor) -> None:
+        self._parameter, self._places = parameter, places
+        self._values = self._read()
+
+    def has_moved(self) -> bool:
+        """Whether any of them has changed since the last look; remembers what they are now."""
+        before, self._values = self._values, self._read()
+        return not torch.equal(before, self._values)
+
+    def rounding(self) -> float:
+        """The distance of neighbouring numbers near the largest of them."""
+        return float(self._values.abs().max()) * torch.finfo(self._values.dtype).eps
+
+    def _read(self) -> Tensor:
+        return self._parameter.detach().flatten()[self._places].to("cpu", copy=True)
+
+
+def _largest_gradients(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        return _evenly_spread(parameter)
+    sizes = parameter.grad.detach().flatten().abs()
+    return sizes.topk(min(SAMPLE_SIZE, sizes.numel())).indices
+
+
+def _evenly_spread(parameter: nn.Parameter) -> Tensor:
+    numbers = parameter.numel()
+    return torch.arange(0, numbers, max(1, numbers // SAMPLE_SIZE), device=parameter.device)
 
 
 class HangWatch:

@@ -9,9 +9,10 @@ from random import Random
 from typing import Any
 
 import pytest
+import transformers
 
 from mohawkify.errors import CheckpointError, TeacherError
-from mohawkify.shelf import adapter_names
+from mohawkify.shelf import adapter_names, load_adapter
 from mohawkify.teacher.inspect import inspect_teacher, read_config
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, render, render_twice
@@ -103,6 +104,8 @@ def test_any_configuration(folder: Path, name: str, number: int, draw: Any) -> N
         assert all(buffer.is_meta for buffer in found.modules.buffers())
         json.dumps(found.spec.to_json(), allow_nan=False)
 
+    for family in adapter_names():  # a first import of a family's code is not the time an input takes
+        getattr(transformers, load_adapter(family).model_class)
     run_campaign(f"config-{name}", number, draw, check)
 
 

@@ -249,10 +249,10 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
 
     save = conversion.Conversion._save
 
-    def spoil_and_save(self: Any, engine: Any, position: Any) -> None:
+    def spoil_and_save(self: Any, engine: Any, position: Any, *more: Any) -> None:
         if site == "weight" and position.stage == stage and position.stage_step == step:
             _spoil(next(iter(self.pair.student.parameters())), value)
-        save(self, engine, position)
+        save(self, engine, position, *more)
 
     try:
         with (
