@@ -28,10 +28,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The long forms of tests/soak and tests/fuzz, half an hour and more; what they tried goes to docs/reliability.md.
+# The long forms of tests/soak and tests/fuzz, about an hour on one core; what they tried goes to docs/reliability.md.
 SOAK := build/soak
 SOAK_SHARE ?= 1
-FUZZ_FACTOR ?= 20
+FUZZ_FACTOR ?= 50
 
 soak: setup
 	mkdir -p $(SOAK)

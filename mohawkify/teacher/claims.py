@@ -37,6 +37,7 @@ _MOST = (
     (re.compile(r"vocab"), 2**24),
     (re.compile(r"position|seq|length|window|ctx"), 2**31 - 1),
     (re.compile(r"(layer|block)s?$|num_labels"), 500),
+    (re.compile(r"(head|expert|group)s?$"), 1024),  # some families lay out a module for each
     (re.compile(r"size|dim|width|head|embd|inner|ffn|expert|rank|group|kernel|channel|state"), 2**20),
 )
 _AT_LEAST_ONE = re.compile(

@@ -21,8 +21,9 @@ class Interrupted(MohawkifyError):
 class StopRequest:
     """Within the block, remembers the first signal; a second one ends the process at once.
 
-    While ``at_once`` is set the first one also raises KeyboardInterrupt. That alone would not do: a library that
-    catches everything can swallow it (measured), and the request is then obeyed at the next place that looks.
+    While ``at_once`` is set the first one also raises KeyboardInterrupt; should a library that catches everything
+    swallow it, the request is obeyed at the next place that looks. The handler is set where a shell has told its
+    background jobs to ignore Ctrl-C, too: Python would not take it there (found by killing).
     """
 
     def __init__(self) -> None:
