@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.triton_tiles import TRITON_DTYPES, float32_products, on_device, product_dtype, tile_width
 
-CHUNK = 64
 MAX_STATE_WIDTH = 256
 
 
@@ -70,18 +69,22 @@ def _across(total, last_document, HAS_STARTS: tl.constexpr):
 
 
 @triton.jit
-def _decay_between(cumulative, document, HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """The decay from source j to target i, 0 where j comes after i or lies in another document.
+def _decay_between(cumulative, document, HAS_STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+    """The decay from source j to target i (i, j), or in REVERSE (j, i); 0 where j comes after i or is of another document.
 
     The sums are split into two float32 each, whose differences are exact to float32 without float64 tiles.
     """
     offsets = tl.arange(0, CHUNK)
     high = cumulative.to(tl.float32)
     low = (cumulative - high.to(tl.float64)).to(tl.float32)
-    reached = offsets[:, None] >= offsets[None, :]
+    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    if REVERSE:
+        reached = offsets[:, None] <= offsets[None, :]
+        difference = -difference
+    else:
+        reached = offsets[:, None] >= offsets[None, :]
     if HAS_STARTS:
         reached = reached & (document[:, None] == document[None, :])
-    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     return tl.exp(tl.where(reached, difference, float("-inf")))
 
 
@@ -129,13 +132,17 @@ def _walk(
         tl.store(carried, state.to(carried_ptr.dtype.element_ty), mask=state_mask)
         begin = chunk * CHUNK
         inside = begin + offsets < length
-        tokens = (row + begin + offsets) * heads + head
+        first = (row + begin) * heads + head
         # Values are read transposed: (p, token).
         value = tl.load(
-            value_ptr + tokens[None, :] * p_width + p[:, None], mask=inside[None, :] & (p[:, None] < p_width), other=0.0
+            value_ptr + first * p_width + (offsets * heads * p_width)[None, :] + p[:, None],
+            mask=inside[None, :] & (p[:, None] < p_width),
+            other=0.0,
         )
         key = tl.load(
-            key_ptr + tokens[:, None] * n_width + n[None, :], mask=inside[:, None] & (n[None, :] < n_width), other=0.0
+            key_ptr + first * n_width + (offsets * heads * n_width)[:, None] + n[None, :],
+            mask=inside[:, None] & (n[None, :] < n_width),
+            other=0.0,
         )
         cumulative, total, document, last_document = _cumulative(
             log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
@@ -152,26 +159,30 @@ def _walk(
 
 @triton.jit
 def _outputs(
-    x_ptr,
-    b_ptr,
-    c_ptr,
+    value_ptr,
+    key_ptr,
+    query_ptr,
     log_decay_ptr,
     starts_ptr,
     carried_ptr,
-    y_ptr,
+    output_ptr,
     length,
     heads,
     num_chunks,
     p_width,
     n_width,
     HAS_STARTS: tl.constexpr,
+    REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The outputs of one chunk of one head, docs/math.md (9)."""
+    """The outputs of one chunk of one head, docs/math.md (9), or with REVERSE the gradients of its inputs, (23).
+
+    Values, keys and queries are x, B and C, in reverse dy, C and B: what was a source is a target then.
+    """
     chunk = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     head = pair % heads
@@ -180,32 +191,37 @@ def _outputs(
     offsets = tl.arange(0, CHUNK)
     n = tl.arange(0, TILE_N)
     inside = begin + offsets < length
-    tokens = (row + begin + offsets) * heads + head
-    key_offsets = tokens[:, None] * n_width + n[None, :]
+    first = (row + begin) * heads + head  # bases are int64, offsets within a tile int32: half the registers
+    key_offsets = (offsets * heads * n_width)[:, None] + n[None, :]
     key_mask = inside[:, None] & (n[None, :] < n_width)
-    b = tl.load(b_ptr + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
-    c = tl.load(c_ptr + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
-    cumulative, _, document, _ = _cumulative(
+    key = tl.load(key_ptr + first * n_width + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
+    query = tl.load(query_ptr + first * n_width + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
+    cumulative, total, document, last_document = _cumulative(
         log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
     )
-    decay = _decay_between(cumulative, document, HAS_STARTS, CHUNK)
-    matrix = (tl.dot(c, tl.trans(b), input_precision=PRECISION) * decay).to(DTYPE)
-    from_carry = _from_carry(cumulative, document, HAS_STARTS)
+    decay = _decay_between(cumulative, document, HAS_STARTS, REVERSE, CHUNK)
+    matrix = (tl.dot(query, tl.trans(key), input_precision=PRECISION) * decay).to(DTYPE)
+    if REVERSE:
+        from_carry = _to_end(cumulative, total, document, last_document, HAS_STARTS)
+    else:
+        from_carry = _from_carry(cumulative, document, HAS_STARTS)
     carried = carried_ptr + (pair * num_chunks + chunk) * p_width * n_width
     for p_begin in range(0, p_width, TILE_P):
         p = p_begin + tl.arange(0, TILE_P)
-        x_offsets = tokens[:, None] * p_width + p[None, :]
-        x_mask = inside[:, None] & (p[None, :] < p_width)
-        x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0).to(DTYPE)
+        value_offsets = (offsets * heads * p_width)[:, None] + p[None, :]
+        value_mask = inside[:, None] & (p[None, :] < p_width)
+        value = tl.load(value_ptr + first * p_width + value_offsets, mask=value_mask, other=0.0).to(DTYPE)
         # The state is read transposed: (n, p).
         state = tl.load(
             carried + p[None, :] * n_width + n[:, None],
             mask=(p[None, :] < p_width) & (n[:, None] < n_width),
             other=0.0,
         ).to(DTYPE)
-        y = tl.dot(c, state, input_precision=PRECISION) * from_carry[:, None]
-        y = tl.dot(matrix, x, y, input_precision=PRECISION)
-        tl.store(y_ptr + x_offsets, y.to(y_ptr.dtype.element_ty), mask=x_mask)
+        output = tl.dot(query, state, input_precision=PRECISION) * from_carry[:, None]
+        output = tl.dot(matrix, value, output, input_precision=PRECISION)
+        tl.store(
+            output_ptr + first * p_width + value_offsets, output.to(output_ptr.dtype.element_ty), mask=value_mask
+        )
 
 
 @triton.jit
@@ -218,7 +234,6 @@ def _gradients(
     dy_ptr,
     carried_ptr,
     carried_gradient_ptr,
-    dx_ptr,
     db_ptr,
     dc_ptr,
     dlog_decay_ptr,
@@ -234,7 +249,7 @@ def _gradients(
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The gradients of one chunk of one head, docs/math.md (23) to (26)."""
+    """The gradients of one chunk's B, C and log-decays, docs/math.md (24) to (26)."""
     chunk = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     head = pair % heads
@@ -243,20 +258,15 @@ def _gradients(
     offsets = tl.arange(0, CHUNK)
     n = tl.arange(0, TILE_N)
     inside = begin + offsets < length
-    tokens = (row + begin + offsets) * heads + head
-    key_offsets = tokens[:, None] * n_width + n[None, :]
+    first = (row + begin) * heads + head  # bases are int64, offsets within a tile int32: half the registers
+    key_begin = first * n_width
+    key_offsets = (offsets * heads * n_width)[:, None] + n[None, :]
     key_mask = inside[:, None] & (n[None, :] < n_width)
-    b = tl.load(b_ptr + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
-    c = tl.load(c_ptr + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
+    b = tl.load(b_ptr + key_begin + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
+    c = tl.load(c_ptr + key_begin + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
     cumulative, total, document, last_document = _cumulative(
         log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
     )
-    decay = _decay_between(cumulative, document, HAS_STARTS, CHUNK)
-    from_carry = _from_carry(cumulative, document, HAS_STARTS)
-    to_end = _to_end(cumulative, total, document, last_document, HAS_STARTS)
-    matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION) * decay
-    matrix_transposed = tl.trans(matrix.to(DTYPE))
-
     outer = tl.zeros((CHUNK, CHUNK), tl.float32)  # dy_i . x_j
     db = tl.zeros((CHUNK, TILE_N), tl.float32)
     dc = tl.zeros((CHUNK, TILE_N), tl.float32)
@@ -264,26 +274,25 @@ def _gradients(
     state_begin = (pair * num_chunks + chunk) * p_width * n_width
     for p_begin in range(0, p_width, TILE_P):
         p = p_begin + tl.arange(0, TILE_P)
-        x_offsets = tokens[:, None] * p_width + p[None, :]
+        x_offsets = (offsets * heads * p_width)[:, None] + p[None, :]
         x_mask = inside[:, None] & (p[None, :] < p_width)
-        x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0).to(DTYPE)
-        dy = tl.load(dy_ptr + x_offsets, mask=x_mask, other=0.0).to(DTYPE)
-        state_offsets = state_begin + p[:, None] * n_width + n[None, :]
+        x = tl.load(x_ptr + first * p_width + x_offsets, mask=x_mask, other=0.0).to(DTYPE)
+        dy = tl.load(dy_ptr + first * p_width + x_offsets, mask=x_mask, other=0.0).to(DTYPE)
+        state_offsets = p[:, None] * n_width + n[None, :]
         state_mask = (p[:, None] < p_width) & (n[None, :] < n_width)
-        state = tl.load(carried_ptr + state_offsets, mask=state_mask, other=0.0).to(DTYPE)
-        dstate = tl.load(carried_gradient_ptr + state_offsets, mask=state_mask, other=0.0).to(DTYPE)
+        state = tl.load(carried_ptr + state_begin + state_offsets, mask=state_mask, other=0.0).to(DTYPE)
+        dstate = tl.load(carried_gradient_ptr + state_begin + state_offsets, mask=state_mask, other=0.0).to(DTYPE)
         outer = tl.dot(dy, tl.trans(x), outer, input_precision=PRECISION)
         dc = tl.dot(dy, state, dc, input_precision=PRECISION)
         db = tl.dot(x, dstate, db, input_precision=PRECISION)
-        dx = tl.dot(b, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
-        dx = tl.dot(matrix_transposed, dy, dx, input_precision=PRECISION)
-        tl.store(dx_ptr + x_offsets, dx.to(dx_ptr.dtype.element_ty), mask=x_mask)
         surviving += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
 
-    dc = dc * from_carry[:, None]
-    db = db * to_end[:, None]
+    dc = dc * _from_carry(cumulative, document, HAS_STARTS)[:, None]
+    db = db * _to_end(cumulative, total, document, last_document, HAS_STARTS)[:, None]
     entering = tl.sum(c.to(tl.float32) * dc, 1)
     leaving = tl.sum(b.to(tl.float32) * db, 1)
+    outer *= _decay_between(cumulative, document, HAS_STARTS, False, CHUNK)
+    matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION)
     # The diagonal does not decay; left out rather than cancelled.
     weighted = tl.where(offsets[:, None] > offsets[None, :], outer * matrix, 0.0)
     dcumulative = tl.sum(weighted, 1) - tl.sum(weighted, 0) + entering - leaving
@@ -294,11 +303,11 @@ def _gradients(
         dlog_decay.to(dlog_decay_ptr.dtype.element_ty),
         mask=inside,
     )
-    decayed = (outer * decay).to(DTYPE)
+    decayed = outer.to(DTYPE)
     dc = tl.dot(decayed, b, dc, input_precision=PRECISION)
     db = tl.dot(tl.trans(decayed), c, db, input_precision=PRECISION)
-    tl.store(dc_ptr + key_offsets, dc.to(dc_ptr.dtype.element_ty), mask=key_mask)
-    tl.store(db_ptr + key_offsets, db.to(db_ptr.dtype.element_ty), mask=key_mask)
+    tl.store(dc_ptr + key_begin + key_offsets, dc.to(dc_ptr.dtype.element_ty), mask=key_mask)
+    tl.store(db_ptr + key_begin + key_offsets, db.to(db_ptr.dtype.element_ty), mask=key_mask)
 
 
 class _Shape(NamedTuple):
@@ -312,8 +321,17 @@ class _Shape(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether tiles are kept small, so that they fit into registers."""
+        return self.dtype == torch.float32 or self.n_width > 128
+
+    @property
+    def chunk(self) -> int:
+        return 32 if self.is_narrow else 64
+
+    @property
     def num_chunks(self) -> int:
-        return triton.cdiv(self.length, CHUNK)
+        return triton.cdiv(self.length, self.chunk)
 
     def sizes(self) -> tuple[int, ...]:
         """The sizes that every kernel takes."""
@@ -321,14 +339,18 @@ class _Shape(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         """The tiles and the arithmetic."""
-        narrow = self.dtype == torch.float32 or self.n_width > 128
         return {
             "DTYPE": TRITON_DTYPES[self.dtype],
             "PRECISION": float32_products(),
-            "CHUNK": CHUNK,
-            "TILE_P": min(tile_width(self.p_width), 32 if narrow else 64),
+            "CHUNK": self.chunk,
+            "TILE_P": min(tile_width(self.p_width), 32 if self.is_narrow else 64),
             "TILE_N": tile_width(self.n_width),
         }
+
+    def staged(self) -> dict[str, Any]:
+        """The constants of a kernel that walks over tiles of p, with buffers to read ahead only if there are several."""
+        constants = self.constants()
+        return constants | {"num_stages": 1 if self.p_width <= constants["TILE_P"] else 2}
 
 
 def scan_triton(
@@ -378,7 +400,8 @@ class _Scan(torch.autograd.Function):
         y_blhp = torch.empty_like(inputs[0])
         with on_device(y_blhp):
             _outputs[(shape.num_chunks, shape.batch * shape.heads)](
-                *inputs, starts, carried, y_blhp, *shape.sizes(), HAS_STARTS=starts is not None, **shape.constants()
+                *inputs, starts, carried, y_blhp, *shape.sizes(),
+                HAS_STARTS=starts is not None, REVERSE=False, **shape.staged(),
             )
         ctx.save_for_backward(*inputs, starts, first)
         ctx.shape = shape
@@ -394,17 +417,24 @@ class _Scan(torch.autograd.Function):
         dlast = None if gradients[1] is None else gradients[1].contiguous()
         carried, _ = _carry(x, b, log_decay, starts, first, shape, reverse=False)
         carried_gradient, dfirst = _carry(dy, c, log_decay, starts, dlast, shape, reverse=True)
-        found = [torch.empty_like(t) for t in (x, b, c, log_decay)]
+        dx, db, dc, dlog_decay = (torch.empty_like(t) for t in (x, b, c, log_decay))
+        grid = (shape.num_chunks, shape.batch * shape.heads)
         with on_device(x):
-            _gradients[(shape.num_chunks, shape.batch * shape.heads)](
-                *(x, b, c, log_decay, starts, dy, carried, carried_gradient),
-                *found,
+            _outputs[grid](
+                *(dy, c, b, log_decay, starts, carried_gradient, dx),
                 *shape.sizes(),
                 HAS_STARTS=starts is not None,
-                **shape.constants(),
-                num_warps=8,
+                REVERSE=True,
+                **shape.staged(),
             )
-        return *found, None if first is None else dfirst.to(first.dtype), None, None
+            _gradients[grid](
+                *(x, b, c, log_decay, starts, dy, carried, carried_gradient, db, dc, dlog_decay),
+                *shape.sizes(),
+                HAS_STARTS=starts is not None,
+                **shape.staged(),
+                num_warps=4 if shape.is_narrow else 8,
+            )
+        return dx, db, dc, dlog_decay, None if first is None else dfirst.to(first.dtype), None, None
 
 
 def _carry(
