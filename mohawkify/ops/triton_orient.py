@@ -80,6 +80,7 @@ def _scores(
 def _normalise(
     q_ptr,
     k_ptr,
+    first_ptr,
     mask_ptr,
     bias_ptr,
     logarithm_ptr,
@@ -89,6 +90,8 @@ def _normalise(
     length,
     heads,
     p_width,
+    first_stride_b,
+    first_stride_h,
     mask_stride_b,
     mask_stride_h,
     mask_stride_l,
@@ -98,6 +101,7 @@ def _normalise(
     bias_stride_l,
     bias_stride_s,
     GROUP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -113,8 +117,11 @@ def _normalise(
     own = own_begin + tl.arange(0, OWN)
     q = _rows(q_ptr + pair * length * p_width, own_begin, length, p_width, p_width, OWN, TILE_P).to(DTYPE)
     keys = k_ptr + (batch * (heads // GROUP) + head // GROUP) * length * p_width
-    mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
-    bias_begin = mask_ptr
+    first_begin = first_ptr + batch * first_stride_b + head * first_stride_h
+    first = tl.load(first_begin + own, mask=own < length, other=0)
+    mask_begin, bias_begin = first_ptr, first_ptr  # unless there is one
+    if HAS_MASK:
+        mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
     if HAS_BIAS:
         bias_begin = bias_ptr + batch * bias_stride_b + head * bias_stride_h
     largest = tl.full((OWN,), float("-inf"), tl.float32)
@@ -123,14 +130,15 @@ def _normalise(
     for other_begin in range(0, tl.minimum(own_begin + OWN, length), OTHER):
         other = other_begin + tl.arange(0, OTHER)
         k = _rows(keys, other_begin, length, p_width, p_width, OTHER, TILE_P).to(DTYPE)
-        reached = (own[:, None] >= other[None, :]) & (own[:, None] < length)
-        allowed = _square(mask_begin, own_begin, other_begin, mask_stride_l, mask_stride_s, reached, OWN, OTHER)
+        allowed = (own[:, None] >= other[None, :]) & (own[:, None] < length) & (other[None, :] >= first[:, None])
+        if HAS_MASK:
+            allowed &= _square(mask_begin, own_begin, other_begin, mask_stride_l, mask_stride_s, allowed, OWN, OTHER) != 0
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _scores(
-            products, bias_begin, own_begin, other_begin, bias_stride_l, bias_stride_s, reached, scale, ceiling,
+            products, bias_begin, own_begin, other_begin, bias_stride_l, bias_stride_s, allowed, scale, ceiling,
             HAS_SOFTCAP, HAS_BIAS, OWN, OTHER,
         )  # fmt: skip
-        scores = tl.where(allowed != 0, scores, float("-inf"))
+        scores = tl.where(allowed, scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, 1))
         # Rows that have seen nothing they may look at yet have no peak to subtract.
         base = tl.where(peak == float("-inf"), 0.0, peak)
@@ -153,6 +161,7 @@ def _side(
     low_ptr,
     document_ptr,
     d_ptr,
+    first_ptr,
     mask_ptr,
     bias_ptr,
     logarithm_ptr,
@@ -166,6 +175,8 @@ def _side(
     heads,
     p_width,
     n_width,
+    first_stride_b,
+    first_stride_h,
     mask_stride_b,
     mask_stride_h,
     mask_stride_own,
@@ -178,6 +189,7 @@ def _side(
     OTHER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -199,8 +211,10 @@ def _side(
     bc_begin = (batch * length * heads + head) * n_width
     bc_stride = heads * n_width
     own_bc = _rows(own_bc_ptr + bc_begin, own_begin, length, bc_stride, n_width, OWN, TILE_N)
-    mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
-    bias_begin = mask_ptr
+    first_begin = first_ptr + batch * first_stride_b + head * first_stride_h
+    mask_begin, bias_begin = first_ptr, first_ptr  # unless there is one
+    if HAS_MASK:
+        mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
     if HAS_BIAS:
         bias_begin = bias_ptr + batch * bias_stride_b + head * bias_stride_h
     high_begin, low_begin = high_ptr + pair * length, low_ptr + pair * length
@@ -213,6 +227,7 @@ def _side(
     if ROWS:
         split = tl.maximum(own_begin - 1, 0)
         own_logarithm = tl.load(logarithm_begin + own, mask=own_inside, other=0.0)
+        own_first = tl.load(first_begin + own, mask=own_inside, other=0)
         sign = 1.0
     else:
         split = tl.minimum(own_begin + OWN, length) - 1
@@ -255,9 +270,16 @@ def _side(
                     reached = reached & (own[:, None] >= other[None, :])
                 else:
                     reached = reached & (own[:, None] <= other[None, :])
-            allowed = _square(
-                mask_begin, own_begin, other_begin, mask_stride_own, mask_stride_other, reached, OWN, OTHER
-            )
+            if ROWS:
+                allowed = reached & (other[None, :] >= own_first[:, None])
+            else:
+                other_first = tl.load(first_begin + other, mask=other_inside, other=0)
+                allowed = reached & (own[:, None] >= other_first[None, :])
+            if HAS_MASK:
+                square = _square(
+                    mask_begin, own_begin, other_begin, mask_stride_own, mask_stride_other, reached, OWN, OTHER
+                )
+                allowed &= square != 0
             products = tl.dot(own_qk, tl.trans(other_qk), input_precision=PRECISION)
             scores = _scores(
                 products, bias_begin, own_begin, other_begin, bias_stride_own, bias_stride_other, reached, scale,
@@ -267,7 +289,7 @@ def _side(
                 scores -= own_logarithm[:, None]
             else:
                 scores -= tl.load(logarithm_begin + other, mask=other_inside, other=0.0)[None, :]
-            probabilities = tl.where(allowed != 0, tl.exp2(scores), 0.0)
+            probabilities = tl.where(allowed, tl.exp2(scores), 0.0)
 
             other_high = tl.load(high_begin + other, mask=other_inside, other=0.0)
             other_low = tl.load(low_begin + other, mask=other_inside, other=0.0)
@@ -322,7 +344,10 @@ class _Launch:
         self.batch, self.length, self.heads, self.n_width = self.b_blhn.shape
         self.p_width = self.q_bhlp.shape[-1]
         shape = (self.batch, self.heads, self.length, self.length)
-        self.mask_bhls = attention.mask_bhls.expand(shape).view(torch.uint8)
+        self.first_bhl, self.mask_bhls = describe_mask(attention.mask_bhls)
+        self.first_bhl = self.first_bhl.expand(shape[:3])
+        if self.mask_bhls is not None:
+            self.mask_bhls = self.mask_bhls.expand(shape)
         self.bias_bhls = None if attention.bias_bhls is None else attention.bias_bhls.expand(shape)
         # Sums over the whole sequence, as two float32 each: their differences are exact to float32.
         cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).double().cumsum(-1)
@@ -337,6 +362,7 @@ class _Launch:
         self.group = self.heads // self.k_bgsp.shape[1]
         self.grid = (triton.cdiv(self.length, own), self.batch * self.heads)
         self.constants = {
+            "HAS_MASK": self.mask_bhls is not None,
             "HAS_SOFTCAP": attention.softcap is not None,
             "HAS_BIAS": self.bias_bhls is not None,
             "DTYPE": TRITON_DTYPES[dtype],
@@ -344,7 +370,7 @@ class _Launch:
             "OWN": own,
             "OTHER": other,
             "TILE_P": tile_width(self.p_width),
-            "num_warps": 8 if own == 128 else 4,
+            "num_warps": 8 if own >= 64 else 4,
             "num_stages": 2,
         }
 
@@ -353,16 +379,18 @@ class _Launch:
         return torch.empty_like(self.high_bhl)
 
     def strides(self, rows: bool) -> list[int]:
-        """The strides of mask and bias, the own positions before the others."""
-        order = (0, 1, 2, 3) if rows else (0, 1, 3, 2)
-        bias = (0, 0, 0, 0) if self.bias_bhls is None else self.bias_bhls.stride()
-        return [strides[axis] for strides in (self.mask_bhls.stride(), bias) for axis in order]
+        """The strides of first sources, mask and bias, the own positions before the others."""
+        found = list(self.first_bhl.stride()[:2])
+        for tensor in (self.mask_bhls, self.bias_bhls):
+            batch, head, row, column = (0, 0, 0, 0) if tensor is None else tensor.stride()
+            found += [batch, head, row, column] if rows else [batch, head, column, row]
+        return found
 
     def normalise(self) -> tuple[Tensor, Tensor]:
         """The rows' denominators (b, h, l) as base-2 logarithms, and their sums of squared probabilities."""
         logarithm_bhl, squared_bhl = self.empty(), self.empty()
         _normalise[self.grid](
-            *(self.q_bhlp, self.k_bgsp, self.mask_bhls, self.bias_bhls, logarithm_bhl, squared_bhl),
+            *(self.q_bhlp, self.k_bgsp, self.first_bhl, self.mask_bhls, self.bias_bhls, logarithm_bhl, squared_bhl),
             *(self.scale, self.ceiling, self.length, self.heads, self.p_width),
             *self.strides(rows=True),
             GROUP=self.group,
@@ -378,7 +406,8 @@ class _Launch:
         weighted_bhl, squared_bhl, diagonal_bhl = self.empty(), self.empty(), self.empty()
         _side[self.grid](
             *(own[0], other[0], own[1], other[1], self.high_bhl, self.low_bhl, self.document_bl, self.d_h),
-            *(self.mask_bhls, self.bias_bhls, logarithm_bhl, gradient_blhn, weighted_bhl, squared_bhl, diagonal_bhl),
+            *(self.first_bhl, self.mask_bhls, self.bias_bhls, logarithm_bhl),
+            *(gradient_blhn, weighted_bhl, squared_bhl, diagonal_bhl),
             *(self.scale, self.ceiling, self.length, self.heads, self.p_width, self.n_width),
             *self.strides(rows),
             OWN_GROUP=1 if rows else self.group,
@@ -391,13 +420,31 @@ class _Launch:
         return gradient_blhn, weighted_bhl, squared_bhl, diagonal_bhl
 
 
+def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The first source each target may look at, and the mask itself only where it is more than that.
+
+    A causal mask, windowed and within documents or not, allows every source from the first one on to the target. Then
+    the kernels compare positions and never read the mask.
+
+    Args:
+        mask_bhls: true where attention is allowed, nowhere after the target; broadcastable.
+
+    Returns:
+        The first sources, int32, broadcastable to (b, h, l), and the mask as uint8 or None. Waits for the device.
+    """
+    mask_bhls = mask_bhls.view((1,) * (4 - mask_bhls.dim()) + mask_bhls.shape).view(torch.uint8)
+    first_bhl = mask_bhls.argmax(-1)
+    targets = torch.arange(mask_bhls.shape[-2], device=mask_bhls.device)
+    is_interval = (mask_bhls.sum(-1) == targets - first_bhl + 1).all()
+    first_bhl = first_bhl.to(torch.int32).contiguous()
+    return (first_bhl, None) if is_interval else (torch.zeros_like(first_bhl), mask_bhls)
+
+
 def tiles(p_width: int, n_width: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many positions a program owns and how many it looks at in one go, so that all fits a GPU's shared memory."""
     number_bytes = (tile_width(p_width) + tile_width(n_width)) * dtype.itemsize
-    if number_bytes <= 256:
-        return 128, 64
-    if number_bytes <= 512:
-        return 64, 64
+    if dtype != torch.float32 and number_bytes <= 512:
+        return (128, 64) if number_bytes <= 256 else (64, 64)
     return (32, 32) if number_bytes <= 1024 else (16, 16)
 
 
