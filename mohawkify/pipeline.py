@@ -15,12 +15,13 @@ from mohawkify.data.packing import num_sequences
 from mohawkify.data.selection import TextReader, stage_recipes, tokens_to_read
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.ops import backend
 from mohawkify.plan import make_plan
 from mohawkify.recipe import Recipe, dump_recipe
 from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
-from mohawkify.student.build import build_student, checkpoint_activations, design_student
+from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
@@ -104,6 +105,7 @@ def _convert(
     inspection = inspect_teacher(source)
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
+    backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     planned = make_plan(inspection.spec, student, recipe, flops_per_second=None, device=device.type)
@@ -203,7 +205,8 @@ def _prepare(
     for name, corpus in corpora.items():
         passes = tokens_to_read(recipe)[name] / corpus.num_tokens
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))
-    pair = Pair(teacher, student, spec, inspection.adapter)
+    use_kernels(student, recipe.compute.kernels)
+    pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
 
 

@@ -251,6 +251,10 @@ class ComputeRecipe(Section):
     )
     activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
+    kernels: Literal["auto", "torch", "triton", "fla", "mamba-ssm"] = Field(
+        default="auto",
+        description="implementation of scan and stage 1 on CUDA devices; auto: Triton, and plain torch elsewhere",
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: torch decides"
     )
