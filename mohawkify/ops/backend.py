@@ -123,10 +123,8 @@ def scan(
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The scan of `scan.scan_chunked` by the implementation that `backend` names."""
-    width = b_blhn.shape[-1]
-    chosen = _chosen("scan", x_blhp, kernels, width)
-    arguments = (x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
-    return _scan_of(chosen)(*arguments)
+    chosen = _chosen("scan", x_blhp.device, x_blhp.dtype, kernels, b_blhn.shape[-1])
+    return _scan_of(chosen)(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
 
 
 def orient_loss(
@@ -134,7 +132,7 @@ def orient_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss of `orient_tiles.orient_loss` by the implementation that `backend` names."""
     width = max(mixing.b_blhn.shape[-1], attention.q_bhlp.shape[-1])
-    if _chosen("orient_loss", mixing.b_blhn, kernels, width) == "triton":
+    if _chosen("orient_loss", mixing.b_blhn.device, mixing.b_blhn.dtype, kernels, width) == "triton":
         from mohawkify.ops.triton_orient import orient_loss_triton
 
         return orient_loss_triton(mixing, attention, starts_bl)
@@ -153,19 +151,18 @@ def _scan_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return scan_chunked
 
 
-def _chosen(operator: Operator, tensor: Tensor, kernels: str, width: int) -> str:
-    if tensor.device.type != "cuda" or kernels == "torch":
+def _chosen(operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str, width: int) -> str:
+    if device.type != "cuda" or kernels == "torch":
         return "torch"
-    found = _cuda_backend(operator, tensor.device, tensor.dtype, kernels, width)
-    if found.name != kernels and (found.name == "torch" or kernels != "auto"):
-        _say_once(f"{operator}: {found.name} instead of {kernels} on {tensor.device}: {found.reason}")
+    found = _cuda_backend(operator, device, dtype, kernels, width)
+    refused = kernels in IMPLEMENTATIONS and operator in IMPLEMENTATIONS[kernels][0] and found.name != kernels
+    if found.name == "torch" or refused:
+        _say_once(f"{operator}: {found.name} instead of {kernels} on {device}: {found.reason}")
     return found.name
 
 
 @cache
-def _cuda_backend(
-    operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str, width: int
-) -> Backend:
+def _cuda_backend(operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str, width: int) -> Backend:
     """`backend`, remembered: packages and devices do not change while a process runs."""
     return backend(operator, device, dtype, kernels, width)
 

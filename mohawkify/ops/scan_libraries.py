@@ -1,7 +1,7 @@
 """The scan by other people's kernels: flash-linear-attention and mamba-ssm, selectable and to compare with.
 
-Neither knows documents the way packed batches have them. A document's first token gets a log-decay of `FORGET` here: its
-exponential is below float32's smallest normal number, so nothing of the state before is left.
+Neither knows documents the way packed batches have them. A document's first token gets a log-decay of `FORGET` here:
+its exponential is below float32's smallest normal number, so nothing of the state before is left.
 
 Shapes: b batch, l length, h heads, p head width, n state width.
 """
@@ -53,8 +53,8 @@ def scan_mamba_ssm(
 ) -> tuple[Tensor, Tensor]:
     """`scan.scan_chunked` by mamba-ssm's `mamba_chunk_scan_combined`, whose step size is made to cancel.
 
-    The kernel multiplies x by the step size -log_decay; here x is divided by it first. Where the decay is near 1 that is
-    a large number, and in bfloat16 the product loses digits: right for comparing, not the first choice for training.
+    The kernel multiplies x by the step size -log_decay; here x is divided by it first. Where the decay is near 1 that
+    is a large number, and in bfloat16 the product loses digits: right for comparing, not the first choice for training.
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

@@ -21,10 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
-from mohawkify.ops.triton_tiles import TRITON_DTYPES, float32_products, on_device, product_dtype, tile_width
+from mohawkify.ops.triton_tiles import (
+    TRITON_DTYPES,
+    describe_mask,
+    float32_products,
+    on_device,
+    product_dtype,
+    square_tiles,
+    tile_width,
+)
 
-MAX_HEAD_WIDTH = 256
-MAX_STATE_WIDTH = 256
 LOG2_E = math.log2(math.e)
 
 
@@ -132,7 +138,9 @@ def _normalise(
         k = _rows(keys, other_begin, length, p_width, p_width, OTHER, TILE_P).to(DTYPE)
         allowed = (own[:, None] >= other[None, :]) & (own[:, None] < length) & (other[None, :] >= first[:, None])
         if HAS_MASK:
-            allowed &= _square(mask_begin, own_begin, other_begin, mask_stride_l, mask_stride_s, allowed, OWN, OTHER) != 0
+            allowed &= (
+                _square(mask_begin, own_begin, other_begin, mask_stride_l, mask_stride_s, allowed, OWN, OTHER) != 0
+            )
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _scores(
             products, bias_begin, own_begin, other_begin, bias_stride_l, bias_stride_s, allowed, scale, ceiling,
@@ -358,7 +366,7 @@ class _Launch:
             self.scale, self.ceiling = attention.scaling * LOG2_E, 0.0
         else:
             self.scale, self.ceiling = 2 * attention.scaling / attention.softcap, attention.softcap * LOG2_E
-        own, other = tiles(self.p_width, self.n_width, dtype)
+        own, other = square_tiles(self.p_width, self.n_width, dtype)
         self.group = self.heads // self.k_bgsp.shape[1]
         self.grid = (triton.cdiv(self.length, own), self.batch * self.heads)
         self.constants = {
@@ -420,42 +428,14 @@ class _Launch:
         return gradient_blhn, weighted_bhl, squared_bhl, diagonal_bhl
 
 
-def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The first source each target may look at, and the mask itself only where it is more than that.
-
-    A causal mask, windowed and within documents or not, allows every source from the first one on to the target. Then
-    the kernels compare positions and never read the mask.
-
-    Args:
-        mask_bhls: true where attention is allowed, nowhere after the target; broadcastable.
-
-    Returns:
-        The first sources, int32, broadcastable to (b, h, l), and the mask as uint8 or None. Waits for the device.
-    """
-    mask_bhls = mask_bhls.view((1,) * (4 - mask_bhls.dim()) + mask_bhls.shape).view(torch.uint8)
-    first_bhl = mask_bhls.argmax(-1)
-    targets = torch.arange(mask_bhls.shape[-2], device=mask_bhls.device)
-    is_interval = (mask_bhls.sum(-1) == targets - first_bhl + 1).all()
-    first_bhl = first_bhl.to(torch.int32).contiguous()
-    return (first_bhl, None) if is_interval else (torch.zeros_like(first_bhl), mask_bhls)
-
-
-def tiles(p_width: int, n_width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many positions a program owns and how many it looks at in one go, so that all fits a GPU's shared memory."""
-    number_bytes = (tile_width(p_width) + tile_width(n_width)) * dtype.itemsize
-    if dtype != torch.float32 and number_bytes <= 512:
-        return (128, 64) if number_bytes <= 256 else (64, 64)
-    return (32, 32) if number_bytes <= 1024 else (16, 16)
-
-
 def orient_loss_triton(
     mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same distance and gradients as `orient_tiles.orient_loss`, on a GPU.
 
     Args:
-        mixing: the student's side; a state width of at most `MAX_STATE_WIDTH`.
-        attention: the teacher's side; a head width of at most `MAX_HEAD_WIDTH`, and a mask that is causal.
+        mixing: the student's side; a state width of at most 256.
+        attention: the teacher's side; a head width of at most 256, and a mask that is causal.
         starts_bl: true where a new document begins.
 
     Returns:

@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.triton_tiles import TRITON_DTYPES, float32_products, on_device, product_dtype, tile_width
 
-MAX_STATE_WIDTH = 256
-
 
 @triton.jit
-def _cumulative(log_decay_ptr, starts_ptr, row, chunk_begin, length, head, heads, HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr):
+def _cumulative(
+    log_decay_ptr, starts_ptr, row, chunk_begin, length, head, heads, HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr
+):
     """Running sums of a chunk's log-decay in float64, and the number of documents begun; padding is neutral."""
     offsets = tl.arange(0, CHUNK)
     inside = chunk_begin + offsets < length
@@ -70,7 +70,7 @@ def _across(total, last_document, HAS_STARTS: tl.constexpr):
 
 @triton.jit
 def _decay_between(cumulative, document, HAS_STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
-    """The decay from source j to target i (i, j), or in REVERSE (j, i); 0 where j comes after i or is of another document.
+    """The decay from source j to target i (i, j), in REVERSE (j, i); 0 where j is after i or in another document.
 
     The sums are split into two float32 each, whose differences are exact to float32 without float64 tiles.
     """
@@ -219,9 +219,7 @@ def _outputs(
         ).to(DTYPE)
         output = tl.dot(query, state, input_precision=PRECISION) * from_carry[:, None]
         output = tl.dot(matrix, value, output, input_precision=PRECISION)
-        tl.store(
-            output_ptr + first * p_width + value_offsets, output.to(output_ptr.dtype.element_ty), mask=value_mask
-        )
+        tl.store(output_ptr + first * p_width + value_offsets, output.to(output_ptr.dtype.element_ty), mask=value_mask)
 
 
 @triton.jit
@@ -348,7 +346,7 @@ class _Shape(NamedTuple):
         }
 
     def staged(self) -> dict[str, Any]:
-        """The constants of a kernel that walks over tiles of p, with buffers to read ahead only if there are several."""
+        """The constants of a kernel that walks over tiles of p; it reads ahead only if there are several."""
         constants = self.constants()
         return constants | {"num_stages": 1 if self.p_width <= constants["TILE_P"] else 2}
 
@@ -365,7 +363,7 @@ def scan_triton(
 
     Args:
         x_blhp: inputs; float32, bfloat16 or float16, as B and C.
-        b_blhn: input maps; a state width n of at most `MAX_STATE_WIDTH`.
+        b_blhn: input maps; a state width n of at most 256.
         c_blhn: output maps.
         log_decay_blh: logarithm of the decay, at most 0; in float32.
         state_bhpn: the state to continue from; zeros when absent.
@@ -395,13 +393,20 @@ class _Scan(torch.autograd.Function):
         inputs = [t.contiguous() for t in (x_blhp, b_blhn, c_blhn, log_decay_blh)]
         starts = None if starts_bl is None else starts_bl.contiguous().view(torch.uint8)
         first = None if state_bhpn is None else state_bhpn.contiguous()
-        shape = _Shape(*x_blhp.shape, b_blhn.shape[-1], dtype)
+        batch, length, heads, p_width = x_blhp.shape
+        shape = _Shape(batch, length, heads, p_width, b_blhn.shape[-1], dtype)
         carried, last = _carry(inputs[0], inputs[1], inputs[3], starts, first, shape, reverse=False)
         y_blhp = torch.empty_like(inputs[0])
         with on_device(y_blhp):
             _outputs[(shape.num_chunks, shape.batch * shape.heads)](
-                *inputs, starts, carried, y_blhp, *shape.sizes(),
-                HAS_STARTS=starts is not None, REVERSE=False, **shape.staged(),
+                *inputs,
+                starts,
+                carried,
+                y_blhp,
+                *shape.sizes(),
+                HAS_STARTS=starts is not None,
+                REVERSE=False,
+                **shape.staged(),
             )
         ctx.save_for_backward(*inputs, starts, first)
         ctx.shape = shape

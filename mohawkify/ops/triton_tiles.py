@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the precision of products and the width of tiles."""
+"""What the Triton kernels need from the host: the precision of products, the size of tiles, the shape of a mask."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -35,3 +35,31 @@ def tile_width(width: int) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Within the block kernels start on the tensor's GPU; Triton would use the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The first source each target may look at, and the mask itself only where it is more than that.
+
+    A causal mask, windowed and within documents or not, allows every source from the first one on to the target. Then
+    the kernels compare positions and never read the mask.
+
+    Args:
+        mask_bhls: true where attention is allowed, nowhere after the target; broadcastable.
+
+    Returns:
+        The first sources, int32, broadcastable to (b, h, l), and the mask as uint8 or None. Waits for the device.
+    """
+    mask_bhls = mask_bhls.view((1,) * (4 - mask_bhls.dim()) + mask_bhls.shape).view(torch.uint8)
+    first_bhl = mask_bhls.argmax(-1)
+    targets = torch.arange(mask_bhls.shape[-2], device=mask_bhls.device)
+    is_interval = (mask_bhls.sum(-1) == targets - first_bhl + 1).all()
+    first_bhl = first_bhl.to(torch.int32).contiguous()
+    return (first_bhl, None) if is_interval else (torch.zeros_like(first_bhl), mask_bhls)
+
+
+def square_tiles(p_width: int, n_width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """How many positions a program owns and how many it looks at in one go, so that all fits a GPU's shared memory."""
+    number_bytes = (tile_width(p_width) + tile_width(n_width)) * dtype.itemsize
+    if dtype != torch.float32 and number_bytes <= 512:
+        return (128, 64) if number_bytes <= 256 else (64, 64)
+    return (32, 32) if number_bytes <= 1024 else (16, 16)
