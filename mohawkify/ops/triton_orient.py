@@ -207,7 +207,7 @@ def _side(
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The gradient of C and the row sums of W and R * R, docs/math.md (27); without ROWS that of B and column sums."""
+    """The gradient of C and the row sums of W and R * R, docs/math.md (30); without ROWS that of B and column sums."""
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     own_begin = tl.program_id(0) * OWN

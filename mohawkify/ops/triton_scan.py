@@ -111,7 +111,7 @@ def _walk(
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """Carry a state over all chunks, docs/math.md (10), or with REVERSE its gradient, (22)."""
+    """Carry a state over all chunks, docs/math.md (10), or with REVERSE its gradient, (25)."""
     pair = tl.program_id(1).to(tl.int64)  # batch and head
     head = pair % heads
     row = (pair // heads) * length
@@ -179,7 +179,7 @@ def _outputs(
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The outputs of one chunk of one head, docs/math.md (9), or with REVERSE the gradients of its inputs, (23).
+    """The outputs of one chunk of one head, docs/math.md (9), or with REVERSE the gradients of its inputs, (26).
 
     Values, keys and queries are x, B and C, in reverse dy, C and B: what was a source is a target then.
     """
@@ -247,7 +247,7 @@ def _gradients(
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The gradients of one chunk's B, C and log-decays, docs/math.md (24) to (26)."""
+    """The gradients of one chunk's B, C and log-decays, docs/math.md (27) to (29)."""
     chunk = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     head = pair % heads
@@ -372,7 +372,7 @@ def scan_triton(
     Returns:
         y (b, l, h, p) in the dtype of x, and the final state (b, h, p, n) in float32.
 
-    Source: Mamba-2 (arXiv 2405.21060), section 6; docs/math.md (9), (10) and (22) to (26).
+    Source: Mamba-2 (arXiv 2405.21060), section 6; docs/math.md (9), (10) and (25) to (29).
     """
     dtype = product_dtype(x_blhp, b_blhn, c_blhn)
     return _Scan.apply(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl, dtype)
