@@ -18,17 +18,29 @@ MAX_STATE_NUMBERS = 32768  # of one head; a program holds them in registers
 
 @triton.jit
 def _convolve(
-    u_ptr, tail_ptr, weight_ptr, bias_ptr, feature, feature_begin, inside, num_features, NUM_LAGS: tl.constexpr
+    u_ptr,
+    tail_ptr,
+    weight_ptr,
+    bias_ptr,
+    feature,
+    feature_begin,
+    inside,
+    num_features,
+    weight_stride_f,
+    weight_stride_k,
+    NUM_LAGS: tl.constexpr,
 ):
     """One head's convolved features, docs/math.md (2); its last inputs move on by one."""
     present = tl.load(u_ptr + feature, mask=inside, other=0.0)
     column = feature_begin + feature
-    weights = weight_ptr + column * (NUM_LAGS + 1)
+    weights = weight_ptr + column * weight_stride_f
     output = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    output += tl.load(weights + NUM_LAGS, mask=inside, other=0.0).to(tl.float32) * present.to(tl.float32)
+    output += tl.load(weights + NUM_LAGS * weight_stride_k, mask=inside, other=0.0).to(tl.float32) * present.to(
+        tl.float32
+    )
     for tap in tl.static_range(NUM_LAGS):
         past = tl.load(tail_ptr + tap * num_features + column, mask=inside, other=0.0)
-        output += tl.load(weights + tap, mask=inside, other=0.0).to(tl.float32) * past.to(tl.float32)
+        output += tl.load(weights + tap * weight_stride_k, mask=inside, other=0.0).to(tl.float32) * past.to(tl.float32)
         if tap > 0:
             tl.store(tail_ptr + (tap - 1) * num_features + column, past, mask=inside)
     if NUM_LAGS > 0:
@@ -54,6 +66,8 @@ def _step(
     heads,
     p_width,
     n_width,
+    weight_stride_f,
+    weight_stride_k,
     NUM_LAGS: tl.constexpr,
     TILE_P: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -66,15 +80,16 @@ def _step(
     tail = tail_ptr + batch * NUM_LAGS * num_features
     x_feature, key_feature = head * p_width + p, head * n_width + n
     x = _convolve(
-        x_ptr + batch * x_features, tail, weight_ptr, bias_ptr, x_feature, 0, p_inside, num_features, NUM_LAGS
-    )
+        x_ptr + batch * x_features, tail, weight_ptr, bias_ptr, x_feature, 0, p_inside, num_features,
+        weight_stride_f, weight_stride_k, NUM_LAGS,
+    )  # fmt: skip
     b = _convolve(
         b_ptr + batch * key_features, tail, weight_ptr, bias_ptr, key_feature, x_features, n_inside, num_features,
-        NUM_LAGS,
+        weight_stride_f, weight_stride_k, NUM_LAGS,
     )  # fmt: skip
     c = _convolve(
         c_ptr + batch * key_features, tail, weight_ptr, bias_ptr, key_feature, x_features + key_features, n_inside,
-        num_features, NUM_LAGS,
+        num_features, weight_stride_f, weight_stride_k, NUM_LAGS,
     )  # fmt: skip
     decay = 1.0 / (1.0 + tl.exp(tl.load(a_log_ptr + batch * heads + head).to(tl.float32)))  # sigmoid(-a_log)
     state_offsets = (batch * heads + head) * p_width * n_width + p[:, None] * n_width + n[None, :]
@@ -109,7 +124,7 @@ def decode_step(
         c_bf: projected C (b, h * n).
         z_bf: the projected gate (b, h * p), without its bias.
         a_log_bh: projected a_log, with its bias where it has one; the decay is sigmoid(-a_log).
-        convs: the taps (f, k) and the biases (f) of the convolutions of x, B and C, one after the other.
+        convs: the taps (f, k), strided as they like, and the biases (f) of the convolutions of x, B and C, in order.
         z_bias_f: the gate's bias (h * p).
         d_h: the skip of each head.
         tail_bkf: the last k - 1 projected inputs of x, B and C (b, k - 1, f), contiguous; updated.
@@ -123,12 +138,13 @@ def decode_step(
     if not (tail_bkf.is_contiguous() and state_bhpn.is_contiguous() and state_bhpn.dtype == torch.float32):
         raise ValueError("decode_step updates in place: expected contiguous tails and a contiguous float32 state")
     output_bf = torch.empty_like(x_bf, memory_format=torch.contiguous_format)
-    inputs = (t.contiguous() for t in (x_bf, b_bf, c_bf, z_bf, a_log_bh, weight_fk, bias_f, z_bias_f, d_h))
+    x_bf, b_bf, c_bf, z_bf, a_log_bh = (t.contiguous() for t in (x_bf, b_bf, c_bf, z_bf, a_log_bh))
+    bias_f, z_bias_f, d_h = (t.contiguous() for t in (bias_f, z_bias_f, d_h))
     tile_p, tile_n = triton.next_power_of_2(p_width), triton.next_power_of_2(n_width)
     with on_device(state_bhpn):
         _step[(batch, heads)](
-            *(*inputs, tail_bkf, state_bhpn, output_bf),
-            *(heads, p_width, n_width),
+            *(x_bf, b_bf, c_bf, z_bf, a_log_bh, weight_fk, bias_f, z_bias_f, d_h, tail_bkf, state_bhpn, output_bf),
+            *(heads, p_width, n_width, *weight_fk.stride()),
             NUM_LAGS=weight_fk.shape[1] - 1,
             TILE_P=tile_p,
             TILE_N=tile_n,
