@@ -54,7 +54,9 @@ def scan_inputs(length: int, dtype: torch.dtype, p_width: int, n_width: int, bat
     x = poisoned(normal(batch, length, heads, p_width), dtype)
     b = poisoned(normal(batch, length, heads, n_width) / n_width**0.5, dtype)
     c = poisoned(normal(batch, length, heads, n_width), dtype)
-    log_decay = poisoned(-F.softplus(3.0 * normal(batch, length, heads) - 1.0), torch.float32)
+    # The first head forgets within a few tokens, the last remembers through several chunks.
+    strength_h = torch.logspace(0, -2, heads, dtype=torch.float64)
+    log_decay = poisoned(-F.softplus(3.0 * normal(batch, length, heads) - 1.0) * strength_h, torch.float32)
     state = poisoned(normal(batch, heads, p_width, n_width), torch.float32)
     return [t.requires_grad_() for t in (x, b, c, log_decay, state)]
 
@@ -136,7 +138,8 @@ def test_under_autocast_products_are_rounded_and_results_are_not():
 
 def orient_inputs(case: str, length: int, dtype: torch.dtype) -> tuple[MixingMatrix, AttentionMatrix, Tensor | None]:
     """One row of the matrices of tests/test_orient_loss.py; `holes` adds a mask that is no interval."""
-    mixing, attention, starts_bl = tensors(length, **CASES.get(case, {}))
+    # Decays weak enough to reach beyond a tile, unless the case is about decays.
+    mixing, attention, starts_bl = tensors(length, **{"strong": 0.03, **CASES.get(case, {})})
     mask_bhls = attention.mask_bhls[:1]
     if case == "holes":
         distance_ls = torch.arange(length)[:, None] - torch.arange(length)
