@@ -27,6 +27,7 @@ def plan_text(planned: dict[str, Any]) -> str:
         _memory(planned),
         _fit(planned),
         _disk(planned),
+        "Steps and tokens are exact; FLOPs, memory, disk, time and cost are estimates: see docs/plan.md.",
         "\n".join(f"warning: {warning}" for warning in planned["warnings"]),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -140,18 +141,17 @@ def _fit(planned: dict[str, Any]) -> str:
     rows = [
         (each["change"], short_bytes(each["peak_bytes"]), "yes" if each["fits"] else "no") for each in fit["changes"]
     ]
-    together = fit["together"]
-    ending = (
-        f"it fits with {' and '.join(together['changes'])}: {short_bytes(together['peak_bytes'])}"
-        if together["fits"]
-        else f"all of them together still need {short_bytes(together['peak_bytes'])}"
-    )
+    together, ending = fit["together"], []
+    if together is not None:
+        needs = short_bytes(together["peak_bytes"])
+        applied = "; ".join(together["changes"])
+        ending = [f"none alone; {'it fits' if together['fits'] else 'not even'} with {applied}: {needs}"]
     return "\n".join(
         [
             f"does NOT fit the {gpu['name']}: {found}; {largest}",
             "",
             table(("what to change, each alone", "needs", "fits"), rows),
-            ending,
+            *ending,
         ]
     )
 

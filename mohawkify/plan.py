@@ -381,16 +381,18 @@ def _fit(
         return {**found, "changes": [], "together": None}
     shareable = min((getattr(recipe.stages, name).batch_sequences for name in sizes), default=1)
     possible = [each for each in remedies(layout) if shareable % each.layout.num_gpus == 0]
+    possible = [each for each in possible if peak(each.layout) < found["peak_bytes"]]
     found["changes"] = [
         {"change": each.words, "peak_bytes": peak(each.layout), "fits": peak(each.layout) <= usable}
         for each in possible
     ]
-    current, applied = layout, {}
+    if any(each["fits"] for each in found["changes"]):
+        return {**found, "together": None}
+    current, applied = layout, dict[str, str]()
     for each in possible:
-        if peak(current) <= usable:
-            break
-        current = replace(current, **each.fields(layout))
-        applied[each.kind] = each.words
+        changed = replace(current, **each.fields(layout))
+        if peak(current) > usable and peak(changed) < peak(current):
+            current, applied[each.kind] = changed, each.words
     together = {"changes": list(applied.values()), "peak_bytes": peak(current), "fits": peak(current) <= usable}
     return {**found, "together": together}
 

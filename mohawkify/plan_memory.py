@@ -232,14 +232,15 @@ def remedies(layout: Layout) -> Iterator[Remedy]:
     if layout.engine == "deepspeed":
         for zero in range(layout.zero + 1, 4):
             yield Remedy("zero", f"ZeRO-{zero}", replace(layout, zero=zero))
+        if layout.num_gpus > 1:  # it spreads the gradients of stages 1 and 2, which DeepSpeed sums up whole
+            yield Remedy("engine", "FSDP instead of DeepSpeed", replace(layout, engine="fsdp", zero=0))
+    shards = layout.engine == "fsdp" or layout.zero > 0
+    able = layout if shards else replace(layout, engine="deepspeed", zero=3)
+    with_engine = "" if shards else "with DeepSpeed, ZeRO-3, "
     for num_gpus in (2, 4, 8, 16):
-        if num_gpus > layout.num_gpus and layout.engine == "single":
-            changed = replace(layout, num_gpus=num_gpus, engine="deepspeed", zero=3)
-            yield Remedy("gpus", f"{num_gpus} GPUs with DeepSpeed, ZeRO-3", changed)
-        elif num_gpus > layout.num_gpus:
-            yield Remedy("gpus", f"{num_gpus} GPUs", replace(layout, num_gpus=num_gpus))
-    able = replace(layout, engine="deepspeed", zero=3) if layout.engine == "single" else layout
-    with_engine = "with DeepSpeed, ZeRO-3, " if layout.engine == "single" else ""
+        if num_gpus > layout.num_gpus:
+            words = f"{num_gpus} GPUs" if shards else f"{num_gpus} GPUs with DeepSpeed, ZeRO-3"
+            yield Remedy("gpus", words, replace(able, num_gpus=num_gpus))
     if layout.offload == "none" and layout.engine != "fsdp":
         words = f"{with_engine}the optimiser in the CPU's memory"
         yield Remedy("offload", words, replace(able, offload="optimizer"))

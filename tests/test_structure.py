@@ -98,7 +98,19 @@ WRITING_CALLS = {
     *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
 }
 
-LIGHT_MODULES = ("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe", "storage", "checkpoint", "run", "plan", "cli")
+LIGHT_MODULES = (
+    "errors",
+    "spec",
+    "adapter",
+    "shelf",
+    "strict_yaml",
+    "recipe",
+    "storage",
+    "checkpoint",
+    "run",
+    "plan",
+    "cli",
+)
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 
 
