@@ -105,8 +105,20 @@ def test_what_does_not_fit_is_answered_with_figures(teacher_configs):
     text = plan_text(planned)
     assert "does NOT fit the 4090" in text
     assert all(each["change"] in text for each in fit["changes"])
-    again = plan(str(teacher_configs / "Llama-3.1-8B-Instruct.json"), load_recipe("llamba-8b"), gpu="H100", num_gpus=8)
-    assert again["fit"]["fits"]
+    assert not any(each["fits"] for each in fit["changes"])
+    assert fit["together"]["peak_bytes"] < min(each["peak_bytes"] for each in fit["changes"])
+
+
+def test_a_change_that_is_enough_is_enough(teacher_configs):
+    config, recipe = str(teacher_configs / "Llama-3.1-8B-Instruct.json"), load_recipe("llamba-8b")
+    fit = plan(config, recipe, gpu="H100", num_gpus=8)["fit"]
+    assert not fit["fits"]
+    assert fit["together"] is None
+    changes = {each["change"]: each for each in fit["changes"]}
+    sharded = changes["FSDP instead of DeepSpeed"]
+    assert sharded["fits"]
+    again = plan(config, recipe, gpu="H100", num_gpus=8, engine="fsdp")
+    assert (again["fit"]["fits"], again["fit"]["peak_bytes"]) == (True, sharded["peak_bytes"])
 
 
 def test_a_recipe_for_another_teacher_is_noticed(teacher_configs):
@@ -117,7 +129,7 @@ def test_a_recipe_for_another_teacher_is_noticed(teacher_configs):
 
 
 def test_a_disk_that_is_too_small_is_noticed(teacher_configs, tmp_path):
-    recipe = apply_overrides(load_recipe("llamba-8b"), ["stages.distill.tokens=9000000B"])
+    recipe = apply_overrides(load_recipe("llamba-8b"), ["stages.distill.tokens=1000000B"])
     config = str(teacher_configs / "Llama-3.1-8B-Instruct.json")
     planned = plan(config, recipe, output=tmp_path / "not" / "there" / "yet")
     assert planned["free_bytes"] > 0
