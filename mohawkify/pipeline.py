@@ -98,7 +98,7 @@ def plan(
         free_bytes=None if output is None else storage.free_bytes(output),
     )
     footprint = _footprint(inspection, student, recipe) if count else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint)
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
 
 
 def _expected(inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str) -> dict[str, Any]:
@@ -106,7 +106,11 @@ def _expected(inspection: Inspection, student: StudentSpec, recipe: Recipe, devi
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
     layout = layout_of(recipe, engine="auto", zero=None, num_gpus=1, on_gpu=device == "cuda")
     footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint)
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+
+
+def _makes_whole_logits(inspection: Inspection) -> bool:
+    return inspection.adapter.logits.unknown is not None
 
 
 def _memory_bytes() -> int | None:

@@ -75,6 +75,7 @@ def make_plan(
     machine: Machine,
     layout: Layout,
     footprint: Footprint | None = None,
+    whole_logits: bool = False,
 ) -> dict[str, Any]:
     """Work out the plan.
 
@@ -85,6 +86,7 @@ def make_plan(
         machine: speed, memory, price.
         layout: how training is spread over GPUs; from `layout_of`.
         footprint: what one sequence takes in a layer; None takes the rule of thumb.
+        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
 
     Returns:
         A JSON object: teacher and student, a row per phase and per stage, memory by part, whether it fits and what to
@@ -98,7 +100,7 @@ def make_plan(
     for name in STAGES:
         stage: StageRecipe = getattr(recipe.stages, name)
         trained = trained_parameters(name, stage, teacher, student)
-        all_sizes[name] = sizes_of(name, longest(stage), teacher, student, trained)
+        all_sizes[name] = sizes_of(name, longest(stage), teacher, student, trained, whole_logits)
         own = _phases(name, stage, teacher, student, trained, recipe, machine, layout, speed)
         phases += own
         rows[name] = _stage(name, stage, recipe, machine, layout, all_sizes[name], counted, own)

@@ -23,6 +23,7 @@ PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations
 
 NUMBERS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 256  # of ops/orient_tiles.py
 CHUNK_NUMBERS = 1 << 24  # of ops/distill_chunks.py
+WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
 CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities
 # DeepSpeed's defaults, in numbers: the buffer that gradients are reduced in, and the parameters ZeRO-3 keeps gathered.
 REDUCE_BUCKET, MOST_GATHERED = 5 * 10**8, 10**9
@@ -108,6 +109,7 @@ class Sizes:
         vocabulary: rows of the head.
         heads: of a mixer.
         state: state width per head.
+        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
     """
 
     stage: str
@@ -126,6 +128,7 @@ class Sizes:
     vocabulary: int
     heads: int
     state: int
+    whole_logits: bool = False
 
 
 def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, lengths: dict[str, int]) -> Footprint:
@@ -336,6 +339,8 @@ def _distill(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float,
 def _loss(sizes: Sizes, layout: Layout) -> float:
     """Stage 3's loss in chunks of tokens: the chunk's logits, the head's gradient, and hidden states of both sides."""
     tokens = layout.micro_batch * sizes.length
+    if sizes.whole_logits:
+        return float(WHOLE_LOGITS * tokens * sizes.vocabulary * FP32)
     chunk = min(tokens, max(1, CHUNK_NUMBERS // sizes.vocabulary)) * sizes.vocabulary * FP32
     head = sizes.vocabulary * sizes.hidden
     gradient = head * FP32 if sizes.trained_ends else 0
@@ -344,7 +349,14 @@ def _loss(sizes: Sizes, layout: Layout) -> float:
     return max(CHUNKS * chunk + gradient, 2 * gradient) + hidden + copy
 
 
-def sizes_of(stage: str, length: int, teacher: TeacherSpec, student: StudentSpec, trained: dict[str, int]) -> Sizes:
+def sizes_of(
+    stage: str,
+    length: int,
+    teacher: TeacherSpec,
+    student: StudentSpec,
+    trained: dict[str, int],
+    whole_logits: bool = False,
+) -> Sizes:
     """The sizes of one stage.
 
     Args:
@@ -353,6 +365,7 @@ def sizes_of(stage: str, length: int, teacher: TeacherSpec, student: StudentSpec
         teacher: the teacher's facts.
         student: the student's facts.
         trained: parameters that the stage trains, by part.
+        whole_logits: whether stage 3 makes all logits at once.
     """
     ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
     num_layers = teacher.num_layers if stage == "distill" else len(student.grafted_layers)
@@ -378,4 +391,5 @@ def sizes_of(stage: str, length: int, teacher: TeacherSpec, student: StudentSpec
         vocabulary=teacher.vocabulary_size,
         heads=student.num_heads,
         state=student.state_width,
+        whole_logits=whole_logits,
     )
