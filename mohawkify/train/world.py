@@ -72,6 +72,13 @@ class World(AbstractContextManager["World"]):
             distributed.destroy_process_group()
 
 
+def require_group() -> None:
+    """Found a group of this one process where no launcher started several: DeepSpeed and FSDP2 always need one."""
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+
+
 def join_world() -> World:
     """Join the processes that a launcher has started; alone where none has.
 
