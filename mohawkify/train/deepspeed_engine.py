@@ -233,6 +233,7 @@ class DeepSpeedEngine:
             return gathered
         if not self.adamw.state:
             return gathered
+        self._link_moments()
         step = next(iter(self.adamw.state.values()))["step"]
         for name, parameter in self._trained.items():
             for kind in MOMENTS:
@@ -264,12 +265,20 @@ class DeepSpeedEngine:
                 "step": torch.stack([step.cpu() for step in steps]).max(),  # a partition counts for all that is in it
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
-        if self.zero < 3:
-            self.zero_optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for key in state:
             kind, _, name = key.partition("/")
             if kind != "step":
                 self._load_moment(self._trained[name], kind, state[key])
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find each parameter's part of the flat moments.
+
+        It does so itself once, after the first group of its first update: the vectors, the second group, have none yet.
+        """
+        if self.zero < 3:
+            self.zero_optimizer._hp_optimizer_states_linked = False
+            self.zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_partitions(self) -> list[Tensor]:
         optimizer = self.zero_optimizer
