@@ -28,6 +28,7 @@ from mohawkify.train.deepspeed_engine import DeepSpeedEngine
 from mohawkify.train.engine import Engine, LocalEngine
 from mohawkify.train.fsdp_engine import FsdpEngine
 from mohawkify.train.guard import require_gradients
+from mohawkify.train.sharded_teacher import shard_teacher
 from mohawkify.train.watch import MotionWatch
 from mohawkify.train.world import World
 from tests.tiny import packed, tiny_teacher
@@ -271,3 +272,25 @@ def in_half(world: World, kind: str, family: str, folder: Path, offload: str) ->
         found += [take_step(stage, engine, world, step) for step in range(2)]
         engine.close()
     return found
+
+
+def with_sharded_teacher(world: World, kind: str, how: str, family: str, folder: Path) -> dict[str, list[list[float]]]:
+    """All stages with a teacher in parts, the attention of the last layer kept, as losses and norms."""
+    pair = make_pair(family, folder)
+    whole = dict(pair.teacher.named_parameters())
+    size = sum(parameter.numel() for parameter in whole.values())
+    if how != "whole":
+        shard_teacher(pair.teacher, pair.spec.layers, how, CPU, world)  # type: ignore[arg-type]
+    found = {}
+    for name in STAGES:
+        stage = make_stage(name, pair)
+        engine = make_engine(kind, stage, world)
+        found[name] = [take_step(stage, engine, world, step) for step in range(2)]
+        engine.close()
+    here = sum(local_numel(parameter) for parameter in pair.teacher.parameters())
+    return {**found, "size": [[float(here), float(size)]]}
+
+
+def local_numel(parameter: Any) -> int:
+    """How many numbers of a parameter this process holds."""
+    return parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()

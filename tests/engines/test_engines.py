@@ -18,7 +18,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Tiny teachers: Llama with a tied head and grouped keys, Qwen2 with biases and a head of its own."""
+    """Tiny teachers: Llama with a tied head and grouped keys, Qwen2 with biases and a head of its own, Falcon that rebuilds attention."""
     return {
         family: save_teacher(cases.make_teacher(family), tmp_path_factory.mktemp(family))
         for family in ("llama", "qwen2")
@@ -28,7 +28,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def alone(folders) -> dict[str, dict[str, list[list[float]]]]:
     """What plain torch in one process finds."""
-    return {family: cases.run_stages(World(), "single", family, folders[family], STEPS) for family in folders}
+    families = ("llama", "qwen2")
+    return {family: cases.run_stages(World(), "single", family, folders[family], STEPS) for family in families}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -115,3 +116,20 @@ def test_offloading_changes_nothing(kind, offload, folders):
     expected = run_processes(cases.in_half, 2, "fsdp", "llama", folders["llama"], "cpu")[0]
     for found in run_processes(cases.in_half, 2, kind, "llama", folders["llama"], offload):
         assert np.array(found) == pytest.approx(np.array(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "kind", "how"), [
+    ("llama", "zero-3", "deepspeed"),
+    ("qwen2", "zero-3", "deepspeed"),
+    ("llama", "fsdp", "fsdp"),
+    ("qwen2", "fsdp", "fsdp"),
+    ("falcon", "fsdp", "deepspeed"),
+    ("falcon", "zero-2", "fsdp"),
+])  # fmt: skip
+def test_a_teacher_in_parts_teaches_the_same(family, kind, how, folders):
+    expected = cases.with_sharded_teacher(World(), "single", "whole", family, folders[family])
+    for found in run_processes(cases.with_sharded_teacher, 2, kind, how, family, folders[family]):
+        for stage in cases.STAGES:
+            assert np.array(found[stage]) == pytest.approx(np.array(expected[stage]), rel=1e-5)
+        ((here, size),) = found["size"]
+        assert here < 0.75 * size, "the embedding of a tied head stays whole, the rest is halved"
