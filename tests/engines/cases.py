@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -294,3 +295,37 @@ def with_sharded_teacher(world: World, kind: str, how: str, family: str, folder:
 def local_numel(parameter: Any) -> int:
     """How many numbers of a parameter this process holds."""
     return parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+
+
+LENGTH = 1024
+LONG = {"max_position_embeddings": LENGTH}
+_MALLOC_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
+
+def peak_bytes(world: World, kind: str, stage_name: str, folder: Path, changes: dict[str, Any]) -> int:
+    """By how much a step on one long row exceeds the memory of what is there before it.
+
+    The step before it has made moments and buffers. Larger pieces of memory go back to the system as soon as they are
+    freed, so that what the system counts is what is in use.
+    """
+    ctypes.CDLL(None).mallopt(_MALLOC_MMAP_THRESHOLD, 65536)
+    pair = make_pair("llama", folder, **changes)
+    stage = make_stage(stage_name, pair)
+    engine = make_engine(kind, stage, world)
+    batch = packed(length=LENGTH, batch=1)
+
+    def step() -> None:
+        with engine.accumulating():
+            stage.run(batch, Runner(engine.backward, engine.call))
+        engine.step(RATE)
+
+    step()
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    step()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])

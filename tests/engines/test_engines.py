@@ -18,11 +18,9 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Tiny teachers: Llama with a tied head and grouped keys, Qwen2 with biases and a head of its own, Falcon that rebuilds attention."""
-    return {
-        family: save_teacher(cases.make_teacher(family), tmp_path_factory.mktemp(family))
-        for family in ("llama", "qwen2")
-    }
+    """Tiny teachers by family; Falcon is one whose attention is rebuilt from its modules."""
+    made = {family: cases.make_teacher(family) for family in ("llama", "qwen2", "falcon")}
+    return {family: save_teacher(teacher, tmp_path_factory.mktemp(family)) for family, teacher in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +131,17 @@ def test_a_teacher_in_parts_teaches_the_same(family, kind, how, folders):
             assert np.array(found[stage]) == pytest.approx(np.array(expected[stage]), rel=1e-5)
         ((here, size),) = found["size"]
         assert here < 0.75 * size, "the embedding of a tied head stays whole, the rest is halved"
+
+
+@pytest.mark.parametrize("stage", ["orient", "align"])
+@pytest.mark.parametrize("kind", ["single", "zero-3"])
+def test_memory_of_layerwise_stages_does_not_grow_with_layers(kind, stage, tmp_path):
+    few, many = ({"num_hidden_layers": number, **cases.LONG} for number in (4, 16))
+    for name, changes in (("few", few), ("many", many)):
+        save_teacher(cases.make_teacher("llama", **changes), tmp_path / name)
+    peaks = [
+        run_processes(cases.peak_bytes, 1, kind, stage, tmp_path / name, changes)[0]
+        for name, changes in (("few", few), ("many", many))
+    ]
+    assert peaks[0] > 10e6, "too little to tell activations from gradients"
+    assert peaks[1] < 1.25 * peaks[0], f"{peaks[0] / 1e6:.1f} MB with 4 layers, {peaks[1] / 1e6:.1f} MB with 16"
