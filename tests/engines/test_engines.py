@@ -109,6 +109,16 @@ def test_the_guard_notices_gradients_that_get_lost(kind, found):
         assert re.match(r"model\.layers\.0\..* has no gradient at step 2", message)
 
 
+def test_what_the_guard_cannot_see_the_comparison_does(folders):
+    taken = run_processes(cases.keep_gradients, 2, "zero-3", "llama", folders["llama"])[0]
+    pair = cases.make_pair("llama", folders["llama"])
+    stage = cases.make_stage("align", pair)
+    engine = cases.make_engine("single", stage, World())
+    expected = [cases.take_step(stage, engine, World(), step) for step in range(3)]
+    assert taken[0] == pytest.approx(expected[0], rel=1e-5)
+    assert taken[2][1] > 1.01 * expected[2][1], "gradients of the step before are added"
+
+
 @pytest.mark.parametrize("kind", cases.ENGINES)
 def test_motion_is_watched_in_parts(kind, found):
     assert found(kind)["motion"] == ["no weight has changed by step 3 since the last look"] * 2
