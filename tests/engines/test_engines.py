@@ -170,5 +170,5 @@ def test_memory_of_layerwise_stages_does_not_grow_with_layers(kind, tmp_path):
         teachers[num_layers] = save_teacher(cases.make_teacher("llama", **changes), tmp_path / str(num_layers)), changes
     (peaks,) = run_processes(cases.peak_bytes, 1, kind, teachers)
     for stage, (few, many) in peaks.items():
-        assert few > 10e6, "too little to tell activations from gradients"
+        assert few > 5e6, "too little to tell activations from gradients"
         assert many < 1.25 * few, f"{stage}: {few / 1e6:.1f} MB with 4 layers, {many / 1e6:.1f} MB with 16"
