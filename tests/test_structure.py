@@ -47,10 +47,11 @@ RANKS = (
     ("train",),
     ("evaluate",),
     ("export", "generate", "doctor", "verdict"),
-    ("conversion",),
+    ("conversion", "prepare"),
     ("pipeline",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("showcase",),
+    ("cli_options",),
+    ("cli_data", "showcase"),
     ("cli",),
     ("cli_docs",),
 )
