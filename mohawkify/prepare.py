@@ -52,10 +52,10 @@ def prepare_text(
     text.require_files()
     with storage.run_lock(output):
         storage.ensure_writable(output)
-        wanted = text.wanted()
+        wanted = text.wanted
         text.training()
         text.held_out()
-    corpora = {name: _facts(output / each.key()) for name, each in wanted.items()}
+    corpora = {name: _facts(output / each.key) for name, each in wanted.items()}
     return {"directory": str(output), "seconds": time.perf_counter() - begin, "corpora": corpora}
 
 
@@ -118,9 +118,7 @@ def _tokenizer(facts: dict[str, Any], teacher: str | None) -> PreTrainedTokenize
     if tokenizer_hash(tokenizer) == facts["tokenizer"]:
         return tokenizer
     if teacher is not None:
-        raise UsageError(
-            f"the text was not tokenised by the tokenizer of {teacher}", hint="name the teacher it was for"
-        )
+        raise UsageError(f"{teacher} has another tokenizer than the text's", hint="name the teacher it was for")
     return None
 
 
@@ -133,7 +131,7 @@ def _show(corpus: Corpus, number: int, tokenizer: PreTrainedTokenizerBase | None
         flags = np.ones(len(tokens)) if corpus.completion is None else np.asarray(corpus.completion[shown])
         text = ""
         for flag, pairs in groupby(zip(flags.tolist(), tokens.tolist(), strict=True), key=lambda pair: pair[0]):
-            part = tokenizer.decode([token for _, token in pairs])
+            part = str(tokenizer.decode([token for _, token in pairs]))
             text += f"{_BEGIN}{part}{_END}" if flag and corpus.completion is not None else part
         text += " ..." if end > shown.stop else ""
     return {"document": number, "tokens": end - start, "text": text}

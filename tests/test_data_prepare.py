@@ -86,7 +86,7 @@ def test_shards_hold_what_one_shard_holds(tmp_path: Path, monkeypatch: pytest.Mo
     whole = build_corpus(wanted, tmp_path / "whole")
     monkeypatch.setattr(prepare, "_SHARD_TOKENS", SHARD)
     cut = build_corpus(wanted, tmp_path / "cut")
-    folder = tmp_path / "cut" / wanted.key()
+    folder = tmp_path / "cut" / wanted.key
     facts = checked_facts(folder)
     assert len(facts["shards"]) > 2
     assert cut.fingerprint == whole.fingerprint
@@ -284,7 +284,7 @@ def _lives(pid: int) -> bool:
 def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = want(sources(tmp_path, "plain"))
     build_corpus(wanted, tmp_path / "c")
-    folder = tmp_path / "c" / wanted.key()
+    folder = tmp_path / "c" / wanted.key
     hashed: list[Path] = []
     verify = storage.verify_directory
     monkeypatch.setattr(storage, "verify_directory", lambda path: hashed.append(path) or verify(path))
@@ -312,8 +312,8 @@ def test_a_damaged_note_is_not_believed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
     wanted = want(sources(tmp_path, "plain"))
     build_corpus(wanted, tmp_path / "c")
-    note = tmp_path / "c" / f".checked-{wanted.key()}.json"
-    facts = checked_facts(tmp_path / "c" / wanted.key())
+    note = tmp_path / "c" / f".checked-{wanted.key}.json"
+    facts = checked_facts(tmp_path / "c" / wanted.key)
     for content in ("", "[]", "{", '{"manifest.json": [1]}'):
         note.write_text(content)
-        assert checked_facts(tmp_path / "c" / wanted.key()) == facts
+        assert checked_facts(tmp_path / "c" / wanted.key) == facts
