@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,8 +29,8 @@ class Hub:
         datasets: by id the files of each dataset by path.
         gated: ids that answer 403, for lack of access, and those that answer 401, for lack of a login.
         requests: method and path of every request.
-        fault: asked before a file is sent: (path, first byte, its how-manieth request) to how many bytes are sent before
-            the line breaks, a status to answer instead, or None.
+        fault: asked before a file is sent: (path, first byte, its how-manieth request) to how many bytes are sent
+            before the line breaks, a status to answer instead, or None.
         commit: of every dataset.
     """
 
@@ -90,22 +90,21 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.gated:
             status = self.hub.gated[name]
             code = "GatedRepo" if status == 403 else "RepoNotFound"
-            self._json(
-                status, {"error": "no access"}, {"X-Error-Code": code, "X-Error-Message": "access is restricted"}
-            )
+            self._json(status, {"error": "no access"}, {"X-Error-Code": code})
         elif name not in self.hub.datasets:
             self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif match:
-            self._api(name, match[2], match[4] or "")
+            self._api(name, match[2], match[3], match[4] or "")
         else:
             assert file is not None
             self._file(self.hub.datasets[name], file[3])
 
-    def _api(self, name: str, what: str | None, path: str) -> None:
+    def _api(self, name: str, what: str | None, revision: str | None, path: str) -> None:
         files = self.hub.datasets[name]
         if what in (None, "revision"):
             siblings = [{"rfilename": each, "size": len(content)} for each, content in files.items()]
-            facts = {"id": name, "sha": self.hub.commit, "siblings": siblings, "private": False, "tags": []}
+            sha = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else self.hub.commit
+            facts = {"id": name, "sha": sha, "siblings": siblings, "private": False, "tags": []}
             self._json(200, {**facts, "lastModified": "2026-01-01T00:00:00.000Z"})
         elif what == "tree":
             self._json(200, [entry for entry in _entries(files) if _is_below(entry["path"], path)])
@@ -146,11 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            **(headers or {}),
-        }.items():
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        for name, text in (headers or {}).items():
             self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
@@ -175,8 +172,4 @@ def _form(body: bytes, kind: str) -> list[str]:
     """The paths of a paths-info request, as a form or as JSON."""
     if "json" in kind:
         return list(json.loads(body)["paths"])
-    return [
-        unquote(pair.split("=", 1)[1].replace("+", " "))
-        for pair in body.decode().split("&")
-        if pair.startswith("paths=")
-    ]
+    return [value for key, value in parse_qsl(body.decode()) if key == "paths"]

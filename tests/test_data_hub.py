@@ -78,8 +78,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def read(name: str = "someone/web", report: Callable[[str], None] = print, **settings: Any) -> list[Raw]:
-    return list(raw_documents(Source.model_validate({"hub": name, **settings}), None, report=report))
+def read(dataset: str = "someone/web", report: Callable[[str], None] = print, **settings: Any) -> list[Raw]:
+    return list(raw_documents(Source.model_validate({"hub": dataset, **settings}), None, report=report))
 
 
 def numbers(rows: list[Raw]) -> list[int]:
