@@ -224,10 +224,11 @@ class _Work:
         present = sorted(path for path in self.folder.iterdir() if path.name.startswith("shard-"))
         for number, path in enumerate(present):
             try:
-                facts = storage.verify_directory(path)["facts"]
-            except CheckpointError:
-                facts = None
-            if facts is None or path.name != f"shard-{number:05d}":
+                values = storage.verify_directory(path)["facts"]["taken"]
+                found = [Taken(**each) for each in values]
+            except (CheckpointError, KeyError, TypeError):
+                found = []
+            if len(found) != len(self.taken) or path.name != f"shard-{number:05d}":
                 for other in present[number:]:
                     storage.remove_directory(other)
                 break
@@ -237,7 +238,7 @@ class _Work:
             completion = np.memmap(path / COMPLETION_FILE, dtype=np.uint8, mode="r") if is_masked else tokens
             self._hash(tokens, completion)
             self.borders.frombytes(borders.astype(np.int64).tobytes())
-            self.taken = [Taken(**values) for values in facts["taken"]]
+            self.taken = found
             self.tokens_of = [taken.tokens for taken in self.taken]
             self.shards.append(path.name)
         if self.shards:

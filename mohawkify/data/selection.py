@@ -225,5 +225,6 @@ def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | 
     if prepared is None or not (prepared / key).is_dir():
         return None
     corpus = load_corpus(prepared / key)
+    storage.ensure_writable(directory)
     storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
     return corpus
