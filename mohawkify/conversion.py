@@ -28,6 +28,7 @@ from mohawkify.train.loop import StepReport, run_stage
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.watch import HangWatch, LossWatch
+from mohawkify.train.world import World
 
 Report = Callable[[str], None]
 
@@ -136,7 +137,7 @@ class Conversion:
         num_tokens = _tokens_before(stretches, num_steps, batch)
         done_tokens = _tokens_before(stretches, position.stage_step, batch)
         trained = stage.parameters()
-        frozen = {name: p for name, p in self.pair.student.named_parameters() if name not in trained}
+        frozen = [name for name, _ in self.pair.student.named_parameters() if name not in trained]
         saved_step = position.global_step
         with (
             StageProgress(stage.name, num_tokens, done_tokens) as progress,
@@ -173,6 +174,7 @@ class Conversion:
                 stage_recipe,
                 self.recipe,
                 device=self.device,
+                world=World(),
                 first_step=position.stage_step,
                 frozen=frozen,
                 on_micro_batch=on_micro_batch,
