@@ -105,7 +105,11 @@ class Conversion:
             if position.stage != name:
                 position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
             engine = LocalEngine(
-                stages[name].parameters(), self.recipe.optimizer, self.recipe.compute.precision, self.device
+                self.pair.student,
+                stages[name].parameters(),
+                self.recipe.optimizer,
+                self.recipe.compute.precision,
+                self.device,
             )
             if saved is not None:
                 engine.load_state(checkpoint.load_tensors(saved, "optimizer"))

@@ -14,7 +14,7 @@ from mohawkify.pipeline import plan
 from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.shelf import adapter_names, load_adapter
 from mohawkify.stages.align import Align
-from mohawkify.stages.base import Pair, model_inputs
+from mohawkify.stages.base import Pair, Runner, model_inputs
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.stages.parameters import part_of_parameters
@@ -239,10 +239,10 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
         "align-mixer": lambda: Align(pair, AlignRecipe(target="mixer", **STAGE)),
         "distill": lambda: Distill(pair, DistillRecipe(**STAGE)),
     }[name]()
-    engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
+    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
     losses = []
     for _ in range(20):
-        losses.append(stage.run(packed(), engine.backward)["loss"].item())
+        losses.append(stage.run(packed(), Runner(engine.backward))["loss"].item())
         engine.step(1e-3)
     assert losses[-1] < losses[0]
 

@@ -195,11 +195,13 @@ def test_align_loss_is_zero_at_the_teacher():
 def test_distill_loss_against_its_definition(temperature):
     student = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 5, 11, dtype=torch.float64)
-    loss, kl = distill_loss(student, teacher, temperature)
-    p = (teacher / temperature).softmax(-1)
-    log_q = (student / temperature).log_softmax(-1)
+    counts = torch.tensor([[True, False, True, True, False], [False] * 5])
+    loss, kl = distill_loss(student, teacher, counts, temperature)
+    p = (teacher[counts] / temperature).softmax(-1)
+    log_q = (student[counts] / temperature).log_softmax(-1)
     expected = temperature**2 * -(p * log_q).sum(-1).mean()
     expected_kl = temperature**2 * (p * (p.log() - log_q)).sum(-1).mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert kl.item() == pytest.approx(expected_kl.item(), abs=1e-6)
-    assert distill_loss(teacher, teacher, temperature)[1].abs() < 1e-6
+    assert distill_loss(teacher, teacher, counts, temperature)[1].abs() < 1e-6
+    assert distill_loss(student, teacher, torch.zeros_like(counts), temperature)[0] == 0

@@ -10,6 +10,7 @@ import torch
 from mohawkify.errors import CheckpointError, NumericsError
 from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, ScheduleRecipe
 from mohawkify.stages.align import Align
+from mohawkify.stages.base import Runner
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.stages.parameters import part_of_parameters
@@ -41,8 +42,8 @@ def test_only_the_declared_parameters_change_and_all_of_them(family, name, tmp_p
     stage = stages(pair)[name]
     before = {n: p.detach().clone() for n, p in pair.student.named_parameters()}
     declared = stage.parameters()
-    engine = LocalEngine(declared, OptimizerRecipe(weight_decay=0.5), "fp32", CPU)
-    stage.run(packed(), engine.backward)
+    engine = LocalEngine(stage.pair.student, declared, OptimizerRecipe(weight_decay=0.5), "fp32", CPU)
+    stage.run(packed(), Runner(engine.backward))
     require_gradients(declared, "the test")
     engine.step(1e-3)
     changed = {n for n, p in pair.student.named_parameters() if not torch.equal(p, before[n])}
@@ -78,10 +79,10 @@ def test_every_parameter_has_a_part(family, tmp_path):
 def test_every_stage_lowers_its_loss(family, name, tmp_path):
     pair = tiny_pair(family, tmp_path)
     stage = stages(pair)[name]
-    engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
     losses = []
     for _ in range(20):
-        losses.append(stage.run(packed(), engine.backward)["loss"].item())
+        losses.append(stage.run(packed(), Runner(engine.backward))["loss"].item())
         engine.step(3e-3)
     assert losses[-1] < 0.95 * losses[0]
 
@@ -92,11 +93,11 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
     for stage in stages(pair).values():
         gradients = []
         for micro in (4, 1):
-            engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+            engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
             engine.adamw.zero_grad()
             for first in range(0, 4, micro):
                 part = type(batch)(*(t[first : first + micro] for t in batch))
-                stage.run(part, lambda loss, e=engine, share=micro / 4: e.backward(loss * share))
+                stage.run(part, Runner(lambda loss, e=engine, share=micro / 4: e.backward(loss * share)))
             gradients.append({n: p.grad.clone() for n, p in stage.parameters().items()})
             engine.adamw.zero_grad()
         for name, gradient in gradients[0].items():
@@ -114,7 +115,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
                 pair.student.gradient_checkpointing_disable()
             pair.student.zero_grad()
             stage = stages(pair)[name]
-            stage.run(packed(), torch.Tensor.backward)
+            stage.run(packed(), Runner(torch.Tensor.backward))
             gradients.append({n: p.grad.clone() for n, p in stage.parameters().items()})
         assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
 
@@ -123,9 +124,9 @@ def test_bf16_runs_on_float32_master_weights(tmp_path):
     pair = tiny_pair("llama", tmp_path)
     pair.teacher.to(torch.bfloat16)
     for stage in stages(pair).values():
-        engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "bf16", CPU)
+        engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "bf16", CPU)
         with engine.autocast():
-            figures = stage.run(packed(), engine.backward)
+            figures = stage.run(packed(), Runner(engine.backward))
         assert torch.isfinite(figures["loss"])
         assert engine.step(1e-3) > 0
         assert all(p.dtype == torch.float32 for p in stage.parameters().values())
@@ -136,13 +137,13 @@ def test_engine_state_continues_bit_for_bit(tmp_path):
     for interrupted in (False, True):
         pair = tiny_pair("llama", tmp_path / str(interrupted))
         stage = stages(pair)["distill"]
-        engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+        engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
         for step in range(6):
             if interrupted and step == 3:
                 saved = {name: tensor.clone() for name, tensor in engine.state().items()}
-                engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+                engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
                 engine.load_state(saved)
-            stage.run(packed(), engine.backward)
+            stage.run(packed(), Runner(engine.backward))
             engine.step(1e-2)
         results.append({n: p.detach().clone() for n, p in pair.student.named_parameters()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -150,15 +151,15 @@ def test_engine_state_continues_bit_for_bit(tmp_path):
 
 def test_engine_refuses_foreign_state(tmp_path):
     stage = stages(tiny_pair("llama", tmp_path))["orient"]
-    engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
     with pytest.raises(CheckpointError, match="which this stage does not train"):
         engine.load_state({"exp_avg/model.norm.weight": torch.zeros(32)})
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     stage = stages(tiny_pair("llama", tmp_path))["orient"]
-    engine = LocalEngine(stage.parameters(), OptimizerRecipe(), "fp32", CPU)
-    stage.run(packed(), engine.backward)
+    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    stage.run(packed(), Runner(engine.backward))
     before = {n: p.detach().clone() for n, p in stage.parameters().items()}
     next(iter(stage.parameters().values())).grad.view(-1)[0] = float("nan")
     norm = engine.step(1e-3)

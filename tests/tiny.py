@@ -85,4 +85,4 @@ def packed(length: int = 24, batch: int = 2, borders: tuple[int, ...] = (0, 9, 1
     positions = torch.zeros(length, dtype=torch.long)
     for t in range(length):
         positions[t] = 0 if t in borders else positions[t - 1] + 1
-    return Batch(ids, positions.expand(batch, -1).clone())
+    return Batch(ids, positions.expand(batch, -1).clone(), torch.ones_like(ids, dtype=torch.bool))

@@ -21,10 +21,12 @@ class Batch(NamedTuple):
         input_ids: (b, l) int64 token ids.
         position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
             sequence, of the sequence. A 0 marks a border: nothing may look across it.
+        counts: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    counts: torch.Tensor
 
 
 def document_mask(position_ids_bl: torch.Tensor) -> torch.Tensor:
@@ -63,4 +65,5 @@ def packed_batch(corpus: Corpus, sequence_length: int, indices: np.ndarray) -> B
     document_start_bl = corpus.offsets[document_bl]
     position_bl = places_bl - np.maximum(document_start_bl, starts_b1)
     input_ids_bl = corpus.tokens[places_bl].astype(np.int64)
-    return Batch(torch.from_numpy(input_ids_bl), torch.from_numpy(position_bl))
+    input_ids = torch.from_numpy(input_ids_bl)
+    return Batch(input_ids, torch.from_numpy(position_bl), torch.ones_like(input_ids, dtype=torch.bool))

@@ -21,8 +21,10 @@ def align_loss(student_bld: Tensor, teacher_bld: Tensor) -> tuple[Tensor, Tensor
     return distance_bl.mean(), (distance_bl.detach() / norm_bl.clamp_min(1e-12)).mean()
 
 
-def distill_loss(student_blv: Tensor, teacher_blv: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mean over tokens of the soft cross-entropy from teacher to student, and of the KL divergence it contains.
+def distill_loss(
+    student_blv: Tensor, teacher_blv: Tensor, counts_bl: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mean over counted tokens of the soft cross-entropy from teacher to student, and of the KL divergence in it.
 
     Both sides are divided by the temperature T and the result is multiplied by T squared, so that the size of the
     gradient does not depend on T.
@@ -30,6 +32,7 @@ def distill_loss(student_blv: Tensor, teacher_blv: Tensor, temperature: float = 
     Args:
         student_blv: student logits.
         teacher_blv: teacher logits over the same vocabulary.
+        counts_bl: which tokens count; where none does, the loss is 0.
         temperature: T.
 
     Returns:
@@ -38,9 +41,10 @@ def distill_loss(student_blv: Tensor, teacher_blv: Tensor, temperature: float = 
     Source: MOHAWK (arXiv 2408.10189), equation 10 (stage 3); Hinton et al. (arXiv 1503.02531) for T.
     """
     dtype = torch.promote_types(student_blv.dtype, torch.float32)
-    student_log = torch.log_softmax(student_blv.to(dtype) / temperature, dim=-1)
-    teacher_log = torch.log_softmax(teacher_blv.to(dtype) / temperature, dim=-1)
+    student_log = torch.log_softmax(student_blv[counts_bl].to(dtype) / temperature, dim=-1)
+    teacher_log = torch.log_softmax(teacher_blv[counts_bl].to(dtype) / temperature, dim=-1)
     teacher = teacher_log.exp()
-    cross_entropy = -(teacher * student_log).sum(-1).mean() * temperature**2
-    entropy = -(teacher * teacher_log).sum(-1).mean() * temperature**2
+    scale = temperature**2 / max(len(teacher), 1)
+    cross_entropy = -(teacher * student_log).sum() * scale
+    entropy = -(teacher * teacher_log).sum() * scale
     return cross_entropy, (cross_entropy - entropy).detach()

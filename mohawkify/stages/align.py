@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.losses import align_loss
 from mohawkify.recipe import AlignRecipe
-from mohawkify.stages.base import Backward, Pair, Stage, run_trunk
+from mohawkify.stages.base import Pair, Runner, Stage, run_trunk
 from mohawkify.stages.parameters import layer_parameters, mixers_by_layer
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.capture import LayerCall, listen
@@ -39,16 +39,16 @@ class Align(Stage):
         """The chosen parts of the grafted layers; with the mixer as target, the mixers alone."""
         return layer_parameters(self.pair.student, self.pair.spec, self.parts)
 
-    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+    def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Stage.run`; ``relative`` is the distance over the teacher's norm, averaged over tokens and layers."""
         teachers, students = self._modules(self.pair.teacher), self._modules(self.pair.student)
         losses, relatives = [], []
 
         def on_layer(call: LayerCall) -> None:
-            output = students[call.layer](call.hidden_bld, *call.further, **call.arguments)
+            output = runner.call(students[call.layer], call.hidden_bld, *call.further, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
             loss, relative = align_loss(output_bld, call.output_bld)
-            backward(loss)
+            runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)
 

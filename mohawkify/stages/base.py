@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,24 @@ from mohawkify.adapter import Adapter
 from mohawkify.data.packing import Batch, document_mask
 from mohawkify.spec import StudentSpec
 
-# Takes a loss and adds its gradients; the engine's.
-Backward = Callable[[Tensor], None]
+Result = TypeVar("Result")
+
+
+def _call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How a stage runs and differentiates parts of the student, whose parameters may be spread over processes.
+
+    Args:
+        backward: takes a loss and adds its gradients, weighted by the micro-batch's share of the step.
+        call: calls a function with arguments; while it runs, the student's parameters are whole.
+    """
+
+    backward: Callable[[Tensor], None]
+    call: Callable[..., Any] = _call
 
 
 @dataclass(frozen=True)
@@ -45,13 +61,18 @@ class Stage(ABC):
     def parameters(self) -> dict[str, nn.Parameter]:
         """The student's parameters this stage trains, by name; the optimiser sees no others."""
 
+    def weight(self, batch: Batch) -> float:
+        """What a batch's loss, a mean, counts for beside that of other batches: its sequences, in most stages."""
+        return float(len(batch.input_ids))
+
     @abstractmethod
-    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+    def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch.
 
         Args:
             batch: packed tokens.
-            backward: called once or several times with losses whose sum is this micro-batch's loss.
+            runner: calls every part of the student that learns; its ``backward`` is given, once or several times,
+                losses whose sum is this micro-batch's loss.
 
         Returns:
             ``loss`` and further figures, detached scalars averaged over the micro-batch.

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.losses import distill_loss
 from mohawkify.recipe import DistillRecipe
-from mohawkify.stages.base import Backward, Pair, Stage, model_inputs
+from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
 from mohawkify.stages.parameters import trainable_parameters
 
 
 class Distill(Stage):
-    """Mean over tokens of the soft cross-entropy between teacher and student.
+    """Mean over the predictions that count of the soft cross-entropy between teacher and student.
 
     Args:
         pair: teacher and student.
@@ -33,12 +33,16 @@ class Distill(Stage):
         """The chosen parts of the whole student."""
         return trainable_parameters(self.pair.student, self.pair.spec, self.parts)
 
-    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+    def weight(self, batch: Batch) -> float:
+        """The number of predictions that count."""
+        return float(batch.counts.sum())
+
+    def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""
         teacher, student, spec = self.pair.teacher, self.pair.student, self.pair.spec
         with torch.no_grad():
             teacher_blv = teacher(**model_inputs(teacher, batch, spec)).logits
-        student_blv = student(**model_inputs(student, batch, spec)).logits
-        loss, kl = distill_loss(student_blv, teacher_blv, self.temperature)
-        backward(loss)
+        student_blv = runner.call(student, **model_inputs(student, batch, spec)).logits
+        loss, kl = distill_loss(student_blv, teacher_blv, batch.counts, self.temperature)
+        runner.backward(loss)
         return {"loss": loss.detach(), "kl": kl}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.ops.orient_loss import MixingMatrix
 from mohawkify.ops.orient_tiles import orient_loss
-from mohawkify.stages.base import Backward, Stage, run_trunk
+from mohawkify.stages.base import Runner, Stage, run_trunk
 from mohawkify.stages.parameters import mixers_by_layer, mixing_parameters
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
 
@@ -28,7 +28,7 @@ class Orient(Stage):
         """What the matrices are made of: B, C, their convolutions, the decay and the skip."""
         return mixing_parameters(self.pair.student)
 
-    def run(self, batch: Batch, backward: Backward) -> dict[str, Tensor]:
+    def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Stage.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
         pair = self.pair
         mixers = mixers_by_layer(pair.student, pair.spec)
@@ -38,9 +38,9 @@ class Orient(Stage):
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
-            parts = mixers[call.layer].mixing_parts(call.hidden_bld, starts_bl)
+            parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, starts_bl)
             loss, relative = orient_loss(MixingMatrix(*parts), call.attention, starts_bl)
-            backward(loss)
+            runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)
 

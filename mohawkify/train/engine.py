@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +14,77 @@ from mohawkify.recipe import OptimizerRecipe
 
 
 class Engine(Protocol):
-    """Gradients and updates of one stage's parameters, however they are held."""
+    """The student during one stage: its parameters, gradients and updates, however they are spread over processes.
+
+    All processes of a run make the same calls in the same order. Whole tensors are exchanged by name, in float32, so
+    that a checkpoint knows nothing of the engine that wrote it.
+    """
+
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Encloses all forward and backward passes of one step, but not the step itself."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision a forward pass runs in."""
 
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that runs a part of the student; the parameters of the modules it calls are whole."""
+
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss; several calls may make up one step."""
+        """Add the gradients of a loss; the losses of all calls in all processes make up the step's, as a sum."""
 
     def step(self, learning_rate: float) -> float:
-        """Update the weights and clear the gradients; returns the gradient norm before clipping."""
+        """Update the weights and clear the gradients; returns the gradient norm before clipping, of all processes.
+
+        Nothing is updated where it is not finite.
+        """
+
+    def gradient(self, name: str) -> Tensor | None:
+        """A parameter's gradient, or as much of it as is in this process; None where there is none."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All parameters of the student, whole and on the CPU or their device; in the main process, else empty."""
+
+    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set all parameters of the student; every process gives all of them."""
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's moments by parameter name, for a checkpoint."""
+        """The optimiser's whole moments, in the main process, else empty.
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and the number of updates as ``step/NAME``.
+        """
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave; every process gives all of it."""
+
+    def close(self) -> None:
+        """Give the student back with plain whole parameters in every process; the engine is of no use after that."""
 
 
 class LocalEngine:
     """One process, plain torch: AdamW on float32 master weights, the forward pass under autocast.
 
     Args:
-        parameters: what this stage trains, by name. Matrices decay; vectors (biases, norms, skips) do not.
+        student: the student.
+        trained: those of its parameters that the stage trains, by name. Matrices decay; vectors (biases, norms, skips)
+            do not.
         optimizer: AdamW's settings and the gradient clip.
         precision: ``fp32`` or ``bf16``.
         device: where the weights are.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: OptimizerRecipe, precision: str, device: torch.device
+        self,
+        student: nn.Module,
+        trained: dict[str, nn.Parameter],
+        optimizer: OptimizerRecipe,
+        precision: str,
+        device: torch.device,
     ) -> None:
-        self.parameters = parameters
+        self.student, self.trained = student, trained
         self.gradient_clip = optimizer.gradient_clip
         self.precision, self.device = precision, device
-        matrices = [p for p in parameters.values() if p.dim() >= 2]
-        vectors = [p for p in parameters.values() if p.dim() < 2]
+        matrices = [p for p in trained.values() if p.dim() >= 2]
+        vectors = [p for p in trained.values() if p.dim() < 2]
         groups = [
             {"params": matrices, "weight_decay": optimizer.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -57,11 +93,19 @@ class LocalEngine:
             [group for group in groups if group["params"]], betas=optimizer.betas, eps=optimizer.epsilon
         )
 
+    def accumulating(self) -> AbstractContextManager[object]:
+        """Nothing to do: torch adds gradients up by itself."""
+        return nullcontext()
+
     def autocast(self) -> AbstractContextManager[object]:
         """bf16 autocast, or nothing."""
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call it: the parameters are always whole."""
+        return function(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
@@ -69,32 +113,49 @@ class LocalEngine:
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear; returns the gradient norm before clipping, and updates nothing if it is not finite."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         value = float(norm)
         if value == value and abs(value) != float("inf"):
             if self.gradient_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.gradient_clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), self.gradient_clip, norm)
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return value
 
+    def gradient(self, name: str) -> Tensor | None:
+        """The whole gradient."""
+        return self.trained[name].grad
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters themselves."""
+        return dict(self.student.named_parameters())
+
+    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the parameters."""
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.copy_(tensors[name])
+
     def state(self) -> dict[str, Tensor]:
-        """Moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``, and the number of updates as ``step/NAME``."""
+        """The optimiser's own tensors."""
         return {
             f"{key}/{name}": value
-            for name, parameter in self.parameters.items()
+            for name, parameter in self.trained.items()
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take moments back; every one must belong to a parameter of this stage."""
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            if name not in self.parameters:
+            if name not in self.trained:
                 raise CheckpointError(f"the checkpoint has optimiser state for {name}, which this stage does not train")
-            parameter = self.parameters[name]
+            parameter = self.trained[name]
             device = torch.device("cpu") if kind == "step" else parameter.device
             self.adamw.state[parameter][kind] = value.to(device)
+
+    def close(self) -> None:
+        """Nothing to do: the parameters were never anything else."""

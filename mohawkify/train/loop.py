@@ -13,7 +13,7 @@ from mohawkify.data.corpus import Corpus
 from mohawkify.data.order import sequence_indices
 from mohawkify.data.packing import Batch, num_sequences, packed_batch
 from mohawkify.recipe import Recipe, StageRecipe
-from mohawkify.stages.base import Stage
+from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
@@ -97,17 +97,18 @@ def run_stage(
         place = f"step {step + 1} of stage {stage.name}"
         batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
         micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
+        weight = stage.weight(batch)
         totals: dict[str, float] = {}
         for first in range(0, stage_recipe.batch_sequences, micro):
             on_micro_batch()
-            part = Batch(*(tensor[first : first + micro].to(device) for tensor in batch))
-            share = micro / stage_recipe.batch_sequences
+            part = Batch(*(tensor[first : first + micro] for tensor in batch))
+            share = stage.weight(part) / weight
 
             def backward(loss: torch.Tensor, share: float = share) -> None:
                 engine.backward(loss * share)
 
             with engine.autocast():
-                figures = stage.run(part, backward)
+                figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
         require_finite(totals, place)

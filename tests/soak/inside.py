@@ -224,13 +224,13 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
         seen["stage"], seen["engine"] = which, engine
         inner = which.run
 
-        def run_micro(batch: Any, backward: Callable[[Any], None]) -> Any:
+        def run_micro(batch: Any, runner: Any) -> Any:
             place["micro"] += 1
             here = place["stage"] == stage and place["step"] == step and place["micro"] == micro_batch
             if not here:
-                return inner(batch, backward)
+                return inner(batch, runner)
             with _poisoned_module(which.pair, site, value):
-                figures = inner(batch, backward)
+                figures = inner(batch, runner)
             if site == "gradient":
                 _spoil(next(iter(which.parameters().values())).grad, value)
             if site == "optimizer":
@@ -295,8 +295,8 @@ def idle(kind: str) -> Iterator[None]:
             engine.step = leak
         run_stage(stage, engine, *args, **kwargs)
 
-    def forgetful(self: Any, parameters: dict[str, Any], *args: Any) -> None:
-        engine_init(self, parameters, *args)
+    def forgetful(self: Any, *args: Any) -> None:
+        engine_init(self, *args)
         if kind == "forgotten":
             self.adamw.param_groups[0]["params"].pop()
 
