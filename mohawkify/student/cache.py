@@ -65,8 +65,7 @@ class RecurrentLayer(CacheLayerMixin):
             self.state_bhpn = _zeros(self.state_bhpn, state_shape, precise, like.device)
         assert self.tail_bkf is not None
         assert self.state_bhpn is not None
-        if self.state_bhpn.is_inference() and not torch.is_inference_mode_enabled():
-            # Outside of inference mode what was made inside cannot be written to.
+        if not _writable(self.state_bhpn):
             self.tail_bkf, self.state_bhpn = self.tail_bkf.clone(), self.state_bhpn.clone()
         return self.tail_bkf, self.state_bhpn
 
@@ -133,10 +132,15 @@ def _stored(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
         or new.requires_grad
         or old.requires_grad
-        or (old.is_inference() and not torch.is_inference_mode_enabled())
+        or not _writable(old)
     ):
         return new
     return old.copy_(new)
+
+
+def _writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be written to: one made in inference mode cannot outside of it."""
+    return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
 class StudentCache(Cache):
