@@ -17,6 +17,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from mohawkify import __version__, cli_show
+from mohawkify.cli_bench import bench
 from mohawkify.cli_errors import Verbs
 from mohawkify.errors import INPUT, UsageError
 
@@ -372,6 +373,9 @@ def families(as_json: bool) -> None:
         adapter = load_adapter(name)
         details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
     _print({"families": list(details), "details": details}, cli_show.families_text, as_json)
+
+
+main.add_command(bench)
 
 
 @main.command()
