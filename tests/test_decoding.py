@@ -1,4 +1,4 @@
-"""Decoding: one token at a time gives what the whole sequence gives, and the memory stays where and as large as it is."""
+"""Decoding: one token at a time gives what the whole sequence gives, and the memory stays where it is."""
 
 from __future__ import annotations
 

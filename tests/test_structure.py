@@ -48,9 +48,9 @@ RANKS = (
     ("evaluate",),
     ("export", "generate", "doctor", "verdict"),
     ("conversion",),
-    ("pipeline",),
+    ("pipeline", "bench"),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("showcase",),
+    ("showcase", "cli_bench"),
     ("cli",),
     ("cli_docs",),
 )

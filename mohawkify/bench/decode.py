@@ -1,8 +1,8 @@
 """Decoding: tokens per second and memory of a student and its teacher, over batch sizes and over contexts.
 
 Both have random weights, and their caches are filled with random numbers as if the context had been read: how long a
-step takes does not depend on them. The teacher decodes twice, with the cache that transformers gives it by default, which
-is copied to grow, and with one that was allocated for the whole context; ratios are to the faster of the two.
+step takes does not depend on them. The teacher decodes twice, with the cache that transformers gives it by default,
+which is copied to grow, and with one that was allocated for the whole context; ratios are to the faster of the two.
 
 Shapes: b batch.
 """
@@ -154,7 +154,7 @@ def require_same_by_steps(student: PreTrainedModel, device: torch.device) -> flo
     allowed = ALLOWED_DIFFERENCE if student.dtype == torch.float32 else 3e-2
     if not difference <= allowed:
         raise NumericsError(
-            f"decoding: token by token logits differ by {difference:.2g} from those of the whole, allowed {allowed:.2g}",
+            f"decoding: token by token, logits differ by {difference:.2g} from all at once, allowed {allowed:.2g}",
             hint="no speed is reported for wrong results; this is a bug of the step or of the device",
         )
     return difference
@@ -201,25 +201,23 @@ def _decoders(models: Models, batch: int, context: int, steps: int) -> dict[str,
 def steps_of(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
     """A function that decodes ``steps`` tokens greedily, from where the cache stands."""
     caller: Any = model
-    state = {"ids": torch.zeros(batch, 1, dtype=torch.long, device=model.device), "position": context}
+    ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    positions_b1 = torch.full((batch, 1), context, device=model.device)
 
     def run() -> Tensor:
         with torch.inference_mode():
             for _ in range(steps):
-                positions_b1 = torch.full((batch, 1), state["position"], device=model.device)
                 logits = caller(
-                    input_ids=state["ids"], position_ids=positions_b1, past_key_values=cache, use_cache=True
+                    input_ids=ids_b1, position_ids=positions_b1, past_key_values=cache, use_cache=True
                 ).logits
-                state["ids"] = logits[:, -1:].argmax(-1)
-                state["position"] += 1
-        return state["ids"]
+                ids_b1.copy_(logits[:, -1:].argmax(-1))
+                positions_b1.add_(1)
+        return ids_b1
 
     return run
 
 
-def captured_steps(
-    model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int
-) -> Callable[[], Tensor]:
+def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
     """As `steps_of`, every step being one CUDA graph: the memory is moved on in place, so the graph finds it again."""
     caller: Any = model
     ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
@@ -286,7 +284,7 @@ def _fill(cache: Any, teacher: PreTrainedModel, batch: int, context: int) -> Non
 def _cache_bytes(models: Models, name: str, batch: int, context: int) -> int:
     """What a cache holds per batch: constant for the student, linear in the context for the teacher."""
     if name in (STUDENT, STUDENT_CAPTURED):
-        layers = student_cache(models.student, 1, context).layers
+        layers: Any = student_cache(models.student, 1, context).layers
         held = [t for layer in layers for t in (layer.tail_bkf, layer.state_bhpn)]
         return batch * sum(t.numel() * t.element_size() for t in held)
     config = models.teacher.config

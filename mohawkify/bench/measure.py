@@ -44,7 +44,7 @@ class Timing:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
     def over(self, other: Timing) -> float:
-        """How long this takes of the other's time: the median of the rounds' ratios, since both share a round's noise."""
+        """Share of the other's time: the median of the rounds' ratios, since both share a round's noise."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def to_json(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dic
 
 
 def judge(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """How far each form is from the definition in float64, in its worst tensor: |difference| / |exact| in their norms."""
+    """How far each form is from the definition in float64: |difference| / |exact| of its worst tensor."""
     inputs, learned = make_inputs(case, sizes, dtype, device)
     exact = run_form(case.plain, cast_inputs(inputs, torch.float64, CPU), learned)
     errors = {}
@@ -71,7 +73,9 @@ def judge(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.device) ->
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    difference = torch.linalg.vector_norm(found.to(CPU, torch.float64) - exact) / torch.linalg.vector_norm(exact).clamp_min(1e-30)
+    difference = torch.linalg.vector_norm(found.to(CPU, torch.float64) - exact) / torch.linalg.vector_norm(
+        exact
+    ).clamp_min(1e-30)
     return float(difference) if torch.isfinite(difference) else float("inf")
 
 
@@ -98,9 +102,10 @@ def time_case(
     allowed = ALLOWED_ERROR[torch.float32]
     timed = {name: form for name, form in case.forms.items() if errors[name] <= allowed}
     inputs, learned = make_inputs(case, sizes, torch.float32, device)
-    timings = side_by_side(
-        {name: lambda form=form: run_form(form, inputs, learned) for name, form in timed.items()}, ROUNDS, device
-    )
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(run_form, form, inputs, learned) for name, form in timed.items()
+    }
+    timings = side_by_side(calls, ROUNDS, device)
     base = timings.get(case.base)
     rows = []
     for name, error in errors.items():

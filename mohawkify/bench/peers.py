@@ -79,7 +79,7 @@ def scan_peers(device: torch.device) -> dict[str, Scan]:
 
 
 def distill_peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """The fused distillation losses of others: called with hidden states and head of the student, then the teacher's."""
+    """Fused distillation losses of others: called with hidden states and head of the student, then the teacher's."""
     fused = _find("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
     if fused is None:
         return {}

@@ -1,7 +1,7 @@
-"""One step of each stage, as it is trained and as it is defined: the same losses, then time, memory and use of the machine.
+"""One step of each stage, as it is trained and as it is defined: the same losses, then time and memory.
 
-The direct formulation writes everything down that the method speaks of: the teacher's attention matrices as transformers
-returns them, every mixer's matrix, the logits of the whole batch and of both models.
+The direct formulation writes everything down that the method speaks of: the teacher's attention matrices as
+transformers returns them, every mixer's matrix, the logits of the whole batch and of both models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MATMUL_WIDTH = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """A teacher, its fresh student, a batch of random tokens in documents, and the recipe that names the stages' parts."""
+    """A teacher, its fresh student, a batch of random tokens in documents, and a recipe."""
 
     pair: Pair
     batch: Batch
@@ -261,7 +261,8 @@ def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
 
 def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     pair, batch = workload.pair, workload.batch
-    students, calls = _align_modules(workload, pair.student), {}
+    students = _align_modules(workload, pair.student)
+    calls: dict[int, LayerCall] = {}
     with torch.no_grad(), listen(_align_modules(workload, pair.teacher), _keep_in(calls)):
         pair.teacher(**model_inputs(pair.teacher, batch, pair.spec))
     losses = []
@@ -323,4 +324,4 @@ def _mixing_by_matrix() -> Iterator[None]:
     try:
         yield
     finally:
-        mixer_module.scan_chunked = before  # type: ignore[assignment]
+        mixer_module.scan_chunked = before

@@ -1,7 +1,7 @@
 """One token through a mixer between its projections: convolution, state, skip and gate, the memory moved on in place.
 
-Shapes: b batch, h heads, p head width, n state width, k convolution taps, f convolved features (x, B and C side by side),
-x heads of all rows.
+Shapes: b batch, h heads, p head width, n state width, k convolution taps, f convolved features (x, B and C side
+by side), x heads of all rows.
 """
 
 from __future__ import annotations

@@ -116,9 +116,7 @@ class RecurrentLayer(CacheLayerMixin):
             self.state_bhpn = self.state_bhpn.repeat_interleave(repeats, dim=0)
 
 
-def _zeros(
-    old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _zeros(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The old tensor, which `RecurrentLayer.reset` has cleared, or a new one where that does not fit."""
     if old is not None and (old.shape, old.dtype, old.device) == (shape, dtype, device):
         return old
