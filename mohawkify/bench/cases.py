@@ -17,6 +17,8 @@ from torch import Tensor
 from mohawkify.bench import peers
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.decode_step import decode_step
+from mohawkify.ops.distill_chunks import HeadInput, distill_loss_chunked
+from mohawkify.ops.losses import distill_loss
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.orient_tiles import orient_loss
 from mohawkify.ops.scan import scan_chunked, scan_recurrent
@@ -95,7 +97,7 @@ def _weights(result: Tensor) -> Tensor:
 
 def find_cases(device: torch.device) -> dict[str, Case]:
     """All cases, with the peers that are installed."""
-    cases = (scan_case(device), orient_case(), conv_case(), step_case(device))
+    cases = (scan_case(device), orient_case(device), distill_case(device), conv_case(), step_case(device))
     return {case.name: case for case in cases}
 
 
@@ -116,6 +118,7 @@ def scan_case(device: torch.device) -> Case:
         return lambda i: scan(i["x"], i["b"], i["c"], i["log_decay"])
 
     forms = {"chunked": form_of(scan_chunked)}
+    forms |= {name: form_of(scan) for name, scan in _kernel(device, "triton_scan", "scan_triton").items()}
     forms |= {FOREIGN + name: form_of(scan) for name, scan in peers.scan_peers(device).items()}
     width = {"head_width": 64, "state_width": 64}
     return Case(
@@ -127,7 +130,7 @@ def scan_case(device: torch.device) -> Case:
     )  # fmt: skip
 
 
-def orient_case() -> Case:
+def orient_case(device: torch.device) -> Case:
     """Stage 1's distance with gradients."""
 
     def build(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, tuple[str, ...]]:
@@ -152,14 +155,57 @@ def orient_case() -> Case:
 
         return run
 
+    forms = {"direct": form_of(orient_loss_direct), "bands": form_of(orient_loss)}
+    forms |= {name: form_of(loss) for name, loss in _kernel(device, "triton_orient", "orient_loss_triton").items()}
     width = {"head_width": 64, "state_width": 64}
     return Case(
-        "orient", build, form_of(orient_loss_direct),
-        {"direct": form_of(orient_loss_direct), "bands": form_of(orient_loss)}, "direct",
+        "orient", build, form_of(orient_loss_direct), forms, "direct",
         sizes={"batch": 1, "length": 2048, "heads": 16, **width},
         judged_at={"batch": 1, "length": 2048, "heads": 1, **width},
         quick={"batch": 1, "length": 96, "heads": 2, "head_width": 8, "state_width": 16},
         small={"batch": 1, "length": 64, "heads": 2, **width},
+    )  # fmt: skip
+
+
+def distill_case(device: torch.device) -> Case:
+    """Stage 3's loss with gradients, from hidden states and both heads."""
+
+    def build(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, tuple[str, ...]]:
+        tokens, width, vocabulary = sizes["tokens"], sizes["width"], sizes["vocabulary"]
+        inputs = {
+            "student": _normal(1, tokens, width, generator=generator),
+            "student_head": _normal(vocabulary, width, generator=generator) / width**0.5,
+            "teacher": _normal(1, tokens, width, generator=generator),
+            "teacher_head": _normal(vocabulary, width, generator=generator) / width**0.5,
+        }
+        return inputs, ("student", "student_head")
+
+    def counts(i: Inputs) -> Tensor:
+        return torch.ones(i["student"].shape[:2], dtype=torch.bool, device=i["student"].device)
+
+    def direct(i: Inputs) -> tuple[Tensor, ...]:
+        student_blv = F.linear(i["student"], i["student_head"])
+        return distill_loss(student_blv, F.linear(i["teacher"], i["teacher_head"]), counts(i))
+
+    def chunks(i: Inputs) -> tuple[Tensor, ...]:
+        student, teacher = HeadInput(i["student"], i["student_head"]), HeadInput(i["teacher"], i["teacher_head"])
+        return distill_loss_chunked(student, teacher, counts(i))
+
+    def foreign(loss: Callable[..., Tensor]) -> Form:
+        """A peer gives the KL divergence alone, which has the gradients of the cross-entropy."""
+
+        def run(i: Inputs) -> tuple[Tensor, ...]:
+            return (loss(i["student"][0], i["student_head"], i["teacher"][0], i["teacher_head"]),)
+
+        return run
+
+    forms: dict[str, Form] = {"direct": direct, "chunks": chunks}
+    forms |= {FOREIGN + name: foreign(loss) for name, loss in peers.distill_peers(device).items()}
+    return Case(
+        "distill", build, direct, forms, "direct",
+        sizes={"tokens": 1024, "width": 256, "vocabulary": 128256},
+        judged_at={"tokens": 48, "width": 256, "vocabulary": 32000},
+        quick={"tokens": 24, "width": 8, "vocabulary": 97},
     )  # fmt: skip
 
 
@@ -211,12 +257,14 @@ def step_case(device: torch.device) -> Case:
             "state": _normal(batch, heads, sizes["head_width"], sizes["state_width"], generator=generator),
         }, ()
 
-    def in_place(i: Inputs) -> tuple[Tensor, ...]:
-        out_bf = decode_step(
-            i["x"], i["b"], i["c"], i["z"], i["a_log"], (i["weight"], i["bias"]), i["z_bias"], i["d"], i["tail"],
-            i["state"],
-        )  # fmt: skip
-        return out_bf, i["tail"], i["state"]
+    def stepping(step: Callable[..., Tensor]) -> Form:
+        def run(i: Inputs) -> tuple[Tensor, ...]:
+            convs = (i["weight"], i["bias"])
+            memory = (i["tail"], i["state"])
+            out_bf = step(i["x"], i["b"], i["c"], i["z"], i["a_log"], convs, i["z_bias"], i["d"], *memory)
+            return out_bf, *memory
+
+        return run
 
     def by_parts(i: Inputs) -> tuple[Tensor, ...]:
         """Through the operators of whole sequences, as a sequence of one."""
@@ -229,13 +277,21 @@ def step_case(device: torch.device) -> Case:
         out_bf = (y + i["d"].unsqueeze(-1) * x).flatten(2)[:, 0] * F.silu(i["z"] + i["z_bias"])
         return out_bf, tail_bkf, state_bhpn
 
+    forms: dict[str, Form] = {"parts": by_parts, "in place": stepping(decode_step)}
+    forms |= {name: stepping(step) for name, step in _kernel(device, "triton_step", "decode_step").items()}
     width = {"head_width": 64, "state_width": 64, "taps": 4}
     return Case(
-        "decode_step", build, by_parts, {"parts": by_parts, "in place": in_place}, "parts",
+        "decode_step", build, by_parts, forms, "parts",
         sizes={"batch": 16, "heads": 12, **width},
         judged_at={"batch": 2, "heads": 2, **width},
         quick={"batch": 2, "heads": 2, "head_width": 8, "state_width": 16, "taps": 4},
     )  # fmt: skip
+
+
+def _kernel(device: torch.device, module: str, name: str) -> dict[str, Any]:
+    """A kernel of ours that needs a GPU, where there is one."""
+    found = peers.find_function(f"mohawkify.ops.{module}", name) if device.type == "cuda" else None
+    return {} if found is None else {"triton": found}
 
 
 def _normal(*shape: int, generator: torch.Generator) -> Tensor:

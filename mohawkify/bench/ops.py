@@ -55,6 +55,7 @@ def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dic
         report(f"{name}: time and memory")
         rows += time_case(case, case.quick if quick else case.sizes, errors[name], device, memory=not quick)
     measures = _scan_measures(rows) + _loss_measures(rows, "orient", "bands", 1.0)
+    measures += _loss_measures(rows, "distill", "chunks", 1.15)
     if not quick:
         report(f"orient: memory at a length of {LONG}")
         measures += _growth(cases["orient"], rows, device)

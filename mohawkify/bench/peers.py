@@ -65,14 +65,14 @@ def _differences(terms: Tensor) -> Tensor:
 def scan_peers(device: torch.device) -> dict[str, Scan]:
     """The scans of others that are installed and run on the device."""
     found: dict[str, Scan] = {"ssd_minimal": ssd_minimal, "ssd_subtracting": ssd_subtracting}
-    chunk_scan = _find("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")
+    chunk_scan = find_function("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")
     if chunk_scan is not None:
         found["transformers"] = lambda x, b, c, decay: _by_steps(chunk_scan, x, b, c, decay)
     if device.type == "cuda":
-        combined = _find("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+        combined = find_function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
         if combined is not None:
             found["mamba-ssm"] = lambda x, b, c, decay: _by_steps(combined, x, b, c, decay)
-        gated = _find("fla.ops.simple_gla", "chunk_simple_gla")
+        gated = find_function("fla.ops.simple_gla", "chunk_simple_gla")
         if gated is not None:
             found["flash-linear-attention"] = lambda x, b, c, decay: _by_gates(gated, x, b, c, decay)
     return found
@@ -80,7 +80,7 @@ def scan_peers(device: torch.device) -> dict[str, Scan]:
 
 def distill_peers(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """Fused distillation losses of others: called with hidden states and head of the student, then the teacher's."""
-    fused = _find("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
+    fused = find_function("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
     if fused is None:
         return {}
     # With beta 0 it is KL(teacher || student), and without hard labels nothing but it.
@@ -108,7 +108,7 @@ def _by_gates(scan: Any, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor) -> 
     return y, state_bhnp.transpose(-1, -2)
 
 
-def _find(module: str, name: str) -> Any:
+def find_function(module: str, name: str) -> Any:
     """A function of a package that may be missing, or may not load without its device."""
     try:
         return getattr(importlib.import_module(module), name, None)

@@ -55,8 +55,8 @@ def markdown(name: str, found: dict[str, Any]) -> str:
     on = found["machine"]
     title = (
         f"# bench {name}\n\n{on['date']}, {on['device']}, {on['cpu']}, {on['cores']} cores, {on['threads']} threads, "
-        f"load {on['load']}, torch {on['torch']}, Python {on['python']}. Times are medians of rounds in turn; spread is "
-        "longest less shortest over the median."
+        f"load {on['load']}, torch {on['torch']}, Python {on['python']}. Times are medians of rounds in turn; spread "
+        "is longest less shortest over the median."
     )
     tables = {"ops": _ops_tables, "train": _train_tables, "decode": _decode_tables}[name](found)
     rows = [

@@ -29,8 +29,7 @@ from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.stages.parameters import mixers_by_layer
-from mohawkify.student import mixer as mixer_module
-from mohawkify.student.build import build_student, design_student
+from mohawkify.student.build import build_student, design_student, mixers_of
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.capture import LayerCall, listen
 from mohawkify.teacher.inspect import inspect_teacher
@@ -144,7 +143,7 @@ def bench_training(
         device: where it runs.
         batch: sequences per step.
         length: tokens per sequence.
-        quick: one round.
+        quick: one round, and no memory.
         report: receives a line for every step of the way.
 
     Returns:
@@ -177,7 +176,7 @@ def bench_training(
                     "loss": losses[name][form],
                     "tokens_per_second": batch * length / timing.median,
                     **timing.to_json(),
-                    "peak_bytes": _peak(workload, teacher, name, form),
+                    "peak_bytes": None if quick else _peak(workload, teacher, name, form),
                     "shares": _shares(workload, name, form),
                     "model_flops_utilisation": flops / timing.median / product_flops if form == OWN else None,
                 }
@@ -266,7 +265,7 @@ def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     with torch.no_grad(), listen(_align_modules(workload, pair.teacher), _keep_in(calls)):
         pair.teacher(**model_inputs(pair.teacher, batch, pair.spec))
     losses = []
-    with _mixing_by_matrix():
+    with _mixing_by_matrix(pair.student):
         for layer, call in calls.items():
             output = runner.call(students[layer], call.hidden_bld, *call.further, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
@@ -280,7 +279,7 @@ def _direct_distill(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     pair, batch = workload.pair, workload.batch
     with torch.no_grad():
         teacher_blv = pair.teacher(**model_inputs(pair.teacher, batch, pair.spec)).logits
-    with _mixing_by_matrix():
+    with _mixing_by_matrix(pair.student):
         student_blv = runner.call(pair.student, **model_inputs(pair.student, batch, pair.spec)).logits
         loss, _ = distill_loss(student_blv, teacher_blv, batch.counts, workload.recipe.stages.distill.temperature)
         runner.backward(loss)
@@ -310,18 +309,22 @@ def _keep_in(calls: dict[int, LayerCall]) -> Callable[[LayerCall], None]:
 
 
 @contextmanager
-def _mixing_by_matrix() -> Iterator[None]:
+def _mixing_by_matrix(student: nn.Module) -> Iterator[None]:
     """Within the block every mixer writes its matrix down and multiplies by it."""
 
     def by_matrix(
         x_blhp: Tensor, b_blhn: Tensor, c_blhn: Tensor, log_decay_blh: Tensor, state: None, starts_bl: Tensor | None
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs, and no state: nothing is continued in training."""
         matrix_bhls = mixing_matrix(b_blhn, c_blhn, log_decay_blh, None, starts_bl)
-        return torch.einsum("bhls,bshp->blhp", matrix_bhls, x_blhp), None
+        return torch.einsum("bhls,bshp->blhp", matrix_bhls, x_blhp), x_blhp.new_empty(0)
 
-    before = mixer_module.scan_chunked
-    mixer_module.scan_chunked = by_matrix  # type: ignore[assignment]
+    mixers = mixers_of(student)
+    scans = [mixer.scan for mixer in mixers]
+    for mixer in mixers:
+        mixer.scan = by_matrix
     try:
         yield
     finally:
-        mixer_module.scan_chunked = before
+        for mixer, scan in zip(mixers, scans, strict=True):
+            mixer.scan = scan

@@ -5,6 +5,7 @@ Shapes: b batch, l length, d model width, h heads, p head width, n state width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,10 @@ class DiscreteMamba2(nn.Module):
 
     Source: Llamba (arXiv 2502.14458), section 3; Discrete Mamba-2 of MOHAWK (arXiv 2408.10189), section 3.2.
     """
+
+    # The plain operators; `mohawkify.student.build` puts those here that choose by device.
+    scan: Callable[..., tuple[Tensor, Tensor]] = staticmethod(scan_chunked)
+    step: Callable[..., Tensor] = staticmethod(decode_step)
 
     def __init__(
         self,
@@ -213,7 +218,7 @@ class DiscreteMamba2(nn.Module):
             (batch, heads, self.head_width, self.state_width),
             x_bf,
         )
-        gated_bf = decode_step(
+        gated_bf = self.step(
             x_bf, b_bf, c_bf, self.z_proj(hidden_bd), self._a_log(hidden_bd),
             (weight_fk, bias_f), self.z_bias, self.d, tail_bkf, state_bhpn,
         )  # fmt: skip
@@ -243,7 +248,7 @@ class DiscreteMamba2(nn.Module):
             log_decay_blh = log_decay_blh * keep_bl.unsqueeze(-1)
         x_blhp = self._heads(x_blf, self.head_width)
         b_blhn, c_blhn = self._heads(b_blf, self.state_width), self._heads(c_blf, self.state_width)
-        y_blhp, state_bhpn = scan_chunked(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
+        y_blhp, state_bhpn = self.scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
         y_blhp = y_blhp + self.d.to(y_blhp.dtype).unsqueeze(-1) * x_blhp
         gate_blf = F.silu(self.z_proj(hidden_bld) + self.z_bias)
         out_bld = self.out_proj((y_blhp.flatten(2) * gate_blf).to(self.out_proj.weight.dtype))
