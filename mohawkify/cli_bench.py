@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mohawkify.cli_errors import Verbs
-from mohawkify.storage import write_json, write_text
+from mohawkify.storage import ensure_writable, write_json, write_text
 
 Options = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -101,6 +101,8 @@ def decode(quick: bool, output: Path | None, as_json: bool) -> None:
 def _bench(name: str, run: Callable[[Any], dict[str, Any]], output: Path | None, as_json: bool) -> None:
     from mohawkify.cli_quiet import quiet_libraries
 
+    if output is not None:
+        ensure_writable(output)  # a benchmark takes minutes
     with quiet_libraries():
         from mohawkify.bench.measure import machine
         from mohawkify.bench.plot import line_plot
