@@ -36,7 +36,8 @@ RANKS = (
     ("recipe_fields",),
     ("recipe_types",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan"),
+    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
+    ("plan",),
     ("family_docs",),
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
@@ -48,8 +49,10 @@ RANKS = (
     ("evaluate",),
     ("export", "generate", "doctor", "verdict"),
     ("conversion",),
-    ("pipeline", "bench"),
+    ("pipeline",),
+    ("bench",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
+    ("cli_plan",),
     ("showcase", "cli_bench"),
     ("cli",),
     ("cli_docs",),
@@ -96,7 +99,19 @@ WRITING_CALLS = {
     *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
 }
 
-LIGHT_MODULES = ("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe", "storage", "checkpoint", "run", "cli")
+LIGHT_MODULES = (
+    "errors",
+    "spec",
+    "adapter",
+    "shelf",
+    "strict_yaml",
+    "recipe",
+    "storage",
+    "checkpoint",
+    "run",
+    "plan",
+    "cli",
+)
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 
 

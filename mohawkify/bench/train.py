@@ -22,7 +22,8 @@ from mohawkify.data.packing import Batch
 from mohawkify.errors import NumericsError
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
-from mohawkify.plan import STAGES, make_plan
+from mohawkify.pipeline import plan
+from mohawkify.plan import STAGES
 from mohawkify.recipe import Recipe, apply_overrides, load_recipe
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
@@ -77,8 +78,7 @@ class Workload:
         ids_bl = torch.randint(inspection.spec.vocabulary_size, (batch, length), generator=generator)
         positions_bl = (torch.arange(length) % max(length // 2, 1)).expand(batch, -1).clone()
         packed = Batch(ids_bl.to(device), positions_bl.to(device), torch.ones_like(ids_bl, dtype=torch.bool).to(device))
-        planned = make_plan(inspection.spec, spec, recipe, flops_per_second=None, device=device.type)
-        return cls(Pair(loaded, student, spec, inspection.adapter), packed, recipe, planned, device)
+        return cls(Pair(loaded, student, spec, inspection.adapter), packed, recipe, plan(teacher, recipe), device)
 
     def stage(self, name: str) -> Stage:
         """A stage as it is trained."""
