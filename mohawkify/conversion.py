@@ -12,7 +12,8 @@ import torch
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import evaluation_batches
-from mohawkify.data.selection import stage_recipes
+from mohawkify.data.reading import Stretch
+from mohawkify.data.selection import stage_recipes, stage_stretches
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
 from mohawkify.plan import STAGES
@@ -23,10 +24,11 @@ from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.train.engine import Engine, LocalEngine
-from mohawkify.train.loop import StepReport, Stretch, run_stage
+from mohawkify.train.loop import StepReport, run_stage
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.watch import HangWatch, LossWatch
+from mohawkify.train.world import World
 
 Report = Callable[[str], None]
 
@@ -97,7 +99,7 @@ class Conversion:
                 self._measure("init", position, stop)
         else:
             position = self._restore(saved)
-        stages, stretches = self._stages(), self._stretches()
+        stages, stretches = self._stages(), stage_stretches(self.recipe, self.corpora)
         names = list(stages)
         for name in names[names.index(position.stage) if position.stage else 0 :]:
             if not stretches[name]:
@@ -126,19 +128,6 @@ class Conversion:
             "distill": Distill(self.pair, recipes.distill),
         }
 
-    def _stretches(self) -> dict[str, list[Stretch]]:
-        """What every stage reads; stages share a corpus's global order, each going on where the one before ended."""
-        used = dict.fromkeys(self.corpora, 0)
-        stretches: dict[str, list[Stretch]] = {}
-        for name, stage in stage_recipes(self.recipe).items():
-            stretches[name] = []
-            for segment in stage.segments():
-                first = -(-used[segment.data] // segment.sequence_length)
-                corpus = self.corpora[segment.data]
-                stretches[name].append(Stretch(corpus, segment.num_steps, segment.sequence_length, first))
-                used[segment.data] += segment.num_steps * segment.sequence_length * stage.batch_sequences
-        return stretches
-
     def _run_stage(
         self, stage: Stage, engine: Engine, stretches: list[Stretch], position: Position, stop: StopRequest
     ) -> None:
@@ -148,7 +137,7 @@ class Conversion:
         num_tokens = _tokens_before(stretches, num_steps, batch)
         done_tokens = _tokens_before(stretches, position.stage_step, batch)
         trained = stage.parameters()
-        frozen = {name: p for name, p in self.pair.student.named_parameters() if name not in trained}
+        frozen = [name for name, _ in self.pair.student.named_parameters() if name not in trained]
         saved_step = position.global_step
         with (
             StageProgress(stage.name, num_tokens, done_tokens) as progress,
@@ -185,6 +174,7 @@ class Conversion:
                 stage_recipe,
                 self.recipe,
                 device=self.device,
+                world=World(),
                 first_step=position.stage_step,
                 frozen=frozen,
                 on_micro_batch=on_micro_batch,

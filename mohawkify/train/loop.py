@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from mohawkify.data.corpus import Corpus
-from mohawkify.data.order import sequence_indices
-from mohawkify.data.packing import Batch, num_sequences, packed_batch
+from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, read_batches
 from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
 from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive steps over one corpus at one length.
-
-    Args:
-        corpus: the tokens.
-        num_steps: optimiser steps.
-        sequence_length: tokens per sequence.
-        first_sequence: place in the corpus's global order where the stretch begins; earlier stages used what is before.
-    """
-
-    corpus: Corpus
-    num_steps: int
-    sequence_length: int
-    first_sequence: int
+from mohawkify.train.world import World
 
 
 @dataclass(frozen=True)
@@ -66,8 +48,9 @@ def run_stage(
     recipe: Recipe,
     *,
     device: torch.device,
+    world: World,
     first_step: int,
-    frozen: dict[str, nn.Parameter],
+    frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], None],
 ) -> None:
@@ -82,8 +65,9 @@ def run_stage(
         stage_recipe: batch size and peak learning rate.
         recipe: seed, schedule and micro-batch.
         device: where batches go.
+        world: the processes.
         first_step: steps already taken.
-        frozen: the student's parameters that this stage leaves alone.
+        frozen: names of the student's parameters that this stage leaves alone.
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
         on_step: called after each step; may raise to stop.
 
@@ -91,30 +75,38 @@ def run_stage(
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
-    parameters = stage.parameters()
+    trained = list(stage.parameters())
+    batches = read_batches(
+        stretches,
+        batch_sequences=stage_recipe.batch_sequences,
+        seed=recipe.seed,
+        first_step=first_step,
+        num_workers=recipe.compute.data_workers,
+    )
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
-        batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
+        batch = next(batches)
         micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
         weight = stage.weight(batch)
         totals: dict[str, float] = {}
-        for first in range(0, stage_recipe.batch_sequences, micro):
-            on_micro_batch()
-            part = Batch(*(tensor[first : first + micro] for tensor in batch))
-            share = stage.weight(part) / weight
+        with engine.accumulating():
+            for first in range(0, stage_recipe.batch_sequences, micro):
+                on_micro_batch()
+                part = Batch(*(tensor[first : first + micro] for tensor in batch))
+                share = stage.weight(part) / weight
 
-            def backward(loss: torch.Tensor, share: float = share) -> None:
-                engine.backward(loss * share)
+                def backward(loss: torch.Tensor, share: float = share) -> None:
+                    engine.backward(loss * share)
 
-            with engine.autocast():
-                figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * share
+                with engine.autocast():
+                    figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
+                for name, value in figures.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) * share
         require_finite(totals, place)
         if step == first_step:
-            require_gradients(parameters, place)
-            motion = MotionWatch(parameters, frozen)
+            require_gradients(engine, trained, world, place)
+            motion = MotionWatch(engine, trained, frozen, world)
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
@@ -123,18 +115,3 @@ def run_stage(
             motion.look(place)
         seconds = time.perf_counter() - begin
         on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
-
-
-def batch_at(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
-    """The batch of a step: a pure function of its arguments."""
-    for stretch in stretches:
-        if step < stretch.num_steps:
-            indices = sequence_indices(
-                num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
-                seed=seed,
-                first=stretch.first_sequence + step * batch_sequences,
-                count=batch_sequences,
-            )
-            return packed_batch(stretch.corpus, stretch.sequence_length, indices)
-        step -= stretch.num_steps
-    raise IndexError("the step is beyond the stage's end")
