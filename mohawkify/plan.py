@@ -132,7 +132,8 @@ def _memory(
     recipe: Recipe,
 ) -> int:
     number = 2 if recipe.compute.precision == "bf16" else FP32_BYTES
-    micro = recipe.compute.micro_batch_sequences or stage.batch_sequences
+    chosen = recipe.compute.micro_batch_sequences
+    micro = chosen if isinstance(chosen, int) else stage.batch_sequences
     weights = teacher.num_parameters * number + student.num_parameters * FP32_BYTES
     learning = trainable * (FP32_BYTES + ADAM_BYTES)
     layer = micro * length * teacher.hidden_size * ACTIVATIONS_PER_WIDTH * number

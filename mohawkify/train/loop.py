@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.order import sequence_indices
@@ -16,8 +15,9 @@ from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
+from mohawkify.train.motion import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
+from mohawkify.train.world import World
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,30 @@ def run_stage(
     stage_recipe: StageRecipe,
     recipe: Recipe,
     *,
+    world: World,
     device: torch.device,
+    micro_batch: int,
     first_step: int,
-    frozen: dict[str, nn.Parameter],
+    frozen: Collection[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], None],
 ) -> None:
     """Train one stage from a given step to its end.
 
     Batch and learning rate are pure functions of the step, so a resumed stage does what the uninterrupted one would.
+    Each process takes its rows of the global batch, the same number in all, and the same number of micro-batches.
 
     Args:
         stage: what is computed.
         engine: holds gradients and optimiser.
         stretches: what is read, in order.
         stage_recipe: batch size and peak learning rate.
-        recipe: seed, schedule and micro-batch.
+        recipe: seed and schedule.
+        world: the processes that share each batch; their number divides it.
         device: where batches go.
+        micro_batch: sequences per forward pass in one process.
         first_step: steps already taken.
-        frozen: the student's parameters that this stage leaves alone.
+        frozen: names of the student's parameters that this stage leaves alone.
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
         on_step: called after each step; may raise to stop.
 
@@ -91,30 +96,17 @@ def run_stage(
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
-    parameters = stage.parameters()
+    trained = stage.parameters().keys()
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
         batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
-        micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
-        weight = stage.weight(batch)
-        totals: dict[str, float] = {}
-        for first in range(0, stage_recipe.batch_sequences, micro):
-            on_micro_batch()
-            part = Batch(*(tensor[first : first + micro] for tensor in batch))
-            share = stage.weight(part) / weight
-
-            def backward(loss: torch.Tensor, share: float = share) -> None:
-                engine.backward(loss * share)
-
-            with engine.autocast():
-                figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * share
+        with engine.accumulating():
+            totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
         require_finite(totals, place)
         if step == first_step:
-            require_gradients(parameters, place)
-            motion = MotionWatch(parameters, frozen)
+            require_gradients(engine, trained, world, place)
+            motion = MotionWatch(engine, trained, frozen, world)
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
@@ -123,6 +115,35 @@ def run_stage(
             motion.look(place)
         seconds = time.perf_counter() - begin
         on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
+
+
+def _passes(
+    stage: Stage,
+    engine: Engine,
+    batch: Batch,
+    world: World,
+    device: torch.device,
+    micro_batch: int,
+    on_micro_batch: Callable[[], None],
+) -> dict[str, float]:
+    """Forward and backward of this process's rows of a batch; returns the figures of the whole batch."""
+    rows = len(batch.input_ids) // world.size
+    first, end = world.rank * rows, (world.rank + 1) * rows
+    weight = stage.weight(batch)
+    totals: dict[str, float] = {}
+    for begin in range(first, end, micro_batch):
+        on_micro_batch()
+        part = Batch(*(tensor[begin : min(begin + micro_batch, end)] for tensor in batch))
+        share = stage.weight(part) / weight
+
+        def backward(loss: torch.Tensor, share: float = share) -> None:
+            engine.backward(loss * share)
+
+        with engine.autocast():
+            figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * share
+    return world.sum(totals)
 
 
 def batch_at(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
