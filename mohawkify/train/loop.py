@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
-from mohawkify.train.motion import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.schedule import learning_rate
+from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.world import World
 
 
@@ -69,7 +69,7 @@ def run_stage(
     device: torch.device,
     micro_batch: int,
     first_step: int,
-    frozen: Collection[str],
+    frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], None],
 ) -> None:
@@ -96,7 +96,7 @@ def run_stage(
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
-    trained = stage.parameters().keys()
+    trained = list(stage.parameters())
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
