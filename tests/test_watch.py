@@ -129,8 +129,6 @@ def test_a_frozen_weight_that_moves_is_named():
 
 HANGING = """
 import sys, threading, time
-from mohawkify.recipe import OptimizerRecipe
-from mohawkify.train.engine import LocalEngine
 from mohawkify.train.watch import HangWatch
 from mohawkify.train.world import World
 with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
