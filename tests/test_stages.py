@@ -173,7 +173,7 @@ def test_a_parameter_without_gradient_is_named():
     layer = torch.nn.Linear(3, 2)
     engine = LocalEngine(layer, dict(layer.named_parameters()), OptimizerRecipe(), "fp32", CPU)
     layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.ones(2)
-    with pytest.raises(NumericsError, match="^weight has no gradient at step 1"):
+    with pytest.raises(NumericsError, match=r"^weight has no gradient at step 1"):
         require_gradients(engine, ["bias", "weight"], World(), "step 1")
 
 

@@ -50,6 +50,15 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def join_deepspeed(deepspeed: Any, world: World) -> None:
+    """Let DeepSpeed use the group of processes that is there; it reads some variables all the same."""
+    variables = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    for name, value in variables.items():
+        os.environ.setdefault(name, str(value))
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
 class DeepSpeedEngine:
     """A student under DeepSpeed: AdamW on float32 master weights, spread over the processes as the stage of ZeRO says.
 
@@ -86,7 +95,7 @@ class DeepSpeedEngine:
         self._plain = PlainModel(student)
         self._deepspeed = import_deepspeed(device)
         require_group()
-        self._join(world)
+        join_deepspeed(self._deepspeed, world)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(name in trained)
         # Any: DeepSpeed puts attributes of its own on them.
@@ -104,13 +113,6 @@ class DeepSpeedEngine:
                 f"DeepSpeed chose {type(self.zero_optimizer).__name__}, which adds several backward passes up wrongly",
                 hint="take bf16, fp16 and data_types out of the DeepSpeed settings",
             )
-
-    def _join(self, world: World) -> None:
-        variables = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
-        for name, value in variables.items():
-            os.environ.setdefault(name, str(value))  # read by DeepSpeed even where a group is there
-        if not self._deepspeed.comm.is_initialized():
-            self._deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -233,6 +235,7 @@ class DeepSpeedEngine:
             return gathered
         if not self.adamw.state:
             return gathered
+        self._link_moments()
         step = next(iter(self.adamw.state.values()))["step"]
         for name, parameter in self._trained.items():
             for kind in MOMENTS:
@@ -264,12 +267,20 @@ class DeepSpeedEngine:
                 "step": torch.stack([step.cpu() for step in steps]).max(),  # a partition counts for all that is in it
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
-        if self.zero < 3:
-            self.zero_optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for key in state:
             kind, _, name = key.partition("/")
             if kind != "step":
                 self._load_moment(self._trained[name], kind, state[key])
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find each parameter's part of the flat moments.
+
+        It does so itself once, after the first group of its first update: the vectors, the second group, have none yet.
+        """
+        if self.zero < 3:
+            self.zero_optimizer._hp_optimizer_states_linked = False
+            self.zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_partitions(self) -> list[Tensor]:
         optimizer = self.zero_optimizer

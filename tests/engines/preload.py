@@ -12,14 +12,14 @@ import torch
 
 torch.set_num_threads(1)
 
-import deepspeed.runtime.engine
-import deepspeed.runtime.zero.muon.original_muon
-import torch.distributed.fsdp
-import torch.optim._muon
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+import deepspeed.runtime.engine  # noqa: E402
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402
+import torch.optim._muon  # noqa: E402
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: E402
 
-from mohawkify.train.deepspeed_engine import import_deepspeed
-from tests.engines import cases
+from mohawkify.train.deepspeed_engine import import_deepspeed  # noqa: E402
+from tests.engines import cases  # noqa: E402
 
 import_deepspeed(torch.device("cpu"))
 LOADED = (deepspeed.runtime.engine, LlamaForCausalLM, Qwen2ForCausalLM, cases)
