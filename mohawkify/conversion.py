@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
 from mohawkify.data.selection import stage_recipes
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
@@ -314,6 +314,8 @@ class Conversion:
     def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
         """Compare student and teacher on held-out text, of which each process reads a part, and record the figures."""
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
+        while len(batches) % self.world.size:  # a teacher that is spread over the processes is called by all of them
+            batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
         with HangWatch(self.patience, f"measuring after {name}", self.world) as hang:
 
             def on_batch(num_tokens: int) -> None:

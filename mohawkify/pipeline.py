@@ -236,11 +236,18 @@ def _prepare(
     text.require_files()
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
-    teacher = load_teacher(folder, dtype=dtype, device=device)
+    is_sharded = recipe.compute.shard_teacher and world.size > 1
+    teacher = load_teacher(folder, dtype=dtype, device=torch.device("cpu") if is_sharded else device)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
         prove_family(teacher, student, inspection.adapter, vocabulary_size)
+    if is_sharded:
+        from mohawkify.train.sharded_teacher import How, shard_teacher
+
+        student.to(device)  # type: ignore[arg-type]
+        how: How = "fsdp" if choose_engine(recipe.compute, world) == "fsdp" else "deepspeed"
+        shard_teacher(teacher, spec.layers, how, device, world)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")

@@ -267,6 +267,9 @@ class ComputeRecipe(Section):
         description="what deepspeed or fsdp keeps in the CPU's memory; fsdp knows none and all; null: as"
         " deepspeed_config says, else none",
     )
+    shard_teacher: bool = Field(
+        default=False, description="spread the teacher over the processes, for one that does not fit on a GPU"
+    )
     deepspeed_config: Text | None = Field(
         default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
     )

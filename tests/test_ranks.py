@@ -169,8 +169,9 @@ def test_zero_0_under_torchrun(workshop):
     )
 
 
-def test_fsdp(workshop):
-    require_finished(workshop, "fsdp", workshop.start("fsdp", "--processes", "2", "--engine", "fsdp"))
+def test_fsdp_with_a_teacher_that_is_spread_too(workshop):
+    options = ("--processes", "2", "--engine", "fsdp", "--set", "compute.shard_teacher=true")
+    require_finished(workshop, "fsdp", workshop.start("fsdp", *options))
 
 
 def test_zero_1_after_an_error_in_one_process(workshop):

@@ -64,9 +64,7 @@ def _shard_by_fsdp(
     trunk.register_forward_hook(forget)
 
 
-def _shard_by_deepspeed(
-    teacher: PreTrainedModel, whole: set[nn.Parameter], device: torch.device, world: World
-) -> None:
+def _shard_by_deepspeed(teacher: PreTrainedModel, whole: set[nn.Parameter], device: torch.device, world: World) -> None:
     deepspeed = import_deepspeed(device)
     join_deepspeed(deepspeed, world)
     config = {
