@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.adapter import Adapter, AttentionWeights, Logits
 
 
 def read_weights(attention: Any) -> AttentionWeights:
@@ -30,6 +30,7 @@ ADAPTER = Adapter(
         "query_pre_attn_scalar": 7,
     },
     read_weights=read_weights,
+    logits=Logits(softcap="final_logit_softcapping"),
     mlx_module="gemma3_text",
     mlx_sample={"hidden_size": 64},
 )
