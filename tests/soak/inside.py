@@ -31,7 +31,7 @@ EVENTS = {
     "measuring": ("mohawkify.conversion", "measure_agreement"),
     "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
     "step": ("mohawkify.train.loop", "batch_at"),
-    "micro-batch": ("mohawkify.train.loop", "Batch"),
+    "micro-batch": ("mohawkify.train.loop", "Runner"),
     "update": ("mohawkify.train.engine.LocalEngine", "step"),
     "logging": ("mohawkify.storage", "append_line"),
     "saving": ("mohawkify.checkpoint", "save_checkpoint"),
