@@ -36,7 +36,8 @@ RANKS = (
     ("recipe_fields",),
     ("recipe_types",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan"),
+    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
+    ("plan",),
     ("family_docs",),
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
@@ -50,7 +51,7 @@ RANKS = (
     ("conversion",),
     ("pipeline",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("cli_ranks",),
+    ("cli_plan", "cli_ranks"),
     ("showcase",),
     ("cli",),
     ("cli_docs", "__main__"),
@@ -97,7 +98,19 @@ WRITING_CALLS = {
     *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
 }
 
-LIGHT_MODULES = ("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe", "storage", "checkpoint", "run", "cli")
+LIGHT_MODULES = (
+    "errors",
+    "spec",
+    "adapter",
+    "shelf",
+    "strict_yaml",
+    "recipe",
+    "storage",
+    "checkpoint",
+    "run",
+    "plan",
+    "cli",
+)
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 
 
