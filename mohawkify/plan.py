@@ -143,7 +143,7 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
 
     Args:
         recipe: precision, micro-batch and checkpointing.
-        engine: ``single``, ``deepspeed`` or ``fsdp``; ``auto`` for the recipe's, and where that is ``auto`` too, for one
+            process for one GPU, else DeepSpeed.
             process on one GPU, else DeepSpeed.
         zero: ZeRO's stage; None for the recipe's, or 3.
         num_gpus: GPUs that share the work.
