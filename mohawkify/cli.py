@@ -6,65 +6,39 @@ Nothing heavy is imported before a verb runs, so that help and completion come a
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 
 from mohawkify import __version__, cli_show
+from mohawkify.cli_data import data as data_verbs
+from mohawkify.cli_data import prepared_option
 from mohawkify.cli_errors import Verbs
+from mohawkify.cli_options import (
+    FOLDER,
+    FiniteRange,
+    as_json,
+    chosen_recipe,
+    print_result,
+    recipe_names_beginning,
+    recipe_option,
+    say,
+    set_option,
+    working,
+)
 from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
-FOLDER = click.Path(path_type=Path)
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-
-def _recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from mohawkify.shelf import recipe_names
-
-    return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
-
-
-recipe_option = click.option(
-    "--recipe",
-    "recipe_name",
-    required=True,
-    metavar="RECIPE",
-    shell_complete=_recipe_names,
-    help="A bundled recipe (`mohawkify recipes ls`), or the path of a .yaml file.",
-)
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
-)
 teacher_moved = click.option(
     "--teacher",
     "teacher_source",
     metavar="TEACHER",
     help="Where the teacher is now; by default where it was when the run was made.",
 )
-
-
-class FiniteRange(click.FloatRange):
-    """A number in a range; nan is in none, though click lets it pass."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, or a refusal."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
 
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,11 +64,11 @@ def inspect(teacher: str, as_json: bool) -> None:
 
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
-    with _working():
+    with working():
         from mohawkify.cli_inspect import inspect_source
 
         found = inspect_source(teacher)
-    _print(found, cli_show.inspection_text, as_json)
+    print_result(found, cli_show.inspection_text, as_json)
 
 
 @main.command()
@@ -141,13 +115,13 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     Everything is worked out from configuration and recipe; all but steps and tokens are estimates, explained in
     docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
-    recipe = _recipe(recipe_name, overrides)
-    with _working():
+    recipe = chosen_recipe(recipe_name, overrides)
+    with working():
         from mohawkify import pipeline
         from mohawkify.cli_plan import plan_text
 
         planned = pipeline.plan(teacher, recipe, **wanted, count=True)
-    _print(planned, plan_text, as_json)
+    print_result(planned, plan_text, as_json)
 
 
 @main.command()
@@ -161,6 +135,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     help="Train on this file, folder or glob instead of the recipe's text; without --validation its end is held out.",
 )
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
+@prepared_option
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
@@ -217,6 +192,7 @@ def convert(
     resume: str,
     patience: float,
     disk_wait: float,
+    prepared: Path,
 ) -> None:
     """Turn a teacher into a student, in three stages.
 
@@ -225,8 +201,8 @@ def convert(
     """
     wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
     compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
-    recipe = _recipe(recipe_name, (*_own_text(data, validation), *compute, *overrides))
-    with _working():
+    recipe = chosen_recipe(recipe_name, (*_own_text(data, validation), *compute, *overrides))
+    with working():
         from mohawkify.cli_ranks import joined, start_processes
 
         start_processes(processes)
@@ -238,10 +214,11 @@ def convert(
                 recipe,
                 output=output,
                 resume=resume,
-                report=_say,
+                report=say,
                 patience=patience,
                 disk_wait=disk_wait,
                 world=world,
+                prepared=prepared,
             )
     if world.is_main:
         click.echo(str(run.path))
@@ -286,14 +263,14 @@ def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
     from mohawkify.run import finished_run
 
     chosen = finished_run(run)
-    with _working():
+    with working():
         from mohawkify.evaluate.report import console_table
         from mohawkify.evaluate.run import evaluate_run
         from mohawkify.pipeline import choose_device
 
         device = choose_device(chosen.recipe().compute.device)
-        found = evaluate_run(chosen, **wanted, device=device, report=_say)
-    _print(found, console_table, as_json)
+        found = evaluate_run(chosen, **wanted, device=device, report=say)
+    print_result(found, console_table, as_json)
 
 
 @main.command()
@@ -312,11 +289,11 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
     from mohawkify.run import finished_run
 
     chosen = finished_run(run)
-    with _working():
+    with working():
         from mohawkify.export.export import export_run
 
-        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=_say)
-    _say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
+        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=say)
+    say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
     click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
 
 
@@ -340,7 +317,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
     if len(words) > 2:
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
     chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
-    with _working() as output:
+    with working() as output:
         from mohawkify.evaluate.run import load_run_models, teacher_folder
         from mohawkify.generate import write_text
         from mohawkify.pipeline import choose_device
@@ -369,11 +346,14 @@ def demo(output: Path) -> None:
     Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story. Run
     again, it continues where it was stopped, or measures and exports once more.
     """
-    with _working():
+    with working():
         from mohawkify.showcase import run_demo
 
-        summary = run_demo(output, report=_say)
+        summary = run_demo(output, report=say)
     click.echo(summary)
+
+
+main.add_command(data_verbs)
 
 
 @main.group(invoke_without_command=True)
@@ -395,11 +375,11 @@ def recipes_ls(as_json: bool) -> None:
         {"name": name, "description": load_recipe(name).description, "teacher": load_recipe(name).teacher}
         for name in recipe_names()
     ]
-    _print({"recipes": found}, cli_show.recipes_text, as_json)
+    print_result({"recipes": found}, cli_show.recipes_text, as_json)
 
 
 @recipes.command("show")
-@click.argument("name", shell_complete=_recipe_names)
+@click.argument("name", shell_complete=recipe_names_beginning)
 def recipes_show(name: str) -> None:
     """Print a bundled recipe."""
     from mohawkify.shelf import recipe_text
@@ -408,7 +388,7 @@ def recipes_show(name: str) -> None:
 
 
 @recipes.command("cp")
-@click.argument("name", shell_complete=_recipe_names)
+@click.argument("name", shell_complete=recipe_names_beginning)
 @click.argument("file", type=FOLDER)
 def recipes_cp(name: str, file: Path) -> None:
     """Copy a bundled recipe to FILE, to make it your own; an existing file is never replaced."""
@@ -434,7 +414,7 @@ def families(as_json: bool) -> None:
     for name in adapter_names():
         adapter = load_adapter(name)
         details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
-    _print({"families": list(details), "details": details}, cli_show.families_text, as_json)
+    print_result({"families": list(details), "details": details}, cli_show.families_text, as_json)
 
 
 @main.command()
@@ -451,13 +431,13 @@ def doctor(folder: Path | None, as_json: bool) -> None:
         from mohawkify.verdict import judge
 
         found = judge(folder)
-        _print(found, cli_show.verdict_text, as_json)
+        print_result(found, cli_show.verdict_text, as_json)
         if not found["sound"]:
             raise SystemExit(INPUT)
         return
     from mohawkify.doctor import examine
 
-    _print(examine(), cli_show.doctor_text, as_json)
+    print_result(examine(), cli_show.doctor_text, as_json)
 
 
 @main.command()
@@ -470,23 +450,3 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None  # click has all three
     click.echo(kind(main, {}, NAME, COMPLETION_VARIABLE).source())
-
-
-def _recipe(name: str, overrides: tuple[str, ...]) -> Any:
-    from mohawkify.recipe import apply_overrides, load_recipe
-
-    return apply_overrides(load_recipe(name), overrides)
-
-
-def _working() -> AbstractContextManager[TextIO]:
-    from mohawkify.cli_quiet import quiet_libraries
-
-    return quiet_libraries()
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _print(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
-from mohawkify.data.packing import num_sequences
-from mohawkify.data.selection import TextReader, stage_recipes, tokens_to_read
+from mohawkify.data.prepare import UNFINISHED
+from mohawkify.data.selection import TextReader, epochs_needed
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import Machine, layout_of, make_plan
@@ -150,6 +150,7 @@ def convert(
     report: Report,
     patience: float = 0.0,
     disk_wait: float = 0.0,
+    prepared: Path | None = None,
     world: World | None = None,
 ) -> RunFolder:
     """Convert a teacher; where several processes work on it, each makes the same call.
@@ -162,6 +163,7 @@ def convert(
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
+        prepared: where tokenised text may lie that `mohawkify data prepare` made.
         world: the processes, which share a file system; None for this one alone.
 
     Returns:
@@ -173,7 +175,9 @@ def convert(
     """
     with StopRequest() as stop:
         try:
-            return _convert(source, recipe, output, resume, report, patience, disk_wait, stop, world or World())
+            return _convert(
+                source, recipe, output, resume, report, patience, disk_wait, prepared, stop, world or World()
+            )
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
             raise
@@ -187,6 +191,7 @@ def _convert(
     report: Report,
     patience: float,
     disk_wait: float,
+    prepared: Path | None,
     stop: StopRequest,
     world: World,
 ) -> RunFolder:
@@ -209,10 +214,13 @@ def _convert(
             if identity is None:
                 report(f"{run.path} is already finished")
                 return run
-            conversion, tokenizer = _prepare(run, recipe, identity, folder, inspection, student, device, world, report)
+            conversion, tokenizer = _prepare(
+                run, recipe, identity, folder, inspection, student, device, prepared, world, report
+            )
         except MohawkifyError:
-            # Nothing was trained: a folder made for this run would only stand in the way of the corrected command.
-            if is_new:
+            # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
+            # text that is half tokenised is worth keeping: the same command goes on with it.
+            if is_new and not any(run.corpora.glob(f"{UNFINISHED}*/*")):
                 storage.remove_directory(run.path)
             raise
         if world.size > 1:
@@ -309,13 +317,14 @@ def _prepare(
     inspection: Inspection,
     spec: StudentSpec,
     device: torch.device,
+    prepared: Path | None,
     world: World,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, build the student, read the text."""
     vocabulary_size = inspection.spec.vocabulary_size
     tokenizer = load_tokenizer(folder, vocabulary_size)
-    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size)
+    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
@@ -336,12 +345,9 @@ def _prepare(
         checkpoint_activations(student, spec.layers)
     report("reading the text")
     corpora, held_out = world.main_first(lambda: (text.training(), text.held_out()))
-    for stage in stage_recipes(recipe).values():
-        for segment in stage.segments():
-            num_sequences(corpora[segment.data], segment.sequence_length)  # refuses text that is too short
     for name, corpus in corpora.items():
-        passes = tokens_to_read(recipe)[name] / corpus.num_tokens
-        report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))
+        epochs = epochs_needed(recipe, name, corpus.num_tokens)
+        report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
     pair = Pair(teacher, student, spec, inspection.adapter)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report), tokenizer
 

@@ -65,5 +65,17 @@ def packed_batch(corpus: Corpus, sequence_length: int, indices: np.ndarray) -> B
     document_start_bl = corpus.offsets[document_bl]
     position_bl = places_bl - np.maximum(document_start_bl, starts_b1)
     input_ids_bl = corpus.tokens[places_bl].astype(np.int64)
-    input_ids = torch.from_numpy(input_ids_bl)
-    return Batch(input_ids, torch.from_numpy(position_bl), torch.ones_like(input_ids, dtype=torch.bool))
+    return Batch(
+        torch.from_numpy(input_ids_bl),
+        torch.from_numpy(position_bl),
+        torch.from_numpy(_counts(corpus, places_bl, position_bl)),
+    )
+
+
+def _counts(corpus: Corpus, places_bl: np.ndarray, position_bl: np.ndarray) -> np.ndarray:
+    """Which predictions count: all, or where it makes a difference those of completions in the same sequence."""
+    if corpus.completion is None:
+        return np.ones(places_bl.shape, dtype=bool)
+    counts_bl = np.zeros(places_bl.shape, dtype=bool)
+    counts_bl[:, :-1] = corpus.completion[places_bl[:, 1:]].astype(bool) & (position_bl[:, 1:] > 0)
+    return counts_bl

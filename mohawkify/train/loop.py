@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mohawkify.data.corpus import Corpus
-from mohawkify.data.order import sequence_indices
-from mohawkify.data.packing import Batch, num_sequences, packed_batch
+from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, read_batches
 from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
@@ -18,23 +17,6 @@ from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
 from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.world import World
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive steps over one corpus at one length.
-
-    Args:
-        corpus: the tokens.
-        num_steps: optimiser steps.
-        sequence_length: tokens per sequence.
-        first_sequence: place in the corpus's global order where the stretch begins; earlier stages used what is before.
-    """
-
-    corpus: Corpus
-    num_steps: int
-    sequence_length: int
-    first_sequence: int
 
 
 @dataclass(frozen=True)
@@ -97,10 +79,17 @@ def run_stage(
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     trained = list(stage.parameters())
+    batches = read_batches(
+        stretches,
+        batch_sequences=stage_recipe.batch_sequences,
+        seed=recipe.seed,
+        first_step=first_step,
+        num_workers=recipe.compute.data_workers,
+    )
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
-        batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
+        batch = next(batches)
         with engine.accumulating():
             totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
         require_finite(totals, place)
@@ -144,18 +133,3 @@ def _passes(
         for name, value in figures.items():
             totals[name] = totals.get(name, 0.0) + float(value) * share
     return world.sum(totals)
-
-
-def batch_at(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
-    """The batch of a step: a pure function of its arguments."""
-    for stretch in stretches:
-        if step < stretch.num_steps:
-            indices = sequence_indices(
-                num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
-                seed=seed,
-                first=stretch.first_sequence + step * batch_sequences,
-                count=batch_sequences,
-            )
-            return packed_batch(stretch.corpus, stretch.sequence_length, indices)
-        step -= stretch.num_steps
-    raise IndexError("the step is beyond the stage's end")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, batch_at
 from mohawkify.data.selection import stage_recipes
 from mohawkify.recipe import Recipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
-from mohawkify.train.loop import Stretch, batch_at
 from mohawkify.train.world import World
 
 _MOMENT_BYTES = 8  # what AdamW keeps of a weight, and has not yet taken before the first step
