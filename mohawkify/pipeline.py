@@ -18,6 +18,7 @@ from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.plan_memory import Footprint
@@ -26,7 +27,7 @@ from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
-from mohawkify.student.build import build_student, checkpoint_activations, design_student
+from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student
 from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
@@ -201,6 +202,7 @@ def _convert(
     inspection = world.main_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
+    backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     folder = world.main_first(lambda: find_folder(source))
@@ -348,7 +350,8 @@ def _prepare(
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
-    pair = Pair(teacher, student, spec, inspection.adapter)
+    use_kernels(student, recipe.compute.kernels)
+    pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report), tokenizer
 
 

@@ -302,6 +302,10 @@ class ComputeRecipe(Section):
         default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
+    kernels: Literal["auto", "torch", "triton", "fla", "mamba-ssm"] = Field(
+        default="auto",
+        description="implementation of scan and stage 1 on CUDA devices; auto: Triton, and plain torch elsewhere",
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: torch decides"
     )
@@ -392,7 +396,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def comparable_text(recipe: Recipe) -> str:
     """A recipe as text without what changes the result of a run by rounding only: two such texts mean the same run.
 
-    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, device, threads.
+    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, kernels, device, threads.
     """
     compute = ComputeRecipe(precision=recipe.compute.precision)
     return dump_recipe(recipe.model_copy(update={"compute": compute}))

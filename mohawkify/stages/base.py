@@ -37,12 +37,13 @@ class Runner:
 
 @dataclass(frozen=True)
 class Pair:
-    """The teacher, the student, the student's facts and their family."""
+    """The teacher, the student, the student's facts, their family, and the recipe's ``compute.kernels``."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     spec: StudentSpec
     adapter: Adapter
+    kernels: str = "auto"
 
 
 class Stage(ABC):
