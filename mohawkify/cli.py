@@ -14,6 +14,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from mohawkify import __version__, cli_show
+from mohawkify.cli_bench import bench
 from mohawkify.cli_data import data as data_verbs
 from mohawkify.cli_data import prepared_option
 from mohawkify.cli_errors import Verbs
@@ -415,6 +416,9 @@ def families(as_json: bool) -> None:
         adapter = load_adapter(name)
         details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
     print_result({"families": list(details), "details": details}, cli_show.families_text, as_json)
+
+
+main.add_command(bench)
 
 
 @main.command()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mohawkify.ops import scan as scan_module
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix, scan_chunked, scan_recurrent
@@ -113,6 +114,66 @@ def test_autocast_does_not_lower_the_scan():
         matrix = mixing_matrix(*tensors[1:])
     assert torch.equal(plain, cast)
     assert torch.equal(matrix, mixing_matrix(*tensors[1:]))
+
+
+def test_gradients_taken_under_autocast_are_the_same():
+    gradients = []
+    for enabled in (False, True):
+        tensors = inputs(100, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y, state = scan_chunked(*tensors)
+            gradients.append(torch.autograd.grad(y.sin().sum() + state.cos().sum(), tensors))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_in_low_precision_against_float64(dtype):
+    tensors = inputs(257, dtype)
+    starts_bl = starts(257)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    found = []
+    for scan, given in ((scan_chunked, tensors), (scan_recurrent, exact)):
+        y, state = scan(*given, None, starts_bl)
+        found.append(torch.autograd.grad(y.sum() + state.sum(), given))
+    for name, one, other in zip(("dx", "dB", "dC", "dlog_decay"), *found, strict=True):
+        assert one.dtype == dtype
+        assert_close(name, one, other, {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+
+
+@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 1), (1, 64, 1), (2, 1, 3), (1, 33, 1)])
+def test_inputs_are_left_as_they_are(batch, length, heads):
+    shapes = [(5,), (7,), (7,), ()]
+    tensors = [torch.randn(batch, length, heads, *shape) for shape in shapes]
+    tensors[3] = -tensors[3].abs()
+    state = torch.randn(batch, heads, 5, 7)
+    kept = [t.clone() for t in (*tensors, state)]
+    for learned in (False, True):
+        given = [t.requires_grad_(learned) for t in (*tensors, state)]
+        y, final = scan_chunked(*given)
+        if learned:
+            (y.sum() + final.sum()).backward()
+        assert all(torch.equal(one, other) for one, other in zip(given, kept, strict=True))
+
+
+def test_groups_of_chunks_do_not_matter(monkeypatch):
+    tensors, starts_bl = inputs(130), starts(130)
+    results = []
+    for numbers in (1, 1 << 12, 1 << 30):
+        monkeypatch.setattr(scan_module, "NUMBERS_PER_GROUP", numbers)
+        y, state = scan_chunked(*tensors, None, starts_bl)
+        results.append((y, state, *torch.autograd.grad(y.sin().sum() + state.cos().sum(), tensors)))
+    for other in results[1:]:
+        for name, one, two in zip(("y", "state", "dx", "dB", "dC", "dlog_decay"), results[0], other, strict=True):
+            assert_close(name, one, two)
+
+
+def test_a_document_starting_gets_no_gradient_of_its_decay():
+    tensors, starts_bl = inputs(65, torch.float32), starts(65)
+    starts_bl[:, 0] = True
+    y, state = scan_chunked(*tensors, None, starts_bl)
+    (gradient,) = torch.autograd.grad(y.sum() + state.sum(), tensors[3:])
+    assert gradient[starts_bl].abs().max() == 0
+    assert gradient[~starts_bl].abs().min() > 0
 
 
 @pytest.mark.parametrize("a_log", [-120.0, -44.5, -5.75, 0.0, 5.75, 44.5, 120.0])

@@ -50,9 +50,10 @@ RANKS = (
     ("export", "generate", "doctor", "verdict"),
     ("conversion", "prepare"),
     ("pipeline",),
+    ("bench",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
     ("cli_options", "cli_plan", "cli_ranks"),
-    ("cli_data", "showcase"),
+    ("cli_bench", "cli_data", "showcase"),
     ("cli",),
     ("cli_docs", "__main__"),
 )

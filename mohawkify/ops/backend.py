@@ -1,9 +1,10 @@
 """Which implementation of an operator runs, and why: plain torch everywhere, Triton on GPUs, two libraries on request.
 
-`scan` and `orient_loss` take what their plain forms take, look where the tensors are and call the implementation that
-`backend` names. The choice is an argument, `compute.kernels` of a recipe: nothing is kept between calls.
+`scan`, `orient_loss` and `step` take what their plain forms take, look where the tensors are and call the
+implementation that `backend` names. The choice is an argument, `compute.kernels` of a recipe; no call leaves anything
+behind for the next.
 
-Shapes: b batch, l length, h heads, p head width, n state width.
+Shapes: b batch, l length, h heads, p head width, n state width, k convolution taps, f features.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from torch import Tensor
 
 from mohawkify.errors import MissingExtraError, UsageError
 from mohawkify.ops import orient_tiles
+from mohawkify.ops.decode_step import decode_step
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
 from mohawkify.ops.scan import scan_chunked
 
-Operator = Literal["scan", "orient_loss"]
+Operator = Literal["scan", "orient_loss", "step"]
 Kernels = Literal["auto", "torch", "triton", "fla", "mamba-ssm"]
 
 # Which operators an implementation has, the package it needs and the extra that brings it.
 IMPLEMENTATIONS: dict[str, tuple[tuple[Operator, ...], str, str]] = {
-    "triton": (("scan", "orient_loss"), "triton", "cuda"),
+    "triton": (("scan", "orient_loss", "step"), "triton", "cuda"),
     "fla": (("scan",), "fla", "cuda"),
     "mamba-ssm": (("scan",), "mamba_ssm", "mamba"),
 }
 LOWEST_CAPABILITY = (8, 0)  # of the GPU: the first with bfloat16 tensor cores
 WIDEST = 256  # state or head of the Triton kernels; wider ones do not fit into registers
+LARGEST_STATE = 32768  # numbers of one head's state in the Triton step, which holds them in registers
 
 
 class Backend(NamedTuple):
@@ -48,7 +51,7 @@ def backend(
     """Say which implementation of an operator runs.
 
     Args:
-        operator: ``scan`` or ``orient_loss``.
+        operator: ``scan``, ``orient_loss`` or ``step``.
         device: where its inputs are.
         dtype: of its inputs.
         kernels: what is asked for: ``auto`` or the name of an implementation; one that does not have the operator
@@ -79,7 +82,7 @@ def backend(
 
 def implementations(device: torch.device) -> list[tuple[str, tuple[Operator, ...], str | None]]:
     """All implementations with the operators they have, and why each cannot run on a device, None where it can."""
-    found: list[tuple[str, tuple[Operator, ...], str | None]] = [("torch", ("scan", "orient_loss"), None)]
+    found: list[tuple[str, tuple[Operator, ...], str | None]] = [("torch", ("scan", "orient_loss", "step"), None)]
     for name, (operators, package, extra) in IMPLEMENTATIONS.items():
         if device.type == "cuda":
             problem = _problem(name, device, torch.float32, 0)
@@ -137,6 +140,32 @@ def orient_loss(
 
         return orient_loss_triton(mixing, attention, starts_bl)
     return orient_tiles.orient_loss(mixing, attention, starts_bl)
+
+
+def step(
+    x_bf: Tensor,
+    b_bf: Tensor,
+    c_bf: Tensor,
+    z_bf: Tensor,
+    a_log_bh: Tensor,
+    convs: tuple[Tensor, Tensor],
+    z_bias_f: Tensor,
+    d_h: Tensor,
+    tail_bkf: Tensor,
+    state_bhpn: Tensor,
+    kernels: str = "auto",
+) -> Tensor:
+    """The step of `decode_step.decode_step` by the implementation that `backend` names."""
+    run = decode_step
+    if _chosen("step", x_bf.device, x_bf.dtype, kernels, 0) == "triton":
+        numbers = state_bhpn.shape[2] * state_bhpn.shape[3]
+        if numbers <= LARGEST_STATE:
+            from mohawkify.ops import triton_step
+
+            run = triton_step.decode_step
+        else:
+            _say_once(f"step: torch on {x_bf.device}: a head's state of {numbers:,} numbers is over {LARGEST_STATE:,}")
+    return run(x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn)
 
 
 def _scan_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
 
 NUMBERS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
+LARGEST_BAND = 64  # rows; of a higher one the diagonal tile, most of it above the diagonal, takes too long
 
 
 def orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl:
         torch.zeros(batch, heads, length, dtype=exact, device=b_bhln.device),
         *(torch.zeros(batch, heads, dtype=dtype, device=b_bhln.device) for _ in range(3)),
     )
-    num_rows = min(max(NUMBERS_PER_BAND // (batch * heads * length), 16), 256)
+    num_rows = min(max(NUMBERS_PER_BAND // (batch * heads * length), 16), LARGEST_BAND)
     for begin in range(0, length, num_rows):
         end = min(begin + num_rows, length)
         p_bhrs = attention.band(begin, end, dtype)

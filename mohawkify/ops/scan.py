@@ -13,10 +13,12 @@ Shapes: b batch, l target position, s source position, h heads, p head width, n 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scan_recurrent(
@@ -65,56 +67,210 @@ def scan_chunked(
     """The same map by chunks: matrices inside a chunk, the recurrence between chunks.
 
     Arguments and results as in `scan_recurrent`, and the chunk length, which changes speed and memory only; by default
-    the power of two near sqrt(n p), where matrices and states cost about the same. Everything is computed in at least
-    float32, under autocast too.
+    the power of two near half of sqrt(n p). Everything is computed in at least float32, under autocast too. Of the
+    intermediate results only the states between chunks are kept for the gradients, which are derived once.
 
-    Source: Mamba-2 (arXiv 2405.21060), section 6, with the decay given directly.
+    Source: Mamba-2 (arXiv 2405.21060), section 6, with the decay given directly. The gradients: docs/math.md, chunks.
     """
+    state = _first_state(x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32)), b_blhn, state_bhpn)
+    if chunk_length is None:
+        chunk_length = min(max(2 ** (round(math.log2(x_blhp.shape[-1] * b_blhn.shape[-1]) / 2) - 1), 16), 64)
+    chunk_length = max(min(chunk_length, x_blhp.shape[1]), 1)
+    arguments = (x_blhp, b_blhn, c_blhn, log_decay_blh, state, starts_bl, chunk_length)
     with torch.autocast(x_blhp.device.type, enabled=False):
-        return _scan_chunked(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl, chunk_length)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):
+            y_blhp, state = _Chunked.apply(*arguments)
+            return y_blhp, state
+        return _scan_groups(*arguments, kept=None)
 
 
-def _scan_chunked(
+NUMBERS_PER_GROUP = 1 << 18  # of the matrices of the chunks that are computed at once: what stays in a CPU's cache
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_blhp: Tensor,
+        b_blhn: Tensor,
+        c_blhn: Tensor,
+        log_decay_blh: Tensor,
+        state_bhpn: Tensor,
+        starts_bl: Tensor | None,
+        chunk_length: int,
+    ) -> tuple[Tensor, Tensor]:
+        carried: list[Tensor] = []
+        results = _scan_groups(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl, chunk_length, carried)
+        ctx.save_for_backward(x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, *carried)
+        ctx.chunk_length = chunk_length
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, *carried = ctx.saved_tensors
+        with torch.autocast(x_blhp.device.type, enabled=False):
+            found = _gradients_of_groups(
+                x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, ctx.chunk_length, carried, *gradients
+            )
+        return *found, None, None
+
+
+def _scan_groups(
     x_blhp: Tensor,
     b_blhn: Tensor,
     c_blhn: Tensor,
     log_decay_blh: Tensor,
-    state_bhpn: Tensor | None,
+    state_bhpn: Tensor,
     starts_bl: Tensor | None,
-    chunk_length: int | None,
+    chunk_length: int,
+    kept: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x_blhp.dtype, torch.float32)
-    length = x_blhp.shape[1]
-    if chunk_length is None:
-        balanced = round(math.log2(x_blhp.shape[-1] * b_blhn.shape[-1]) / 2)
-        chunk_length = min(max(2**balanced, 32), 128)
-    chunk_length = min(chunk_length, length)
-    # Padding with zeros is neutral: it adds nothing to the state and, with a log-decay of 0, forgets nothing.
-    x, b, c, log_decay = (_chunks(t.to(dtype), chunk_length) for t in (x_blhp, b_blhn, c_blhn, log_decay_blh))
-    cumulative_bmhc = _cumulative(log_decay)
-    mask = torch.ones(chunk_length, chunk_length, dtype=torch.bool, device=x.device).tril()
-    from_carry_bmhc = cumulative_bmhc.to(dtype).exp()
-    to_end_bmhc = (cumulative_bmhc[..., -1:] - cumulative_bmhc).to(dtype).exp()
+    """Scan group by group; the states before the chunks of each group (b, h, m, p, n) are appended to ``kept``."""
+    y_blhp = torch.empty(x_blhp.shape, dtype=x_blhp.dtype, device=x_blhp.device)
+    dtype = state_bhpn.dtype
+    for group in _groups(x_blhp, chunk_length):
+        x, b, c = (_chunks(t[:, group], chunk_length, dtype) for t in (x_blhp, b_blhn, c_blhn))
+        decays = _decays(log_decay_blh, starts_bl, group, chunk_length, dtype)
+        y = decays.between_bhmcc.mul_(c @ b.transpose(-1, -2)) @ x
+        added_bhmpn = x.mul_(decays.to_end_bhmc.unsqueeze(-1)).transpose(-1, -2) @ b
+        carried_bhmpn = torch.empty_like(added_bhmpn)
+        for m in range(added_bhmpn.shape[2]):
+            carried_bhmpn[:, :, m] = state_bhpn
+            whole_chunk_bh11 = decays.from_carry_bhmc[:, :, m, -1, None, None]
+            state_bhpn = torch.addcmul(added_bhmpn[:, :, m], whole_chunk_bh11, state_bhpn)
+        _add_product(y, c.mul_(decays.from_carry_bhmc.unsqueeze(-1)), carried_bhmpn.transpose(-1, -2))
+        _write_chunks(y_blhp, group, y)
+        if kept is not None:
+            kept.append(carried_bhmpn)
+    return y_blhp, state_bhpn
+
+
+def _gradients_of_groups(
+    x_blhp: Tensor,
+    b_blhn: Tensor,
+    c_blhn: Tensor,
+    log_decay_blh: Tensor,
+    starts_bl: Tensor | None,
+    chunk_length: int,
+    kept: Sequence[Tensor],
+    y_gradient_blhp: Tensor,
+    state_gradient_bhpn: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, B, C, log-decay and first state, from the last group to the first (docs/math.md, chunks).
+
+    Args:
+        kept: the states before every chunk, a tensor (b, h, m, p, n) per group.
+        y_gradient_blhp: gradient of the outputs.
+        state_gradient_bhpn: gradient of the final state.
+    """
+    inputs = (x_blhp, b_blhn, c_blhn, log_decay_blh)
+    dx_blhp, db_blhn, dc_blhn, dlog_decay_blh = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+    d_state_bhpn, dtype = state_gradient_bhpn, state_gradient_bhpn.dtype
+    exact = _exact(log_decay_blh)
+    since = torch.ones(chunk_length, chunk_length, dtype=dtype, device=x_blhp.device).triu()
+    for group, carried_bhmpn in reversed(list(zip(_groups(x_blhp, chunk_length), kept, strict=True))):
+        tensors = (x_blhp, b_blhn, c_blhn, y_gradient_blhp)
+        x, b, c, dy = (_chunks(t[:, group], chunk_length, dtype) for t in tensors)
+        decays = _decays(log_decay_blh, starts_bl, group, chunk_length, dtype)
+        from_carry_bhmc1, to_end_bhmc1 = decays.from_carry_bhmc.unsqueeze(-1), decays.to_end_bhmc.unsqueeze(-1)
+
+        products_bhmcc = c @ b.transpose(-1, -2)
+        d_products_bhmcc = (dy @ x.transpose(-1, -2)).mul_(decays.between_bhmcc)
+        dx = decays.between_bhmcc.mul_(products_bhmcc).transpose(-1, -2) @ dy
+        # All pairs with the decay of token k between them, source < k <= target, are summed as they are: the difference
+        # of the sums over rows and columns is the same, but in float32 it loses a digit (measured).
+        pairs_bhmcc = since @ products_bhmcc.mul_(d_products_bhmcc)
+        dlog_decay = pairs_bhmcc.tril_(-1).sum(-1).to(exact)
+
+        dy.mul_(from_carry_bhmc1)
+        dc = dy @ carried_bhmpn
+        from_before = (c * dc).sum(-1).to(exact)
+        dlog_decay += from_before.flip(-1).cumsum(-1).flip(-1)
+        _add_product(dc, d_products_bhmcc, b)
+
+        added_bhmpn = dy.transpose(-1, -2) @ c
+        d_after_bhmpn = torch.empty_like(added_bhmpn)
+        for m in reversed(range(added_bhmpn.shape[2])):
+            d_after_bhmpn[:, :, m] = d_state_bhpn
+            whole_chunk_bh = decays.from_carry_bhmc[:, :, m, -1]
+            through_bh = (d_state_bhpn * carried_bhmpn[:, :, m]).sum((-2, -1)) * whole_chunk_bh
+            dlog_decay[:, :, m] += through_bh.to(exact).unsqueeze(-1)
+            d_state_bhpn = torch.addcmul(added_bhmpn[:, :, m], whole_chunk_bh[..., None, None], d_state_bhpn)
+
+        db = x.mul_(to_end_bhmc1) @ d_after_bhmpn
+        to_after = (b * db).sum(-1).to(exact)
+        dlog_decay += to_after.cumsum(-1) - to_after
+        _add_product(db, d_products_bhmcc.transpose(-1, -2), c)
+        _add_product(dx, b.mul_(to_end_bhmc1), d_after_bhmpn.transpose(-1, -2))
+
+        for whole, part in ((dx_blhp, dx), (db_blhn, db), (dc_blhn, dc)):
+            _write_chunks(whole, group, part)
+        _write_chunks(dlog_decay_blh.unsqueeze(-1), group, dlog_decay.unsqueeze(-1))
     if starts_bl is not None:
-        document_bmc = _chunks(starts_bl.unsqueeze(-1).to(torch.int32), chunk_length).squeeze(2).cumsum(-1)
-        same_bmcc = document_bmc.unsqueeze(-1) == document_bmc.unsqueeze(-2)
-        mask = (mask & same_bmcc).unsqueeze(2)
-        from_carry_bmhc = from_carry_bmhc * (document_bmc == 0).unsqueeze(2)
-        to_end_bmhc = to_end_bmhc * (document_bmc == document_bmc[..., -1:]).unsqueeze(2)
+        dlog_decay_blh.masked_fill_(starts_bl.unsqueeze(-1), 0.0)
+    return dx_blhp, db_blhn, dc_blhn, dlog_decay_blh, d_state_bhpn
 
-    decay_bmhcc = _decay_between(cumulative_bmhc, mask, dtype)
-    y = ((c @ b.transpose(-1, -2)) * decay_bmhcc) @ x
-    added_bmhpn = (x * to_end_bmhc.unsqueeze(-1)).transpose(-1, -2) @ b
 
-    state = _first_state(x_blhp.to(dtype), b_blhn, state_bhpn)
-    carried = []
-    for m in range(x.shape[1]):
-        carried.append(state)
-        state = from_carry_bmhc[:, m, :, -1, None, None] * state + added_bmhpn[:, m]
-    carried_bmhpn = torch.stack(carried, dim=1)
-    y = y + (c * from_carry_bmhc.unsqueeze(-1)) @ carried_bmhpn.transpose(-1, -2)
-    y_blhp = y.transpose(2, 3).flatten(1, 2)[:, :length]
-    return y_blhp.to(x_blhp.dtype), state
+class _Decays(NamedTuple):
+    """The decays of a group's chunks: 0 where a document starts between the two places.
+
+    Args:
+        from_carry_bhmc: from the state before the chunk to each token.
+        to_end_bhmc: from each token to the state after the chunk.
+        between_bhmcc: from source (last) to target token; 0 where the source is later.
+    """
+
+    from_carry_bhmc: Tensor
+    to_end_bhmc: Tensor
+    between_bhmcc: Tensor
+
+
+def _decays(
+    log_decay_blh: Tensor, starts_bl: Tensor | None, group: slice, chunk_length: int, dtype: torch.dtype
+) -> _Decays:
+    exact = _exact(log_decay_blh)
+    cumulative_bhmc = _chunks(log_decay_blh[:, group].unsqueeze(-1), chunk_length, exact).squeeze(-1).cumsum(-1)
+    mask = torch.ones(chunk_length, chunk_length, dtype=torch.bool, device=log_decay_blh.device).tril()
+    from_carry_bhmc = cumulative_bhmc.to(dtype).exp()
+    to_end_bhmc = (cumulative_bhmc[..., -1:] - cumulative_bhmc).to(dtype).exp()
+    if starts_bl is not None:
+        begins = _chunks(starts_bl[:, group, None, None], chunk_length, torch.int32)
+        document_b1mc = begins.squeeze(-1).cumsum(-1)
+        mask = mask & (document_b1mc.unsqueeze(-1) == document_b1mc.unsqueeze(-2))
+        from_carry_bhmc *= document_b1mc == 0
+        to_end_bhmc *= document_b1mc == document_b1mc[..., -1:]
+    return _Decays(from_carry_bhmc, to_end_bhmc, _decay_between(cumulative_bhmc, mask, dtype))
+
+
+def _groups(x_blhp: Tensor, chunk_length: int) -> list[slice]:
+    """The length cut into groups of whole chunks; the last one may end within a chunk."""
+    batch, length, heads, _ = x_blhp.shape
+    num_tokens = max(NUMBERS_PER_GROUP // max(batch * heads * chunk_length**2, 1), 1) * chunk_length
+    return [slice(begin, min(begin + num_tokens, length)) for begin in range(0, length, num_tokens)]
+
+
+def _chunks(t_bl: Tensor, chunk_length: int, dtype: torch.dtype) -> Tensor:
+    """Copy (b, l, h, w) to (b, h, m, c, w) with zeros up to whole chunks.
+
+    Padding is neutral: it adds nothing to the state and, with a log-decay of 0, forgets nothing.
+    """
+    batch, length, heads, width = t_bl.shape
+    padded = length + -length % chunk_length
+    copy = torch.empty(batch, heads, padded, width, dtype=dtype, device=t_bl.device)
+    copy[:, :, :length] = t_bl.transpose(1, 2)
+    copy[:, :, length:] = 0
+    return copy.unflatten(2, (-1, chunk_length))
+
+
+def _write_chunks(whole_bl: Tensor, group: slice, chunks_bhmc: Tensor) -> None:
+    """Write (b, h, m, c, w) to its place in (b, l, h, w), without the padding."""
+    whole_bl[:, group] = chunks_bhmc.flatten(2, 3)[:, :, : group.stop - group.start].transpose(1, 2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of matrices in place; all have the dimensions (b, h, m) in front."""
+    total.view(-1, *total.shape[-2:]).baddbmm_(left.flatten(0, 2), right.flatten(0, 2))
 
 
 def mixing_matrix(
@@ -155,8 +311,12 @@ def mixing_matrix(
 
 def _cumulative(log_decay: Tensor) -> Tensor:
     """Running sum in float64: its differences are small numbers between large ones (measured: 6e-5 in float32)."""
-    exact = log_decay.dtype if log_decay.device.type == "mps" else torch.float64
-    return log_decay.to(exact).cumsum(-1)
+    return log_decay.to(_exact(log_decay)).cumsum(-1)
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    """The precision of running sums: float64 where the device has it."""
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.device.type == "mps" else torch.float64
 
 
 def _decay_between(cumulative: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,11 +333,3 @@ def _first_state(x_blhp: Tensor, b_blhn: Tensor, state_bhpn: Tensor | None) -> T
         return state_bhpn.to(x_blhp.dtype)
     batch, _, heads, width = x_blhp.shape
     return x_blhp.new_zeros(batch, heads, width, b_blhn.shape[-1])
-
-
-def _chunks(t_bl: Tensor, chunk_length: int) -> Tensor:
-    """(b, l, h, ...) -> (b, m, h, c, ...), the length padded with zeros to whole chunks."""
-    missing = -t_bl.shape[1] % chunk_length
-    if missing:
-        t_bl = F.pad(t_bl, (0, 0) * (t_bl.dim() - 2) + (0, missing))
-    return t_bl.unflatten(1, (-1, chunk_length)).transpose(2, 3)

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mohawkify.ops.triton_tiles import on_device
 
-MAX_STATE_NUMBERS = 32768  # of one head; a program holds them in registers
-
 
 @triton.jit
 def _convolve(

@@ -26,6 +26,7 @@ NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_o
 
 # The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
 DiscreteMamba2.scan = staticmethod(backend.scan)
+DiscreteMamba2.step = staticmethod(backend.step)
 
 
 def classes_for(adapter: Adapter) -> tuple[Any, Any]:
@@ -142,9 +143,10 @@ def build_student(
 
 
 def use_kernels(student: nn.Module, kernels: str) -> None:
-    """Let a student's mixers scan by the implementation of a recipe's ``compute.kernels``; see `ops.backend`."""
+    """Let a student's mixers compute by the implementation of a recipe's ``compute.kernels``; see `ops.backend`."""
     for mixer in mixers_of(student):
         mixer.scan = partial(backend.scan, kernels=kernels)
+        mixer.step = partial(backend.step, kernels=kernels)
 
 
 def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:

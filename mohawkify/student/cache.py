@@ -11,8 +11,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 class RecurrentLayer(CacheLayerMixin):
     """One mixer's memory: the last inputs of its convolutions and its state.
 
+    Its size does not depend on the number of tokens seen, and its tensors are moved on in place, so that a step of
+    decoding allocates no state and a captured step (CUDA graphs) finds it where it was.
+
     Shapes: b batch, k convolution taps, f convolved features (x, B and C side by side), h heads, p head width,
-    n state width. Its size does not depend on the number of tokens seen.
+    n state width.
     """
 
     is_compileable = False
@@ -20,20 +23,51 @@ class RecurrentLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.tail_bkf: torch.Tensor | None = None
+        self.state_bhpn: torch.Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.tail_bkf: torch.Tensor | None = None
-        self.state_bhpn: torch.Tensor | None = None
+        """Forget everything; the tensors stay."""
+        for memory in (self.tail_bkf, self.state_bhpn):
+            if memory is not None:
+                memory.zero_()
         self.num_tokens = 0
         self.is_initialized = False
 
     def write(self, tail_bkf: torch.Tensor, state_bhpn: torch.Tensor, num_new_tokens: int) -> None:
-        """Store the memory after ``num_new_tokens`` more tokens."""
-        self.tail_bkf, self.state_bhpn = tail_bkf, state_bhpn
+        """Store the memory after ``num_new_tokens`` more tokens: into the tensors there are, if they fit."""
+        self.tail_bkf = _stored(self.tail_bkf, tail_bkf)
+        self.state_bhpn = _stored(self.state_bhpn, state_bhpn)
+        self.advance(num_new_tokens)
+
+    def advance(self, num_new_tokens: int) -> None:
+        """Count tokens that were already worked into the memory in place."""
         self.num_tokens += num_new_tokens
         self.is_initialized = True
+
+    def step_memory(
+        self, tail_shape: tuple[int, ...], state_shape: tuple[int, ...], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors that a single token moves on in place.
+
+        Args:
+            tail_shape: (b, k - 1, f).
+            state_shape: (b, h, p, n).
+            like: a projected token, whose device and precision the convolution's inputs have.
+
+        Returns:
+            ``tail_bkf`` and ``state_bhpn``, zeros where nothing was seen yet.
+        """
+        precise = torch.promote_types(like.dtype, torch.float32)
+        if self.num_tokens == 0:
+            self.tail_bkf = _zeros(self.tail_bkf, tail_shape, like.dtype, like.device)
+            self.state_bhpn = _zeros(self.state_bhpn, state_shape, precise, like.device)
+        assert self.tail_bkf is not None
+        assert self.state_bhpn is not None
+        if not _writable(self.state_bhpn):
+            self.tail_bkf, self.state_bhpn = self.tail_bkf.clone(), self.state_bhpn.clone()
+        return self.tail_bkf, self.state_bhpn
 
     def get_seq_length(self) -> int:
         """Number of tokens seen."""
@@ -80,6 +114,31 @@ class RecurrentLayer(CacheLayerMixin):
         if self.state_bhpn is not None and self.tail_bkf is not None:
             self.tail_bkf = self.tail_bkf.repeat_interleave(repeats, dim=0)
             self.state_bhpn = self.state_bhpn.repeat_interleave(repeats, dim=0)
+
+
+def _zeros(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The old tensor, which `RecurrentLayer.reset` has cleared, or a new one where that does not fit."""
+    if old is not None and (old.shape, old.dtype, old.device) == (shape, dtype, device):
+        return old
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _stored(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Copy into the old tensor, or keep the new one where that cannot be."""
+    if (
+        old is None
+        or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
+        or new.requires_grad
+        or old.requires_grad
+        or not _writable(old)
+    ):
+        return new
+    return old.copy_(new)
+
+
+def _writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be written to: one made in inference mode cannot outside of it."""
+    return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
 class StudentCache(Cache):

@@ -1,6 +1,6 @@
 """Graft, don't fork: a transformers model whose chosen attention modules are Discrete Mamba-2 mixers.
 
-This file, the mixer, the cache and the two operators travel with every exported student, so that it loads without
+This file, the mixer, the cache and its operators travel with every exported student, so that it loads without
 mohawkify. They import nothing but each other, torch and transformers.
 """
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mohawkify.ops.conv import causal_conv
-from mohawkify.ops.scan import scan_chunked, scan_recurrent
+from mohawkify.ops.decode_step import decode_step
+from mohawkify.ops.scan import scan_chunked
 
 GATE_IDENTITY_BIAS = 1.278464542761  # SiLU(1.278464542761) = 1: the gate starts as the identity
 
@@ -95,8 +96,9 @@ class DiscreteMamba2(nn.Module):
     Source: Llamba (arXiv 2502.14458), section 3; Discrete Mamba-2 of MOHAWK (arXiv 2408.10189), section 3.2.
     """
 
-    # The plain scan; `mohawkify.student.build` puts the one here that chooses by device.
+    # The plain operators; `mohawkify.student.build` puts those here that choose by device.
     scan: Callable[..., tuple[Tensor, Tensor]] = staticmethod(scan_chunked)
+    step: Callable[..., Tensor] = staticmethod(decode_step)
 
     def __init__(
         self,
@@ -182,6 +184,8 @@ class DiscreteMamba2(nn.Module):
         memory: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = memory is not None and memory.num_tokens > 0
         batch, length, _ = hidden_bld.shape
+        if memory is not None and length == 1 and not torch.is_grad_enabled():
+            return self._step(hidden_bld[:, 0], memory).unsqueeze(1), None
         starts_bl = keep_bl = None
         if length > 1:
             if self.reads_mask and attention_mask is not None:
@@ -200,6 +204,26 @@ class DiscreteMamba2(nn.Module):
         if memory is not None:
             memory.write(tail_bkf, state_bhpn, length)
         return out_bld, None
+
+    def _step(self, hidden_bd: Tensor, memory: Any) -> Tensor:
+        """One token, its memory moved on in place."""
+        batch, heads = hidden_bd.shape[0], self.num_heads
+        x_bf, b_bf, c_bf = self.x_proj(hidden_bd), self.b_proj(hidden_bd), self.c_proj(hidden_bd)
+        convs = (self.x_conv, self.b_conv, self.c_conv)
+        # Stored tap by tap, as the step reads them.
+        weight_fk = torch.cat([conv.weight.T for conv in convs], dim=1).T
+        bias_f = torch.cat([conv.bias for conv in convs])
+        tail_bkf, state_bhpn = memory.step_memory(
+            (batch, weight_fk.shape[1] - 1, weight_fk.shape[0]),
+            (batch, heads, self.head_width, self.state_width),
+            x_bf,
+        )
+        gated_bf = self.step(
+            x_bf, b_bf, c_bf, self.z_proj(hidden_bd), self._a_log(hidden_bd),
+            (weight_fk, bias_f), self.z_bias, self.d, tail_bkf, state_bhpn,
+        )  # fmt: skip
+        memory.advance(1)
+        return self.out_proj(gated_bf.to(self.out_proj.weight.dtype))
 
     def _mix(
         self,
@@ -224,8 +248,7 @@ class DiscreteMamba2(nn.Module):
             log_decay_blh = log_decay_blh * keep_bl.unsqueeze(-1)
         x_blhp = self._heads(x_blf, self.head_width)
         b_blhn, c_blhn = self._heads(b_blf, self.state_width), self._heads(c_blf, self.state_width)
-        scan = scan_recurrent if hidden_bld.shape[1] == 1 else self.scan
-        y_blhp, state_bhpn = scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
+        y_blhp, state_bhpn = self.scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
         y_blhp = y_blhp + self.d.to(y_blhp.dtype).unsqueeze(-1) * x_blhp
         gate_blf = F.silu(self.z_proj(hidden_bld) + self.z_bias)
         out_bld = self.out_proj((y_blhp.flatten(2) * gate_blf).to(self.out_proj.weight.dtype))
@@ -233,8 +256,11 @@ class DiscreteMamba2(nn.Module):
 
     def _log_decay(self, hidden_bld: Tensor) -> Tensor:
         """-softplus(a_log), in at least float32: errors of the decay compound along the sequence."""
-        a_log_blh = self.decay_proj(hidden_bld.to(self.decay_proj.weight.dtype))
-        return -F.softplus(a_log_blh.to(torch.promote_types(a_log_blh.dtype, torch.float32)))
+        return -F.softplus(self._a_log(hidden_bld))
+
+    def _a_log(self, hidden: Tensor) -> Tensor:
+        a_log = self.decay_proj(hidden.to(self.decay_proj.weight.dtype))
+        return a_log.to(torch.promote_types(a_log.dtype, torch.float32))
 
     def _heads(self, features_blf: Tensor, width: int) -> Tensor:
         return features_blf.unflatten(-1, (self.num_heads, width))

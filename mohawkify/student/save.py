@@ -31,7 +31,7 @@ from mohawkify.teacher.recognise import find_classes
 TYPE_PREFIX = "mohawk_"
 MODEL_FILE = "modeling_mohawk"
 CARRIED_FILES = {
-    "mohawkify.ops": ("conv.py", "scan.py"),
+    "mohawkify.ops": ("conv.py", "decode_step.py", "scan.py"),
     "mohawkify.student": ("cache.py", "mixer.py", "grafting.py"),
 }
 
