@@ -138,6 +138,24 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
 @prepared_option
 @click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
+    help="What holds weights and optimiser, instead of the recipe's compute.engine.",
+)
+@click.option("--zero", type=click.IntRange(0, 3), help="Stage of DeepSpeed's ZeRO, instead of the recipe's.")
+@click.option(
+    "--offload",
+    type=click.Choice(["none", "optimizer", "all"]),
+    help="What is kept in the CPU's memory, instead of what the recipe says.",
+)
+@click.option("--deepspeed-config", type=FOLDER, metavar="FILE", help="A JSON file of further settings for DeepSpeed.")
+@click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),
     default="auto",
@@ -167,6 +185,11 @@ def convert(
     overrides: tuple[str, ...],
     data: str | None,
     validation: str | None,
+    processes: int | None,
+    engine: str | None,
+    zero: int | None,
+    offload: str | None,
+    deepspeed_config: Path | None,
     resume: str,
     patience: float,
     disk_wait: float,
@@ -175,23 +198,31 @@ def convert(
     """Turn a teacher into a student, in three stages.
 
     Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
-    same command continues it. Prints the run's folder.
+    same command continues it, also in another number of processes or on another engine. Prints the run's folder.
     """
-    recipe = chosen_recipe(recipe_name, (*_own_text(data, validation), *overrides))
+    wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
+    compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
+    recipe = chosen_recipe(recipe_name, (*_own_text(data, validation), *compute, *overrides))
     with working():
-        from mohawkify import pipeline
+        from mohawkify.cli_ranks import joined, start_processes
 
-        run = pipeline.convert(
-            teacher,
-            recipe,
-            output=output,
-            resume=resume,
-            report=say,
-            patience=patience,
-            disk_wait=disk_wait,
-            prepared=prepared,
-        )
-    click.echo(str(run.path))
+        start_processes(processes)
+        with joined(recipe.compute.device) as world:
+            from mohawkify import pipeline
+
+            run = pipeline.convert(
+                teacher,
+                recipe,
+                output=output,
+                resume=resume,
+                report=say,
+                patience=patience,
+                disk_wait=disk_wait,
+                world=world,
+                prepared=prepared,
+            )
+    if world.is_main:
+        click.echo(str(run.path))
 
 
 def _own_text(data: str | None, validation: str | None) -> list[str]:

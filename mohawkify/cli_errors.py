@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import click
 
 from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError
 
+LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
 
@@ -50,7 +52,10 @@ class Verbs(click.Group):
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         _end_cleanly_on_sigterm()
         try:
-            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+            # The arguments travel along: whoever starts processes hands them on.
+            code = super().main(
+                arguments, prog_name, complete_var, standalone_mode=False, obj=tuple(arguments), **extra
+            )
         except (Exception, KeyboardInterrupt) as error:
             if DEBUG_FLAG in arguments:
                 traceback.print_exception(error, file=sys.stderr)
@@ -68,7 +73,10 @@ def _end_cleanly_on_sigterm() -> None:
         raise Terminated
 
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if is_main and LAUNCHED in os.environ:
+        # Until the processes of a run have found each other, the one that started them speaks for all.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    elif is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
 
 
@@ -83,33 +91,36 @@ def report_error(error: BaseException) -> int:
     Returns:
         The exit code, one of `EXIT_CODES`; a stopped conversion says its own.
     """
+    message, hint, code = describe(error)
+    say_error(message, hint)
+    return code
+
+
+def describe(error: BaseException) -> tuple[str, str | None, int]:
+    """What to say of an error: message, hint and exit code."""
     if isinstance(error, MohawkifyError):
-        return _write(error.message, error.hint, error.exit_code)
+        return error.message, error.hint, error.exit_code
     if isinstance(error, click.UsageError):
         verb = error.ctx.command_path if error.ctx is not None else "mohawkify"
-        return _write(error.format_message(), f"`{verb} --help` lists what it takes", USAGE)
+        return error.format_message(), f"`{verb} --help` lists what it takes", USAGE
     if isinstance(error, click.ClickException):
-        return _write(error.format_message(), None, error.exit_code)
+        return error.format_message(), None, error.exit_code
     # click turns whatever a KeyboardInterrupt is into an Abort.
     if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
-        return _write("terminated", None, TERMINATED)
+        return "terminated", None, TERMINATED
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return _write("interrupted", None, INTERRUPTED)
+        return "interrupted", None, INTERRUPTED
     # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _write(
-            f"out of memory: {error}",
-            "use a smaller compute.micro_batch_sequences or a shorter sequence_length",
-            MEMORY,
-        )
-    return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG)
+        hint = "use a smaller compute.micro_batch_sequences or a shorter sequence_length"
+        return f"out of memory: {error}", hint, MEMORY
+    return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG
 
 
-def _write(message: str, hint: str | None, code: int) -> int:
-    click.echo(f"error: {_one_line(message)}", err=True)
-    if hint:
-        click.echo(f"hint: {_one_line(hint)}", err=True)
-    return code
+def say_error(message: str, hint: str | None) -> None:
+    """Write an error's line and its hint to standard error."""
+    lines = [f"error: {_one_line(message)}", *([f"hint: {_one_line(hint)}"] if hint else [])]
+    click.echo("\n".join(lines), err=True)  # in one piece, as other processes may write too
 
 
 def _one_line(text: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
 from mohawkify.data.reading import Stretch
 from mohawkify.data.selection import stage_recipes, stage_stretches
 from mohawkify.errors import CheckpointError, DiskFullError
@@ -23,9 +26,12 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
-from mohawkify.train.engine import Engine, LocalEngine
+from mohawkify.train.engine import Engine
+from mohawkify.train.engines import build_engine
 from mohawkify.train.loop import StepReport, run_stage
+from mohawkify.train.micro_batch import micro_batch_of
 from mohawkify.train.progress import StageProgress
+from mohawkify.train.random_state import gather_random_state, restore_random_state
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.watch import HangWatch, LossWatch
 from mohawkify.train.world import World
@@ -60,6 +66,9 @@ class Position:
 class Conversion:
     """A teacher, a student, text and a folder: all that training needs.
 
+    Every process of a run has one and makes the same calls. Only the main one touches the folder, but for reading the
+    tensors of a checkpoint.
+
     Args:
         run: the folder.
         recipe: what to do.
@@ -68,6 +77,7 @@ class Conversion:
         corpora: the text of ``train`` and, where a stage ends on other text, of ``finish``.
         held_out: rows of text for measurements.
         device: where models and batches are.
+        world: the processes of the run.
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends; 0 for never.
         disk_wait: seconds to wait for space where the disk is full.
@@ -80,6 +90,7 @@ class Conversion:
     corpora: dict[str, Corpus]
     held_out: list[np.ndarray]
     device: torch.device
+    world: World
     report: Report
     patience: float = 0.0
     disk_wait: float = 0.0
@@ -92,10 +103,10 @@ class Conversion:
             CheckpointError: the checkpoint belongs to another recipe, teacher or text.
             NumericsError: a loss or gradient is not finite.
         """
-        saved = checkpoint.newest_valid(self.run.checkpoints, self.report)
+        saved = self._newest_checkpoint()
         if saved is None:
             position = Position(stage="")
-            if "init" not in self.run.results()["stages"]:
+            if "init" not in self._measured():
                 self._measure("init", position, stop)
         else:
             position = self._restore(saved)
@@ -106,19 +117,39 @@ class Conversion:
                 continue
             if position.stage != name:
                 position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
-            engine = LocalEngine(
-                self.pair.student,
-                stages[name].parameters(),
-                self.recipe.optimizer,
-                self.recipe.compute.precision,
-                self.device,
-            )
+            engine, micro_batch = self._engine(stages[name], stretches[name])
             if saved is not None:
+                engine.load_parameters(checkpoint.load_tensors(saved, "model"))
                 engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
-                checkpoint.restore_rng(checkpoint.load_tensors(saved, "rng"))
-            self._run_stage(stages[name], engine, stretches[name], position, stop)
-            if name not in self.run.results()["stages"]:
+                restore_random_state(self.world, checkpoint.load_tensors(saved, "rng"))
+            self._run_stage(stages[name], engine, micro_batch, stretches[name], position, stop)
+            engine.close()
+            if name not in self._measured():
                 self._measure(name, position, stop)
+
+    def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The newest valid checkpoint; one process reads all its bytes to see that it is."""
+
+        def look() -> dict[str, Any] | None:
+            found = checkpoint.newest_valid(self.run.checkpoints, self.report)
+            if found is None:
+                return None
+            return {"path": str(found.path), "global_step": found.global_step, "state": found.state}
+
+        facts = self.world.by_main(look)
+        return checkpoint.Checkpoint(**{**facts, "path": Path(facts["path"])}) if facts else None
+
+    def _measured(self) -> list[str]:
+        return self.world.by_main(lambda: list(self.run.results()["stages"]))
+
+    def _engine(self, stage: Stage, stretches: list[Stretch]) -> tuple[Engine, int]:
+        """The student in its engine, and the sequences per forward pass."""
+
+        def make(micro_batch: int) -> Engine:
+            return build_engine(stage, self.recipe, micro_batch, self.device, self.world)
+
+        micro_batch = micro_batch_of(stage, self.recipe, stretches, self.world, self.device, make)
+        return make(micro_batch), micro_batch
 
     def _stages(self) -> dict[str, Stage]:
         recipes = self.recipe.stages
@@ -129,7 +160,13 @@ class Conversion:
         }
 
     def _run_stage(
-        self, stage: Stage, engine: Engine, stretches: list[Stretch], position: Position, stop: StopRequest
+        self,
+        stage: Stage,
+        engine: Engine,
+        micro_batch: int,
+        stretches: list[Stretch],
+        position: Position,
+        stop: StopRequest,
     ) -> None:
         stage_recipe = stage_recipes(self.recipe)[stage.name]
         num_steps = sum(stretch.num_steps for stretch in stretches)
@@ -140,13 +177,13 @@ class Conversion:
         frozen = [name for name, _ in self.pair.student.named_parameters() if name not in trained]
         saved_step = position.global_step
         with (
-            StageProgress(stage.name, num_tokens, done_tokens) as progress,
-            HangWatch(self.patience, f"training stage {stage.name}") as hang,
+            StageProgress(stage.name, num_tokens, done_tokens, self.world.is_main) as progress,
+            HangWatch(self.patience, f"training stage {stage.name}", self.world) as hang,
         ):
 
             def on_micro_batch() -> None:
                 hang.beat()
-                if stop.number is not None:
+                if stop.agree(self.world):
                     if position.global_step > saved_step:
                         self._save(engine, position, stop, hang)
                     stop.obey(f"after step {position.stage_step:,} of stage {stage.name}, which is saved")
@@ -160,12 +197,13 @@ class Conversion:
                 position.seconds[stage.name] = position.seconds.get(stage.name, 0.0) + step.seconds
                 self._log(step, position)
                 progress.update(step)
-                is_stopping = stop.number is not None
+                is_stopping = stop.agree(self.world)
                 if is_stopping or step.step == num_steps or step.step % self.recipe.checkpoint.every_steps == 0:
                     self._save(engine, position, stop, hang)
                     saved_step = position.global_step
                     hang.beat()
-                stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
+                if is_stopping:
+                    stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
 
             run_stage(
                 stage,
@@ -173,8 +211,9 @@ class Conversion:
                 stretches,
                 stage_recipe,
                 self.recipe,
+                world=self.world,
                 device=self.device,
-                world=World(),
+                micro_batch=micro_batch,
                 first_step=position.stage_step,
                 frozen=frozen,
                 on_micro_batch=on_micro_batch,
@@ -183,6 +222,8 @@ class Conversion:
 
     def _log(self, step: StepReport, position: Position) -> None:
         leap = position.losses.see(step.figures["loss"])
+        if not self.world.is_main:
+            return
         if leap is not None:
             loss = step.figures["loss"]
             self.report(
@@ -203,14 +244,27 @@ class Conversion:
         storage.append_line(self.run.metrics_file, record)
 
     def _save(self, engine: Engine, position: Position, stop: StopRequest, hang: HangWatch) -> None:
+        model, optimizer, random = engine.parameters(), engine.state(), gather_random_state(self.world)
+        self.world.by_main(lambda: self._write(model, optimizer, random, position, stop, hang), hang.beat)
+
+    def _write(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        random: Mapping[str, Tensor],
+        position: Position,
+        stop: StopRequest,
+        hang: HangWatch,
+    ) -> None:
         deadline = time.monotonic() + self.disk_wait
         while True:
             try:
                 checkpoint.save_checkpoint(
                     self.run.checkpoints,
                     global_step=position.global_step,
-                    model_tensors=dict(self.pair.student.named_parameters()),
-                    optimizer_tensors=engine.state(),
+                    model_tensors=model,
+                    optimizer_tensors=optimizer,
+                    random_tensors=random,
                     state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
                 )
                 break
@@ -235,13 +289,9 @@ class Conversion:
             raise CheckpointError(
                 f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
             )
-        tensors = checkpoint.load_tensors(saved, "model")
-        parameters = dict(self.pair.student.named_parameters())
-        if parameters.keys() != tensors.keys():
+        names = {name for name, _ in self.pair.student.named_parameters()}
+        if names != checkpoint.load_tensors(saved, "model").keys():
             raise CheckpointError(f"the tensors in {saved.path} are not those of this student")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
         position = _read_position(saved)
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position
@@ -250,28 +300,39 @@ class Conversion:
         return {name: corpus.fingerprint for name, corpus in self.corpora.items()}
 
     def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
-        """Compare student and teacher on held-out text and record the figures under a stage's name."""
+        """Compare student and teacher on held-out text, of which each process reads a part, and record the figures."""
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
-        with HangWatch(self.patience, f"measuring after {name}") as hang:
+        while len(batches) % self.world.size:  # a teacher that is spread over the processes is called by all of them
+            batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
+        with HangWatch(self.patience, f"measuring after {name}", self.world) as hang:
 
             def on_batch(num_tokens: int) -> None:
                 hang.beat()
                 stop.obey(f"while measuring after {name}")
 
             found = measure_agreement(
-                self.pair.student, self.pair.teacher, batches, device=self.device, progress=on_batch
+                self.pair.student,
+                self.pair.teacher,
+                batches[self.world.rank :: self.world.size],
+                device=self.device,
+                progress=on_batch,
+                add_up=self.world.sum,
             )
-        results = self.run.results()
-        results["teacher"]["perplexity"] = found.teacher_perplexity
-        results["evaluation_tokens"] = found.tokens
-        results["stages"][name] = {
-            "tokens": position.tokens,
-            "perplexity": found.perplexity,
-            "kl": found.kl,
-            "top1": found.top1,
-            "seconds": position.seconds.get(name, 0.0),
-        }
-        self.run.write_results(results)
+
+        def record() -> None:
+            results = self.run.results()
+            results["teacher"]["perplexity"] = found.teacher_perplexity
+            results["evaluation_tokens"] = found.tokens
+            results["stages"][name] = {
+                "tokens": position.tokens,
+                "perplexity": found.perplexity,
+                "kl": found.kl,
+                "top1": found.top1,
+                "seconds": position.seconds.get(name, 0.0),
+            }
+            self.run.write_results(results)
+
+        self.world.by_main(record)
         self.report(
             f"after {name}: KL {found.kl:.4f} nats/token, top-1 {found.top1:.4f}, "
             f"perplexity {found.perplexity:.3f} (teacher {found.teacher_perplexity:.3f})"

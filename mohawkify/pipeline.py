@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed
-from mohawkify.errors import MohawkifyError, UsageError
+from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.plan_memory import Footprint
-from mohawkify.recipe import Recipe, dump_recipe
+from mohawkify.recipe import Recipe, comparable_text, dump_recipe
 from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
@@ -32,7 +34,9 @@ from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
+from mohawkify.train.engines import choose_engine, require_even_shares
 from mohawkify.train.stop import StopRequest
+from mohawkify.train.world import World
 
 
 def student_name(source: str, recipe: Recipe) -> str:
@@ -102,10 +106,12 @@ def plan(
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
 
 
-def _expected(inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str) -> dict[str, Any]:
+def _expected(
+    inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
+) -> dict[str, Any]:
     """The plan that goes into a run; without a GPU, seconds of counting would be felt."""
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
-    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=1, on_gpu=device == "cuda")
+    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
     footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
 
@@ -146,8 +152,9 @@ def convert(
     patience: float = 0.0,
     disk_wait: float = 0.0,
     prepared: Path | None = None,
+    world: World | None = None,
 ) -> RunFolder:
-    """Convert a teacher.
+    """Convert a teacher; where several processes work on it, each makes the same call.
 
     Args:
         source: the teacher: a Hub id or a folder.
@@ -158,6 +165,7 @@ def convert(
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
         prepared: where tokenised text may lie that `mohawkify data prepare` made.
+        world: the processes, which share a file system; None for this one alone.
 
     Returns:
         The finished run.
@@ -168,7 +176,9 @@ def convert(
     """
     with StopRequest() as stop:
         try:
-            return _convert(source, recipe, output, resume, report, patience, disk_wait, prepared, stop)
+            return _convert(
+                source, recipe, output, resume, report, patience, disk_wait, prepared, stop, world or World()
+            )
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
             raise
@@ -184,37 +194,30 @@ def _convert(
     disk_wait: float,
     prepared: Path | None,
     stop: StopRequest,
+    world: World,
 ) -> RunFolder:
-    inspection = inspect_teacher(source)
+    report = report if world.is_main else lambda line: None
+    require_even_shares(recipe, world)
+    engine = choose_engine(recipe.compute, world)
+    inspection = world.main_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
     backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    planned = _expected(inspection, student, recipe, device.type)
-    folder = find_folder(source)
-    hashes = teacher_hashes(folder)
+    folder = world.main_first(lambda: find_folder(source))
+    hashes = _agreed_hashes(folder, world)
     run = RunFolder(output or RUNS / student.name)
-    is_new = not run.path.exists()
-    with storage.run_lock(run.path):
+    is_new = world.is_main and not run.path.exists()
+    with storage.run_lock(run.path) if world.is_main else nullcontext():
         try:
-            storage.ensure_writable(run.path)
-            identity = _claim(run, recipe, hashes, resume)
-            if run.is_finished:
-                run.checked_final()
+            facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
+            identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
+            if identity is None:
                 report(f"{run.path} is already finished")
                 return run
-            storage.sweep_temporaries(run.path)
-            storage.sweep_temporaries(run.checkpoints)
-            checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-            if not run.checkpoints.is_dir():
-                storage.require_space(run.path, sum(planned["disk_bytes"].values()))
-            storage.write_json(run.plan_file, planned)
-            facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
-            storage.write_json(run.teacher_file, facts)
-            storage.write_json(run.student_file, student.to_json())
             conversion, tokenizer = _prepare(
-                run, recipe, identity, folder, inspection, student, device, prepared, report
+                run, recipe, identity, folder, inspection, student, device, prepared, world, report
             )
         except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
@@ -222,13 +225,15 @@ def _convert(
             if is_new and not any(run.corpora.glob(f"{UNFINISHED}*/*")):
                 storage.remove_directory(run.path)
             raise
+        if world.size > 1:
+            report(f"training in {world.size} processes, engine {engine}")
         conversion.patience, conversion.disk_wait = patience, disk_wait
         stop.obey("before training")
         stop.at_once = False  # training stops itself, with a checkpoint
         conversion.train(stop)
         stop.at_once = True
         stop.obey("before the student was written")
-        _finish(conversion, tokenizer)
+        world.by_main(lambda: _finish(conversion, tokenizer))
         stop.obey("after the student was written: the run is finished")
     return run
 
@@ -238,25 +243,72 @@ def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
     return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
 
 
+def _agreed_hashes(folder: Path, world: World) -> dict[str, str]:
+    """The hashes of the teacher's files, which every machine has to itself and must be the same on all."""
+    own = teacher_hashes(folder) if world.local_rank == 0 else None
+    hashes = world.by_main(lambda: own)
+    assert hashes is not None
+    if own is not None and own != hashes:
+        raise TeacherError(f"{folder} on {platform.node()} is not the teacher that the main process has")
+    return hashes
+
+
+def _open(
+    run: RunFolder,
+    recipe: Recipe,
+    inspection: Inspection,
+    student: StudentSpec,
+    teacher: dict[str, Any],
+    resume: str,
+    device: torch.device,
+    world: World,
+) -> str | None:
+    """Make the run's folder ready.
+
+    Returns:
+        The identity of the run, or None where it is finished.
+    """
+    storage.ensure_writable(run.path)
+    identity = _claim(run, recipe, teacher["files"], resume)
+    if run.is_finished:
+        run.checked_final()
+        return None
+    storage.sweep_temporaries(run.path)
+    storage.sweep_temporaries(run.checkpoints)
+    checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
+    planned = _expected(inspection, student, recipe, device.type, world.size)
+    if not run.checkpoints.is_dir():
+        storage.require_space(run.path, sum(planned["disk_bytes"].values()))
+    storage.write_json(run.plan_file, planned)
+    storage.write_json(run.teacher_file, teacher)
+    storage.write_json(run.student_file, student.to_json())
+    return identity
+
+
 def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) -> str:
-    """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both."""
+    """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both.
+
+    What changes a result by rounding only may be another: the file then says how the run goes on.
+    """
     text = dump_recipe(recipe)
-    identity = run_identity(text, hashes)
     if run.recipe_file.is_file():
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
         recorded = storage.read_json(run.teacher_file).get("files") if run.teacher_file.is_file() else hashes
-        for same, what in ((run.recipe_file.read_text() == text, "recipe"), (recorded == hashes, "teacher")):
+        is_same_recipe = comparable_text(run.recipe()) == comparable_text(recipe)
+        for same, what in ((is_same_recipe, "recipe"), (recorded == hashes, "teacher")):
             if not same:
                 raise UsageError(
                     f"{run.path} holds a run with another {what}", hint="choose another --output, or remove that folder"
                 )
+        if run.recipe_file.read_text(encoding="utf-8") != text and not run.is_finished:
+            storage.write_text(run.recipe_file, text)
     else:
         foreign = [entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")]
         if foreign:
             raise UsageError(f"{run.path} is not empty (it holds {foreign[0]})", hint="choose another --output")
         storage.write_text(run.recipe_file, text)
-    return identity
+    return run_identity(recipe, hashes)
 
 
 def _prepare(
@@ -268,6 +320,7 @@ def _prepare(
     spec: StudentSpec,
     device: torch.device,
     prepared: Path | None,
+    world: World,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, build the student, read the text."""
@@ -277,22 +330,29 @@ def _prepare(
     text.require_files()
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
-    teacher = load_teacher(folder, dtype=dtype, device=device)
+    is_sharded = recipe.compute.shard_teacher and world.size > 1
+    teacher = load_teacher(folder, dtype=dtype, device=torch.device("cpu") if is_sharded else device)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     prove_head(teacher, inspection.adapter, vocabulary_size)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
         prove_family(teacher, student, inspection.adapter, vocabulary_size)
+    if is_sharded:
+        from mohawkify.train.sharded_teacher import How, shard_teacher
+
+        student.to(device)  # type: ignore[arg-type]
+        how: How = "fsdp" if choose_engine(recipe.compute, world) == "fsdp" else "deepspeed"
+        shard_teacher(teacher, spec.layers, how, device, world)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")
-    corpora, held_out = text.training(), text.held_out()
+    corpora, held_out = world.main_first(lambda: (text.training(), text.held_out()))
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
     use_kernels(student, recipe.compute.kernels)
     pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
-    return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
+    return Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report), tokenizer
 
 
 def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:

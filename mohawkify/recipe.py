@@ -17,6 +17,7 @@ from mohawkify.recipe_types import (
     Layers,
     Line,
     ListOf,
+    MicroBatch,
     Name,
     Pair,
     Parts,
@@ -273,11 +274,33 @@ class ComputeRecipe(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="arithmetic of the forward passes; weights stay fp32"
     )
-    micro_batch_sequences: Annotated[int, Field(ge=1)] | None = Field(
+    micro_batch_sequences: MicroBatch | None = Field(
         default=None,
-        description="sequences per forward pass, a divisor of batch_sequences; null: the whole batch at once",
+        description="sequences per forward pass in one process, a divisor of batch_sequences; auto: the most that a"
+        " GPU's memory holds; null: all that a process has of a batch",
     )
     activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
+    engine: Literal["auto", "single", "deepspeed", "fsdp"] = Field(
+        default="auto",
+        description="what holds weights and optimiser; auto: single in one process, in several deepspeed, or fsdp"
+        " where deepspeed is not installed",
+    )
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        default=None,
+        description="stage of DeepSpeed's ZeRO: what is spread over the processes, from nothing (0) to the weights (3);"
+        " null: as deepspeed_config says, else 3",
+    )
+    offload: Literal["none", "optimizer", "all"] | None = Field(
+        default=None,
+        description="what deepspeed or fsdp keeps in the CPU's memory; fsdp knows none and all; null: as"
+        " deepspeed_config says, else none",
+    )
+    shard_teacher: bool = Field(
+        default=False, description="spread the teacher over the processes, for one that does not fit on a GPU"
+    )
+    deepspeed_config: Text | None = Field(
+        default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
     kernels: Literal["auto", "torch", "triton", "fla", "mamba-ssm"] = Field(
         default="auto",
@@ -333,7 +356,7 @@ class Recipe(Section):
             stage: StageRecipe = getattr(self.stages, name)
             if stage.finish is not None and not self.data.finish:
                 conflict(("stages", name, "finish"), "found without sources in data.finish, expected both or neither")
-            if micro is not None and stage.batch_sequences % micro:
+            if isinstance(micro, int) and stage.batch_sequences % micro:
                 message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
                 conflict(("compute", "micro_batch_sequences"), message)
         return self
@@ -368,6 +391,15 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Writes a recipe with every value spelt out, so that reading it back gives an equal recipe."""
     return dump_yaml(_plain(recipe))
+
+
+def comparable_text(recipe: Recipe) -> str:
+    """A recipe as text without what changes the result of a run by rounding only: two such texts mean the same run.
+
+    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, kernels, device, threads.
+    """
+    compute = ComputeRecipe(precision=recipe.compute.precision)
+    return dump_recipe(recipe.model_copy(update={"compute": compute}))
 
 
 def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:

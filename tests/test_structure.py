@@ -52,10 +52,10 @@ RANKS = (
     ("pipeline",),
     ("bench",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("cli_options", "cli_plan"),
+    ("cli_options", "cli_plan", "cli_ranks"),
     ("cli_bench", "cli_data", "showcase"),
     ("cli",),
-    ("cli_docs",),
+    ("cli_docs", "__main__"),
 )
 
 # Who may import a package that is optional, or that only one corner of the code should know.

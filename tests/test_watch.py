@@ -129,10 +129,9 @@ def test_a_frozen_weight_that_moves_is_named():
 
 HANGING = """
 import sys, threading, time
-from mohawkify.recipe import OptimizerRecipe
-from mohawkify.train.engine import LocalEngine
 from mohawkify.train.watch import HangWatch
-with HangWatch(float(sys.argv[1]), "waiting for Godot") as watch:
+from mohawkify.train.world import World
+with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
         watch.beat()

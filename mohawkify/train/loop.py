@@ -47,8 +47,9 @@ def run_stage(
     stage_recipe: StageRecipe,
     recipe: Recipe,
     *,
-    device: torch.device,
     world: World,
+    device: torch.device,
+    micro_batch: int,
     first_step: int,
     frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
@@ -57,15 +58,17 @@ def run_stage(
     """Train one stage from a given step to its end.
 
     Batch and learning rate are pure functions of the step, so a resumed stage does what the uninterrupted one would.
+    Each process takes its rows of the global batch, the same number in all, and the same number of micro-batches.
 
     Args:
         stage: what is computed.
         engine: holds gradients and optimiser.
         stretches: what is read, in order.
         stage_recipe: batch size and peak learning rate.
-        recipe: seed, schedule and micro-batch.
+        recipe: seed and schedule.
+        world: the processes that share each batch; their number divides it.
         device: where batches go.
-        world: the processes.
+        micro_batch: sequences per forward pass in one process.
         first_step: steps already taken.
         frozen: names of the student's parameters that this stage leaves alone.
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
@@ -87,22 +90,8 @@ def run_stage(
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
         batch = next(batches)
-        micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
-        weight = stage.weight(batch)
-        totals: dict[str, float] = {}
         with engine.accumulating():
-            for first in range(0, stage_recipe.batch_sequences, micro):
-                on_micro_batch()
-                part = Batch(*(tensor[first : first + micro] for tensor in batch))
-                share = stage.weight(part) / weight
-
-                def backward(loss: torch.Tensor, share: float = share) -> None:
-                    engine.backward(loss * share)
-
-                with engine.autocast():
-                    figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
-                for name, value in figures.items():
-                    totals[name] = totals.get(name, 0.0) + float(value) * share
+            totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
         require_finite(totals, place)
         if step == first_step:
             require_gradients(engine, trained, world, place)
@@ -115,3 +104,32 @@ def run_stage(
             motion.look(place)
         seconds = time.perf_counter() - begin
         on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
+
+
+def _passes(
+    stage: Stage,
+    engine: Engine,
+    batch: Batch,
+    world: World,
+    device: torch.device,
+    micro_batch: int,
+    on_micro_batch: Callable[[], None],
+) -> dict[str, float]:
+    """Forward and backward of this process's rows of a batch; returns the figures of the whole batch."""
+    rows = len(batch.input_ids) // world.size
+    first, end = world.rank * rows, (world.rank + 1) * rows
+    weight = stage.weight(batch)
+    totals: dict[str, float] = {}
+    for begin in range(first, end, micro_batch):
+        on_micro_batch()
+        part = Batch(*(tensor[begin : min(begin + micro_batch, end)] for tensor in batch))
+        share = stage.weight(part) / weight
+
+        def backward(loss: torch.Tensor, share: float = share) -> None:
+            engine.backward(loss * share)
+
+        with engine.autocast():
+            figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * share
+    return world.sum(totals)

@@ -153,10 +153,11 @@ class HangWatch:
     Args:
         seconds: the longest time between two beats; 0 watches nothing.
         where: what is watched, for the message.
+        world: the processes that end with this one.
     """
 
-    def __init__(self, seconds: float, where: str) -> None:
-        self.seconds, self.where = seconds, where
+    def __init__(self, seconds: float, where: str, world: World) -> None:
+        self.seconds, self.where, self.world = seconds, where, world
         self._beat = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
@@ -180,11 +181,17 @@ class HangWatch:
             silent = time.monotonic() - self._beat
             if silent > self.seconds:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(
-                    f"error: no progress for {silent:.0f} s while {self.where}\n"
-                    "hint: the newest checkpoint is intact and the same command continues; --patience says how"
-                    " long to wait",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if self.world.alarm is None:
+                    self._say(silent)
+                else:
+                    self.world.alarm.settle(HANG, lambda silent=silent: self._say(silent), "hang")  # type: ignore[misc]
                 os._exit(HANG)  # nothing else would end a thread that hangs
+
+    def _say(self, silent: float) -> None:
+        print(
+            f"error: no progress for {silent:.0f} s while {self.where}\n"
+            "hint: the newest checkpoint is intact and the same command continues; --patience says how"
+            " long to wait",
+            file=sys.stderr,
+            flush=True,
+        )
