@@ -119,6 +119,37 @@ class Finish(Section):
     sequence_length: int = Field(ge=2, description="tokens per sequence at the end of the stage")
 
 
+class DistillFinish(Finish):
+    """The end of stage 3, which may be taught by another teacher of the same vocabulary."""
+
+    teacher: Text | None = Field(
+        default=None, description="teacher of the end of the stage: a Hub id or a folder; null: the same as before"
+    )
+    teacher_bits: Literal[8, 4] | None = Field(
+        default=None, description="bits of that teacher's weights, by bitsandbytes; null: as the precision says"
+    )
+    logits: Text | None = Field(
+        default=None, description="folder that `mohawkify teach` wrote: that teacher's logits, instead of running it"
+    )
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.teacher is not None and self.logits is not None:
+            conflict(("logits",), f"found {show(self.logits)} beside a teacher, expected at most one of both")
+        if self.teacher_bits is not None and self.teacher is None:
+            conflict(("teacher_bits",), f"found {self.teacher_bits} without a teacher, expected both or neither")
+        return self
+
+
+class Saturation(Section):
+    """Ends a phase of a stage early where its loss no longer falls."""
+
+    window: PositiveCount = Field(description="tokens over which losses are averaged")
+    threshold: float = Field(
+        gt=0, lt=1, description="least fraction by which the average must fall from one window to the next"
+    )
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of steps on the same text at the same length.
@@ -142,12 +173,18 @@ class StageRecipe(Section):
     batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
     learning_rate: float = Field(gt=0, description="peak learning rate")
     finish: Finish | None = Field(default=None, description="other text at another length for the end of the stage")
+    saturation: Saturation | None = Field(
+        default=None, description="when the stage goes on to its end before its tokens are used up; null: never"
+    )
 
     @model_validator(mode="after")
     def _finish_fits(self) -> Self:
         if self.finish is not None and self.finish.tokens > self.tokens:
             most, found = format_count(self.tokens), format_count(self.finish.tokens)
             conflict(("finish", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
+        if self.saturation is not None and 2 * self.saturation.window > self.tokens:
+            found, most = format_count(self.saturation.window), format_count(self.tokens // 2)
+            conflict(("saturation", "window"), f"found {found}, expected at most half of the stage's tokens, {most}")
         return self
 
     @property
@@ -192,12 +229,21 @@ class AlignRecipe(StageRecipe):
 class DistillRecipe(StageRecipe):
     """Stage 3: the whole student learns the teacher's predictions."""
 
+    finish: DistillFinish | None = Field(
+        default=None, description="other text, length or teacher for the end of the stage"
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="temperature of both softmaxes; the loss is multiplied by its square"
     )
     train: Parts = Field(
         default=("mixer", "mlp", "norm", "embedding", "head"), description="parts of the student that learn"
     )
+
+    @model_validator(mode="after")
+    def _temperature_fits(self) -> Self:
+        if self.temperature != 1 and self.finish is not None and self.finish.logits is not None:
+            conflict(("temperature",), f"found {self.temperature} beside finish.logits, which are kept for 1")
+        return self
 
 
 class StagesRecipe(Section):
