@@ -12,6 +12,7 @@ import torch
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.reading import Stretch
 from mohawkify.data.selection import stage_recipes
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
@@ -23,7 +24,7 @@ from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
 from mohawkify.train.engine import Engine, LocalEngine
-from mohawkify.train.loop import StepReport, Stretch, run_stage
+from mohawkify.train.loop import StepReport, run_stage
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.watch import HangWatch, LossWatch

@@ -300,6 +300,9 @@ class ComputeRecipe(Section):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: torch decides"
     )
+    data_workers: int = Field(
+        default=1, ge=0, le=64, description="threads that read batches ahead; whatever their number, the same batches"
+    )
 
 
 class EvaluationRecipe(Section):

@@ -35,7 +35,7 @@ def sequence_indices(*, num_sequences: int, seed: int, first: int, count: int) -
     return np.concatenate(parts)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # threads that read ahead may stand before and behind the border of epochs, or of segments
 def _permutation(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
     # numpy promises that the raw output of a bit generator stays the same for ever, but not what `permutation` makes
     # of it (NEP 19). So the order is that of raw random numbers; two equal 64-bit numbers stay in place.

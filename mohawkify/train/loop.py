@@ -9,32 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mohawkify.data.corpus import Corpus
-from mohawkify.data.order import sequence_indices
-from mohawkify.data.packing import Batch, num_sequences, packed_batch
+from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, read_batches
 from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
 from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Consecutive steps over one corpus at one length.
-
-    Args:
-        corpus: the tokens.
-        num_steps: optimiser steps.
-        sequence_length: tokens per sequence.
-        first_sequence: place in the corpus's global order where the stretch begins; earlier stages used what is before.
-    """
-
-    corpus: Corpus
-    num_steps: int
-    sequence_length: int
-    first_sequence: int
 
 
 @dataclass(frozen=True)
@@ -92,10 +74,17 @@ def run_stage(
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     parameters = stage.parameters()
+    batches = read_batches(
+        stretches,
+        batch_sequences=stage_recipe.batch_sequences,
+        seed=recipe.seed,
+        first_step=first_step,
+        num_workers=recipe.compute.data_workers,
+    )
     for step in range(first_step, num_steps):
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
-        batch = batch_at(stretches, step, stage_recipe.batch_sequences, recipe.seed)
+        batch = next(batches)
         micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
         weight = stage.weight(batch)
         totals: dict[str, float] = {}
@@ -123,18 +112,3 @@ def run_stage(
             motion.look(place)
         seconds = time.perf_counter() - begin
         on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
-
-
-def batch_at(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
-    """The batch of a step: a pure function of its arguments."""
-    for stretch in stretches:
-        if step < stretch.num_steps:
-            indices = sequence_indices(
-                num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
-                seed=seed,
-                first=stretch.first_sequence + step * batch_sequences,
-                count=batch_sequences,
-            )
-            return packed_batch(stretch.corpus, stretch.sequence_length, indices)
-        step -= stretch.num_steps
-    raise IndexError("the step is beyond the stage's end")

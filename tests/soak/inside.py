@@ -29,7 +29,6 @@ EVENTS = {
     "building": ("mohawkify.pipeline", "build_student"),
     "measuring": ("mohawkify.conversion", "measure_agreement"),
     "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
-    "step": ("mohawkify.train.loop", "batch_at"),
     "micro-batch": ("mohawkify.train.loop", "Batch"),
     "update": ("mohawkify.train.engine.LocalEngine", "step"),
     "logging": ("mohawkify.storage", "append_line"),
@@ -217,7 +216,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
     place = {"stage": "", "step": 0, "micro": 0}
     hashes: dict[str, str] = {}
     seen: dict[str, Any] = {}
-    run_stage, batch_at = loop.run_stage, loop.batch_at
+    run_stage, read_batches = loop.run_stage, loop.read_batches
 
     def begin_stage(which: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         place["stage"], place["step"] = which.name, kwargs["first_step"]
@@ -240,12 +239,13 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
         which.run = run_micro
         run_stage(which, engine, *args, **kwargs)
 
-    def begin_step(*args: Any) -> Any:
-        place["step"] += 1
-        place["micro"] = 0
-        if place["stage"] == stage and place["step"] == step:
-            hashes["before"] = _hash_of(seen["stage"].pair.student)
-        return batch_at(*args)
+    def begin_steps(*args: Any, **kwargs: Any) -> Any:
+        for batch in read_batches(*args, **kwargs):
+            place["step"] += 1
+            place["micro"] = 0
+            if place["stage"] == stage and place["step"] == step:
+                hashes["before"] = _hash_of(seen["stage"].pair.student)
+            yield batch
 
     save = conversion.Conversion._save
 
@@ -257,7 +257,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
     try:
         with (
             mock.patch.object(conversion, "run_stage", begin_stage),
-            mock.patch.object(loop, "batch_at", begin_step),
+            mock.patch.object(loop, "read_batches", begin_steps),
             mock.patch.object(conversion.Conversion, "_save", spoil_and_save),
         ):
             yield

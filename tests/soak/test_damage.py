@@ -19,7 +19,7 @@ from tests.soak.runs import KILLED, Tally, copy_run, kept, require_one_line
 def stopped(workshop, tmp_path_factory) -> Path:
     """A run that was killed after its fifth step; it has the checkpoints of steps 4 and 5."""
     run = tmp_path_factory.mktemp("stopped") / "run"
-    ended = workshop.convert(run, fault="at", events=[("step", 6, "SIGKILL")])
+    ended = workshop.convert(run, fault="at", events=[("update", 6, "SIGKILL")])
     assert ended.code == KILLED, ended.output
     assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [
         "step-00000004",

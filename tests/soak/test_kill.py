@@ -96,7 +96,7 @@ def test_p3_chains_of_six_segments(workshop, tmp_path):
                 for _ in range(5):
                     steps = draw.choice((0, 1, 1, 2))
                     before = len(figures_of(run))
-                    ended = workshop.convert(run, fault="at", events=[("step", steps + 1, "SIGKILL")])
+                    ended = workshop.convert(run, fault="at", events=[("update", steps + 1, "SIGKILL")])
                     if ended.code == 0:
                         break
                     assert ended.code == KILLED, ended.output
