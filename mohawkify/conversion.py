@@ -12,7 +12,7 @@ import torch
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import evaluation_batches
-from mohawkify.data.reading import Stretch
+from mohawkify.data.reading import Stretch, stage_stretches
 from mohawkify.data.selection import stage_recipes
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
@@ -98,7 +98,7 @@ class Conversion:
                 self._measure("init", position, stop)
         else:
             position = self._restore(saved)
-        stages, stretches = self._stages(), self._stretches()
+        stages, stretches = self._stages(), stage_stretches(self.recipe, self.corpora)
         names = list(stages)
         for name in names[names.index(position.stage) if position.stage else 0 :]:
             if not stretches[name]:
@@ -126,19 +126,6 @@ class Conversion:
             "align": Align(self.pair, recipes.align),
             "distill": Distill(self.pair, recipes.distill),
         }
-
-    def _stretches(self) -> dict[str, list[Stretch]]:
-        """What every stage reads; stages share a corpus's global order, each going on where the one before ended."""
-        used = dict.fromkeys(self.corpora, 0)
-        stretches: dict[str, list[Stretch]] = {}
-        for name, stage in stage_recipes(self.recipe).items():
-            stretches[name] = []
-            for segment in stage.segments():
-                first = -(-used[segment.data] // segment.sequence_length)
-                corpus = self.corpora[segment.data]
-                stretches[name].append(Stretch(corpus, segment.num_steps, segment.sequence_length, first))
-                used[segment.data] += segment.num_steps * segment.sequence_length * stage.batch_sequences
-        return stretches
 
     def _run_stage(
         self, stage: Stage, engine: Engine, stretches: list[Stretch], position: Position, stop: StopRequest

@@ -97,9 +97,7 @@ class Layout:
         ids = tokens.ids_blk.cpu().numpy().astype("<u4")[..., None].view(np.uint8)[..., : self.id_bytes]
         log_probs = tokens.log_probs_blk.float().clamp_min(LEAST_LOG_PROB).cpu().numpy().astype(_LOG_PROB_DTYPE)
         rest = tokens.log_rest_bl.cpu().numpy().astype(_REST_DTYPE)
-        return b"".join(
-            part[sequence].tobytes() for sequence in range(len(ids)) for part in (ids, log_probs, rest)
-        )
+        return b"".join(part[sequence].tobytes() for sequence in range(len(ids)) for part in (ids, log_probs, rest))
 
     def decode(self, record: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one record: ids (l, k) int64, log-probabilities (l, k) float32, log of the rest (l,) float32."""
@@ -294,8 +292,9 @@ def _checked(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
             hint="use the version of mohawkify that wrote them",
         )
     sizes = [facts.get(key) for key in ("sequence_length", "top_k", "vocabulary_size")]
-    if not all(type(size) is int and 1 <= size < 1 << 31 for size in sizes) or facts["top_k"] > facts["vocabulary_size"]:
-        raise DataError(f"{folder} does not say what its teacher logits are of")
-    if not all(isinstance(facts.get(key), str) for key in ("text", "tokenizer")) or facts.get("temperature") != 1.0:
+    sound = all(type(size) is int and 1 <= size < 1 << 31 for size in sizes)
+    sound = sound and facts["top_k"] <= facts["vocabulary_size"]
+    texts = all(isinstance(facts.get(key), str) for key in ("text", "tokenizer"))
+    if not sound or not texts or not isinstance(facts.get("teacher"), dict) or facts.get("temperature") != 1.0:
         raise DataError(f"{folder} does not say what its teacher logits are of")
     return facts

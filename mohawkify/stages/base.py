@@ -84,7 +84,7 @@ def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None
     teacher.base_model(**model_inputs(teacher, batch, spec))
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec | Adapter) -> dict[str, Any]:
     """What a teacher or student is called with, so that nothing looks across the borders of documents."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if spec.packs_by_mask:

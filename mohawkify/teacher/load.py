@@ -64,9 +64,7 @@ def teacher_hashes(folder: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
-def load_teacher(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, bits: int | None = None
-) -> PreTrainedModel:
+def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> PreTrainedModel:
     """Load the frozen teacher.
 
     Args:
