@@ -1,6 +1,6 @@
 """Cohere's Command R and Aya."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="cohere",
@@ -15,5 +15,6 @@ ADAPTER = Adapter(
     config_class="CohereConfig",
     sample={"use_qk_norm": True, "logit_scale": 0.5},
     qk_norms=("q_norm", "k_norm"),
+    logits=Logits(multiplier="logit_scale"),
     mlx_module="cohere",
 )

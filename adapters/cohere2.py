@@ -1,6 +1,6 @@
 """Cohere's Command R7B and Command A."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="cohere2",
@@ -14,5 +14,6 @@ ADAPTER = Adapter(
     model_class="Cohere2ForCausalLM",
     config_class="Cohere2Config",
     sample={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.5},
+    logits=Logits(multiplier="logit_scale"),
     mlx_module="cohere2",
 )

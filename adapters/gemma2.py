@@ -1,6 +1,6 @@
 """Gemma 2."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="gemma2",
@@ -22,5 +22,6 @@ ADAPTER = Adapter(
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
+    logits=Logits(softcap="final_logit_softcapping"),
     mlx_module="gemma2",
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.adapter import Adapter, AttentionWeights, Logits
 
 
 def read_weights(attention: Any) -> AttentionWeights:
@@ -28,8 +28,10 @@ ADAPTER = Adapter(
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 7,
+        "final_logit_softcapping": 3.0,
     },
     read_weights=read_weights,
+    logits=Logits(softcap="final_logit_softcapping"),
     mlx_module="gemma3_text",
-    mlx_sample={"hidden_size": 64},
+    mlx_sample={"hidden_size": 64, "final_logit_softcapping": None},
 )

@@ -1,6 +1,6 @@
 """IBM Granite 3 mixtures of experts."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="granitemoe",
@@ -20,5 +20,6 @@ ADAPTER = Adapter(
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
     },
+    logits=Logits(divisor="logits_scaling"),
     mlx_module="granitemoe",
 )

@@ -35,6 +35,26 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """How a family's logits come of what its head, a linear layer, puts out.
+
+    They are multiplied, then divided, then bounded by ``cap * tanh(logit / cap)``. With that known, stage 3 and the
+    comparison of student and teacher hold the logits of a few tokens at a time.
+
+    Args:
+        multiplier: key of the configuration with the factor; None for none.
+        divisor: key of the configuration with the divisor; None for none.
+        softcap: key of the configuration with the cap, whose value None is none; None where the family has no cap.
+        unknown: why none of this says it; the model then makes all logits itself, at once. None where it is known.
+    """
+
+    multiplier: str | None = None
+    divisor: str | None = None
+    softcap: str | None = None
+    unknown: str | None = None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A family of teachers that share transformers' ``model_type``; the file's name is that type.
 
@@ -55,6 +75,7 @@ class Adapter:
         capture: rebuilds what an attention module computed from the module, its input and the keywords of its call;
             only for families that do not attend through transformers' attention interface.
         refuse: says why a configuration of the family cannot be converted, or None where it can.
+        logits: how logits come of what the head puts out; the head's output itself unless said otherwise.
         packs_by_mask: the model does not see document borders in ``position_ids``; it is handed a mask that has them.
         reads_mask: decoder layers keep ``position_ids`` or further keywords from their attention; mixers then read
             borders and padding from the mask that the model builds.
@@ -80,6 +101,7 @@ class Adapter:
     read_weights: Callable[[Any], AttentionWeights] | None = None
     capture: Callable[[Any, Tensor, Mapping[str, Any]], AttentionMatrix] | None = None
     refuse: Callable[[Any], str | None] | None = None
+    logits: Logits = field(default_factory=Logits)
     packs_by_mask: bool = False
     reads_mask: bool = False
     mlx_module: str | None = None

@@ -22,6 +22,7 @@ from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.student.build import build_student, checkpoint_activations, design_student
 from mohawkify.student.save import save_student
+from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
@@ -190,6 +191,7 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     teacher = load_teacher(folder, dtype=dtype, device=device)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
+    prove_head(teacher, inspection.adapter, vocabulary_size)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
         prove_family(teacher, student, inspection.adapter, vocabulary_size)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from mohawkify.adapter import Logits
 from mohawkify.data.packing import Batch
+from mohawkify.errors import UnknownFamilyError
+from mohawkify.ops.distill_chunks import distill_loss_chunked
+from mohawkify.ops.losses import distill_loss
 from mohawkify.pipeline import plan
 from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.shelf import adapter_names, load_adapter
@@ -20,6 +25,7 @@ from mohawkify.stages.orient import Orient
 from mohawkify.stages.parameters import part_of_parameters
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.head import prove_head, run_to_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.projections import read_attention
 from mohawkify.train.engine import LocalEngine
@@ -245,6 +251,39 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
         losses.append(stage.run(packed(), Runner(engine.backward))["loss"].item())
         engine.step(1e-3)
     assert losses[-1] < losses[0]
+
+
+def test_the_loss_from_hidden_states_is_that_of_the_models_logits(case):
+    adapter, spec, batch = case.pair.adapter, case.pair.spec, packed()
+    assert adapter.logits.unknown is None, "stage 3 holds all logits of this family at once: say why here"
+    batch.counts[:, [0, 7, 20]] = False
+    teacher, student = copy.deepcopy(case.pair.teacher).double(), copy.deepcopy(case.pair.student).double()
+    parameters = dict(student.requires_grad_().named_parameters())
+    inputs = model_inputs(student, batch, spec)
+    with torch.no_grad():
+        teacher_head = run_to_head(teacher, adapter, **model_inputs(teacher, batch, spec))
+        teacher_blv = teacher(**model_inputs(teacher, batch, spec)).logits
+    found = distill_loss_chunked(run_to_head(student, adapter, **inputs), teacher_head, batch.counts)
+    expected = distill_loss(student(**inputs).logits, teacher_blv, batch.counts)
+    assert_close("loss", found[0], expected[0])
+    assert_close("KL", found[1], expected[1])
+    assert found[1] > 1e-3, "teacher and student are the same: this says nothing"
+    ours, theirs = (
+        torch.autograd.grad(loss, [*parameters.values()], allow_unused=True) for loss, _ in (found, expected)
+    )
+    for name, gradient, truth in zip(parameters, ours, theirs, strict=True):
+        assert (gradient is None) == (truth is None), name
+        if gradient is not None and truth.any():
+            # Norms and rotations compute in float32 whatever the weights are.
+            assert_close(name, gradient / truth.abs().max(), truth / truth.abs().max(), tolerance=1e-5)
+
+
+def test_the_head_is_proved_on_the_weights(case):
+    prove_head(case.pair.teacher, case.pair.adapter, 97)
+    logits = case.pair.adapter.logits
+    wrong = Logits() if logits != Logits() else Logits(multiplier="hidden_size")
+    with pytest.raises(UnknownFamilyError, match="are not what the family's file says"):
+        prove_head(case.pair.teacher, replace(case.pair.adapter, logits=wrong), 97)
 
 
 def test_real_configurations_are_planned_with_transformers_own_parameter_count(teacher_configs):

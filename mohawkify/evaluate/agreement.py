@@ -17,8 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawkify.errors import DataError, NumericsError
+from mohawkify.ops.distill_chunks import head_logits
+from mohawkify.student.save import TYPE_PREFIX
+from mohawkify.teacher.head import run_to_head
+from mohawkify.teacher.recognise import find_classes
 
-MAX_COPY_BYTES = 64 * 1024 * 1024  # of float32 copies of logits that exist at a time
+MAX_COPY_BYTES = 256 * 1024 * 1024  # of float32 copies of logits that exist at a time
 _COPIES = 7  # live at the peak of `_add_chunk`: both logits, both log-softmaxes, the probabilities, two temporaries
 _LARGEST_EXPONENT = 700.0  # exp of a mean loss beyond this is not a float64
 
@@ -106,12 +110,11 @@ def measure_agreement(
     """
     begin = time.perf_counter()
     sums = _Sums()
+    teacher_reader, student_reader = _Reader(teacher), _Reader(student)
     with evaluating(student, teacher):
         for batch in batches:
             input_ids_bl = batch.input_ids.to(device)
-            student_blv = student(input_ids=input_ids_bl, use_cache=False).logits
-            teacher_blv = teacher(input_ids=input_ids_bl, use_cache=False).logits
-            _add_batch(sums, input_ids_bl, batch.valid.to(device), teacher_blv, student_blv)
+            _add_batch(sums, input_ids_bl, batch.valid.to(device), teacher_reader, student_reader)
             if progress is not None:
                 progress(sums.tokens)
     _require_tokens(sums)
@@ -127,38 +130,55 @@ def measure_agreement(
 
 def measure_teacher(teacher: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """The perplexity of one model, over the tokens that `measure_agreement` counts; raises what it raises."""
-    sums = _Sums()
+    sums, reader = _Sums(), _Reader(teacher)
     with evaluating(teacher):
         for batch in batches:
             input_ids_bl = batch.input_ids.to(teacher.device)
-            teacher_blv = teacher(input_ids=input_ids_bl, use_cache=False).logits
-            _add_batch(sums, input_ids_bl, batch.valid.to(teacher.device), teacher_blv, None)
+            _add_batch(sums, input_ids_bl, batch.valid.to(teacher.device), reader, None)
     _require_tokens(sums)
     return _perplexity("teacher", sums.teacher_loss, sums.tokens)
 
 
-def _add_batch(
-    sums: _Sums, input_ids_bl: Tensor, valid_bl: Tensor, teacher_blv: Tensor, student_blv: Tensor | None
-) -> None:
-    """Add a batch's predictions in chunks, so that the float32 copies stay small however large the batch is."""
+class _Reader:
+    """Runs a model; its logits are made when they are asked for, a few at a time, where its family is known.
+
+    Args:
+        model: a teacher or a student.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.adapter = find_classes(model.config.model_type.removeprefix(TYPE_PREFIX))
+
+    def read(self, input_ids_bl: Tensor) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+        """Run the model; returns what maps rows and columns of tokens to logits (t, v) in float32."""
+        if self.adapter.logits.unknown is not None:
+            logits_blv = self.model(input_ids=input_ids_bl, use_cache=False).logits
+            return lambda places: logits_blv[places].float()
+        head = run_to_head(self.model, self.adapter, input_ids=input_ids_bl, use_cache=False)
+        return lambda places: head_logits(head._replace(hidden_bld=head.hidden_bld[places])).float()
+
+
+def _add_batch(sums: _Sums, input_ids_bl: Tensor, valid_bl: Tensor, teacher: _Reader, student: _Reader | None) -> None:
+    """Add a batch's predictions in chunks, so that logits and their copies stay small however large the batch is."""
     rows, columns = valid_bl[:, 1:].nonzero(as_tuple=True)
     next_ids_t = input_ids_bl[rows, columns + 1]
-    vocabulary_size = teacher_blv.shape[-1]
-    tokens_per_chunk = max(1, MAX_COPY_BYTES // (_COPIES * vocabulary_size * 4))
+    teacher_logits = teacher.read(input_ids_bl)
+    student_logits = None if student is None else student.read(input_ids_bl)
+    tokens_per_chunk = max(1, MAX_COPY_BYTES // (_COPIES * teacher.model.config.vocab_size * 4))
     for first in range(0, len(next_ids_t), tokens_per_chunk):
-        chunk = slice(first, first + tokens_per_chunk)
-        places = rows[chunk], columns[chunk]
-        student_tv = None if student_blv is None else student_blv[places]
-        _add_chunk(sums, next_ids_t[chunk], teacher_blv[places], student_tv)
+        places = rows[first : first + tokens_per_chunk], columns[first : first + tokens_per_chunk]
+        student_tv = None if student_logits is None else student_logits(places)
+        _add_chunk(sums, next_ids_t[first : first + tokens_per_chunk], teacher_logits(places), student_tv)
 
 
 def _add_chunk(sums: _Sums, next_ids_t: Tensor, teacher_tv: Tensor, student_tv: Tensor | None) -> None:
-    teacher_log_tv = torch.log_softmax(teacher_tv.float(), dim=-1)
+    teacher_log_tv = torch.log_softmax(teacher_tv, dim=-1)
     sums.tokens += len(next_ids_t)
     sums.teacher_loss += _total("teacher", _loss(teacher_log_tv, next_ids_t))
     if student_tv is None:
         return
-    student_log_tv = torch.log_softmax(student_tv.float(), dim=-1)
+    student_log_tv = torch.log_softmax(student_tv, dim=-1)
     sums.student_loss += _total("student", _loss(student_log_tv, next_ids_t))
     kl_t = (teacher_log_tv.exp() * (teacher_log_tv - student_log_tv)).sum(dim=-1)
     sums.kl += _total("teacher or the student", kl_t)

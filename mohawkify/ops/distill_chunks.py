@@ -52,7 +52,7 @@ def head_logits(head: HeadInput) -> Tensor:
     logits = torch.nn.functional.linear(head.hidden_bld, head.weight_vd)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits if head.bias_v is None else logits + head.bias_v
-    logits = logits * head.scale
+    logits = logits if head.scale == 1.0 else logits * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -166,6 +166,7 @@ def _sum_over_chunks(
             hidden_gradient[part] = gradient_tv @ weight_vd
         if weight_gradient is not None:
             _add_product(weight_gradient, gradient_tv, hidden_nd[part])
+        del gradient_tv  # or it would stay while the next chunk's are made
     return _Sums(kl, entropy, (hidden_gradient, weight_gradient, bias_gradient))
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
+from mohawkify.ops.distill_chunks import distill_loss_chunked
 from mohawkify.ops.losses import distill_loss
 from mohawkify.recipe import DistillRecipe
 from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
 from mohawkify.stages.parameters import trainable_parameters
+from mohawkify.teacher.head import run_to_head
 
 
 class Distill(Stage):
@@ -39,10 +41,29 @@ class Distill(Stage):
 
     def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""
+        compare = self._compare_heads if self.pair.adapter.logits.unknown is None else self._compare_logits
+        loss, kl = compare(batch, runner)
+        runner.backward(loss)
+        return {"loss": loss.detach(), "kl": kl}
+
+    def _compare_heads(self, batch: Batch, runner: Runner) -> tuple[Tensor, Tensor]:
+        """The logits of a few tokens at a time."""
+        teacher, student, spec = self.pair.teacher, self.pair.student, self.pair.spec
+        with torch.no_grad():
+            teacher_head = run_to_head(teacher, self.pair.adapter, **model_inputs(teacher, batch, spec))
+
+        def compare() -> tuple[Tensor, Tensor]:
+            # The loss is taken in here too: it needs the head's own weight, which is sure to be whole only in here.
+            student_head = run_to_head(student, self.pair.adapter, **model_inputs(student, batch, spec))
+            return distill_loss_chunked(student_head, teacher_head, batch.counts, self.temperature)
+
+        found: tuple[Tensor, Tensor] = runner.call(compare)
+        return found
+
+    def _compare_logits(self, batch: Batch, runner: Runner) -> tuple[Tensor, Tensor]:
+        """All logits at once, as the models make them."""
         teacher, student, spec = self.pair.teacher, self.pair.student, self.pair.spec
         with torch.no_grad():
             teacher_blv = teacher(**model_inputs(teacher, batch, spec)).logits
         student_blv = runner.call(student, **model_inputs(student, batch, spec)).logits
-        loss, kl = distill_loss(student_blv, teacher_blv, batch.counts, self.temperature)
-        runner.backward(loss)
-        return {"loss": loss.detach(), "kl": kl}
+        return distill_loss(student_blv, teacher_blv, batch.counts, self.temperature)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from mohawkify.adapter import Adapter
+from mohawkify.adapter import Adapter, Logits
 from mohawkify.errors import UnknownFamilyError
 from mohawkify.shelf import adapter_names, load_adapter
 from mohawkify.unsupported import UNSUPPORTED
@@ -24,6 +24,7 @@ from mohawkify.unsupported import UNSUPPORTED
 OUT_NAMES = ("o_proj", "out_proj", "dense")
 NORM_NAMES = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 RECURRENT = re.compile(r"Mamba|Rwkv|SSM|Recurrent|LinearAtt|Delta|mLSTM|ShortConv")
+NO_FILE = Logits(unknown="no file in adapters/ says how the head's output becomes logits")
 HINT = "docs/adapters.md says how to add a family: one file"
 
 
@@ -59,6 +60,7 @@ def find_classes(model_type: str) -> Adapter:
         odd=(),
         model_class=model_class,
         config_class=config_class,
+        logits=NO_FILE,
         recognised=True,
     )
 
@@ -110,6 +112,7 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
             f" {out_proj}{norms}, and no other parameters.",
             "It attends through transformers' attention interface, where stage 1 hears queries and keys.",
             "Norms of queries and keys are not folded into the attention start: how they keep weights is not known.",
+            "Stage 3 holds all logits of a micro-batch at once: how they come of the head's output is not known.",
             "Before it trains, a run proves on the loaded weights that attention is heard, that it is its matrix times"
             " its values, and that it looks neither into the future nor into other documents.",
         ),
@@ -118,6 +121,7 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
         layers=layers,
         attention=attention,
         out_proj=out_proj,
+        logits=NO_FILE,
         recognised=True,
     )
 
