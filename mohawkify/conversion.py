@@ -12,8 +12,8 @@ import torch
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import evaluation_batches
-from mohawkify.data.reading import Stretch, stage_stretches
-from mohawkify.data.selection import stage_recipes
+from mohawkify.data.reading import Stretch
+from mohawkify.data.selection import stage_recipes, stage_stretches
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
 from mohawkify.plan import STAGES

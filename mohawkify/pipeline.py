@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.packing import num_sequences
-from mohawkify.data.selection import TextReader, stage_recipes, tokens_to_read
+from mohawkify.data.prepare import UNFINISHED
+from mohawkify.data.selection import TextReader, epochs_needed, stage_recipes
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import make_plan
@@ -65,6 +66,7 @@ def convert(
     report: Report,
     patience: float = 0.0,
     disk_wait: float = 0.0,
+    prepared: Path | None = None,
 ) -> RunFolder:
     """Convert a teacher.
 
@@ -76,6 +78,7 @@ def convert(
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
+        prepared: where tokenised text may lie that `mohawkify data prepare` made.
 
     Returns:
         The finished run.
@@ -86,7 +89,7 @@ def convert(
     """
     with StopRequest() as stop:
         try:
-            return _convert(source, recipe, output, resume, report, patience, disk_wait, stop)
+            return _convert(source, recipe, output, resume, report, patience, disk_wait, prepared, stop)
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
             raise
@@ -100,6 +103,7 @@ def _convert(
     report: Report,
     patience: float,
     disk_wait: float,
+    prepared: Path | None,
     stop: StopRequest,
 ) -> RunFolder:
     inspection = inspect_teacher(source)
@@ -129,10 +133,13 @@ def _convert(
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             storage.write_json(run.teacher_file, facts)
             storage.write_json(run.student_file, student.to_json())
-            conversion, tokenizer = _prepare(run, recipe, identity, folder, inspection, student, device, report)
+            conversion, tokenizer = _prepare(
+                run, recipe, identity, folder, inspection, student, device, prepared, report
+            )
         except MohawkifyError:
-            # Nothing was trained: a folder made for this run would only stand in the way of the corrected command.
-            if is_new:
+            # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
+            # text that is half tokenised is worth keeping: the same command goes on with it.
+            if is_new and not any(run.corpora.glob(f"{UNFINISHED}*/*")):
                 storage.remove_directory(run.path)
             raise
         conversion.patience, conversion.disk_wait = patience, disk_wait
@@ -180,12 +187,13 @@ def _prepare(
     inspection: Inspection,
     spec: StudentSpec,
     device: torch.device,
+    prepared: Path | None,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, build the student, read the text."""
     vocabulary_size = inspection.spec.vocabulary_size
     tokenizer = load_tokenizer(folder, vocabulary_size)
-    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size)
+    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
@@ -203,8 +211,8 @@ def _prepare(
         for segment in stage.segments():
             num_sequences(corpora[segment.data], segment.sequence_length)  # refuses text that is too short
     for name, corpus in corpora.items():
-        passes = tokens_to_read(recipe)[name] / corpus.num_tokens
-        report(f"{name}: {corpus.num_tokens:,} tokens" + (f", read {passes:.1f} times" if passes > 1 else ""))
+        epochs = epochs_needed(recipe, name, corpus.num_tokens)
+        report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
     pair = Pair(teacher, student, spec, inspection.adapter)
     return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
 

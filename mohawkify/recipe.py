@@ -52,6 +52,9 @@ class StudentRecipe(Section):
     )
 
 
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)] | None
+
+
 class Condition(Section):
     """Keeps the rows of a source whose column compares true."""
 
@@ -73,7 +76,7 @@ class Source(Section):
 
     path: Text | None = Field(
         default=None,
-        description="file, folder or glob of .txt, .jsonl or .parquet; teacher:FILE starts at the teacher's folder",
+        description="file, folder or glob of .txt, .jsonl, .parquet or .arrow; teacher:FILE starts in its folder",
     )
     hub: Text | None = Field(default=None, description="dataset id on the Hugging Face Hub")
     demo: Literal["train", "validation"] | None = Field(
@@ -81,22 +84,34 @@ class Source(Section):
     )
     name: Text | None = Field(default=None, description="configuration of the Hub dataset")
     split: Text = Field(default="train", description="split of the Hub dataset")
+    revision: Text | None = Field(
+        default=None, description="branch, tag or commit of the Hub dataset; null: its newest state"
+    )
     text: Text = Field(default="text", description="column that holds the text")
     chat: Text | None = Field(
         default=None,
         description="column that holds a conversation, written with the teacher's chat template; replaces text",
     )
+    loss: Literal["completion", "all"] = Field(
+        default="completion",
+        description="of a conversation stage 3 counts the predictions of what the assistant wrote, or all; of text all",
+    )
     separator: Text | None = Field(
         default="<|endoftext|>", description="where a new document begins in a .txt file; null: a file is one document"
     )
     where: ListOf[Condition] = Field(default=(), description="conditions that a row must meet, all of them")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="share in a mixture, by tokens and relative to the other sources of its list; null: one by one",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         given = [key for key in ("path", "hub", "demo") if getattr(self, key) is not None]
         if len(given) != 1:
             conflict((), f"found {' and '.join(given) or 'none'}, expected exactly one of path, hub and demo")
-        for key, is_default in (("name", self.name is None), ("split", self.split == "train")):
+        defaults = {"name": self.name is None, "split": self.split == "train", "revision": self.revision is None}
+        for key, is_default in defaults.items():
             if self.hub is None and not is_default:
                 conflict((key,), f"found {show(getattr(self, key))} without hub, expected it for a Hub dataset only")
         return self
@@ -110,6 +125,19 @@ class DataRecipe(Section):
     validation: ListOf[Source] = Field(
         default=(), description="held-out text; empty: the last documents of train are held out"
     )
+    epochs: Epochs = Field(
+        default=1, description="how many times the text of train is read; null: as often as the stages need"
+    )
+    finish_epochs: Epochs = Field(default=1, description="how many times the text of finish is read; null likewise")
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> Self:
+        for key in ("train", "finish", "validation"):
+            weights = [source.weight for source in getattr(self, key)]
+            if None in weights and any(weights):
+                index = weights.index(None)
+                conflict((key, str(index)), "found no weight beside sources with one, expected all of them or none")
+        return self
 
 
 class Finish(Section):

@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 from mohawkify import storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.encoding import tokenizer_hash
-from mohawkify.data.order import sequence_indices
-from mohawkify.data.packing import num_sequences, packed_batch
-from mohawkify.data.reading import stage_stretches
-from mohawkify.data.selection import TextReader
+from mohawkify.data.packing import packed_batch
+from mohawkify.data.reading import sequences_of
+from mohawkify.data.selection import TextReader, stage_stretches
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import UsageError
+from mohawkify.ops.distill_chunks import head_logits
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe import Recipe, Segment
 from mohawkify.stages.base import model_inputs
 from mohawkify.teacher.finishing import OtherTeacher, find_teacher, tokenizer_note
+from mohawkify.teacher.head import run_to_head
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.world import World
@@ -33,6 +34,7 @@ from mohawkify.train.world import World
 Report = Callable[[str], None]
 
 SECONDS_BETWEEN_LINES = 10.0
+TOKENS_AT_ONCE = 512  # whose logits exist at a time, in float32
 VOCABULARY_BYTES = 64  # of a token with its id in about/vocabulary.json, at most as a rule
 
 
@@ -108,7 +110,7 @@ def teach(
                     logits, task = _begin(first, teacher, recipe, segment, top_k, rows, output, report)
                 world.barrier()
                 if not world.is_main:
-                    logits, task = TeacherLogits(output), _task(first, recipe, segment, output)
+                    logits, task = TeacherLogits(output), _task(first, recipe, segment, output, report)
                 _write_missing(logits, task, teacher, recipe, device, world, report, stop)
                 world.barrier()
         except KeyboardInterrupt:
@@ -137,22 +139,17 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
     )
 
 
-def _task(first: OtherTeacher, recipe: Recipe, segment: Segment, output: Path) -> Task:
+def _task(first: OtherTeacher, recipe: Recipe, segment: Segment, output: Path, report: Report) -> Task:
     """The text as the run will read it, and which of its sequences."""
-    text = TextReader(recipe, first.tokenizer, output / "corpora", first.folder, first.vocabulary_size)
+    text = TextReader(recipe, first.tokenizer, output / "corpora", first.folder, first.vocabulary_size, report=report)
     text.require_files()
     corpora = text.training()
     batch = recipe.stages.distill.batch_sequences
     place = [each.data for each in recipe.stages.distill.segments()].index(segment.data)
     stretch = stage_stretches(recipe, corpora)["distill"][place]
-    sequences = sequence_indices(
-        num_sequences=num_sequences(stretch.corpus, segment.sequence_length),
-        seed=recipe.seed,
-        first=stretch.first_sequence,
-        count=stretch.num_steps * batch,
-    )
+    sequences = sequences_of(stretch, batch, recipe.seed)
     micro = recipe.compute.micro_batch_sequences or batch
-    return Task(stretch.corpus, segment.sequence_length, np.unique(sequences), micro)
+    return Task(stretch.corpus, segment.sequence_length, sequences, micro)
 
 
 def _begin(
@@ -169,8 +166,8 @@ def _begin(
     storage.ensure_writable(output)
     storage.sweep_temporaries(output)
     report("reading the text")
-    task = _task(first, recipe, segment, output)
-    layout = Layout(segment.sequence_length, top_k, rows)
+    task = _task(first, recipe, segment, output, report)
+    layout = Layout(segment.sequence_length, top_k, rows).with_shards()
     written = sum(1 for _ in output.glob("shard-*")) * layout.shard_sequences
     total = len(task.sequences) * layout.record_bytes
     needed = max(0, len(task.sequences) - written) * layout.record_bytes
@@ -184,13 +181,10 @@ def _begin(
         "teacher": teacher.facts(),
         "tokenizer": tokenizer_hash(first.tokenizer),
         "text": task.corpus.fingerprint,
-        "sequence_length": segment.sequence_length,
-        "top_k": top_k,
-        "vocabulary_size": rows,
         "temperature": 1.0,
         "precision": recipe.compute.precision,
     }
-    return TeacherLogits.create(output, facts, vocabulary, task.sequences), task
+    return TeacherLogits.create(output, layout, facts, vocabulary, task.sequences), task
 
 
 def _write_missing(
@@ -242,8 +236,17 @@ def _ask(
 ) -> TopK:
     batch = packed_batch(task.corpus, task.sequence_length, sequences)
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
-    logits_blv = model(**model_inputs(model, batch, teacher.adapter)).logits
-    return top_tokens(logits_blv[..., : layout.vocabulary_size], layout.top_k)
+    inputs = model_inputs(model, batch, teacher.adapter)
+    if teacher.adapter.logits.unknown is None:
+        head = run_to_head(model, teacher.adapter, **inputs)
+        hidden_td = head.hidden_bld.flatten(0, 1)
+        chunks = (head_logits(head._replace(hidden_bld=part)) for part in hidden_td.split(TOKENS_AT_ONCE))
+    else:
+        chunks = iter(model(**inputs).logits.flatten(0, 1).split(TOKENS_AT_ONCE))
+    found = [top_tokens(logits_tv[:, : layout.vocabulary_size], layout.top_k) for logits_tv in chunks]
+    ids, log_probs, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    shape = batch.input_ids.shape
+    return TopK(ids.view(*shape, -1), log_probs.view(*shape, -1), log_rest.view(shape))
 
 
 class _Progress:

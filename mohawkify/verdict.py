@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mohawkify.checkpoint import list_checkpoints
+from mohawkify.data.corpus import read_note
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
 from mohawkify.recipe import load_recipe
 from mohawkify.run import RunFolder, run_identity
@@ -79,13 +80,18 @@ def _judge_run(folder: Path) -> list[dict[str, Any]]:
         if (folder / name).exists():
             findings.append(_finding(name, lambda name=name: read_json(folder / name)))  # type: ignore[misc]
     corpora = folder / "corpora"
-    for corpus in sorted(corpora.iterdir()) if corpora.is_dir() else []:
-        findings.append(_finding(f"corpora/{corpus.name}", lambda path=corpus: verify_directory(path)))  # type: ignore[misc]
+    for corpus in sorted(corpora.glob("[!.]*")) if corpora.is_dir() else []:
+        findings.append(_finding(f"corpora/{corpus.name}", lambda path=corpus: _require_corpus(path)))  # type: ignore[misc]
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         findings += _named(f"checkpoints/{checkpoint.name}", _judge_checkpoint(checkpoint))
     if (folder / "final").is_dir():
         findings += _named("final", _judge_sealed(folder / "final"))
     return findings
+
+
+def _require_corpus(path: Path) -> None:
+    """Hash tokenised text, where need be the text elsewhere that a note leads to."""
+    verify_directory(read_note(path)[0] if path.suffix == ".json" else path)
 
 
 def _judge_checkpoint(folder: Path) -> list[dict[str, Any]]:

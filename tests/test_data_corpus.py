@@ -13,9 +13,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import mohawkify.data.corpus as corpus_module
-from mohawkify.data.corpus import Corpus, build_corpus, hold_out
-from mohawkify.data.encoding import encode_documents, tokenizer_hash
+import mohawkify.data.prepare as prepare_module
+from mohawkify.data.corpus import Corpus, hold_out
+from mohawkify.data.encoding import Document, encode_documents, tokenizer_hash
+from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.errors import DataError
 from mohawkify.recipe import Source
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
@@ -29,10 +30,18 @@ def write_texts(path: Path, texts: list[str] = TEXTS) -> Source:
 
 
 def build(directory: Path, *sources: Source, tokenizer: Any = None, vocab_size: int = 258, **options: Any) -> Corpus:
-    settings = {"num_tokens": None, "teacher_directory": None, **options}
-    return build_corpus(
-        sources, tokenizer or bytes_tokenizer(), directory=directory / "corpora", vocab_size=vocab_size, **settings
-    )
+    num_tokens, teacher = options.pop("num_tokens", None), options.pop("teacher_directory", None)
+    wanted = Wanted(sources, tokenizer or bytes_tokenizer(), num_tokens, teacher, vocab_size)
+    return build_corpus(wanted, directory / "corpora", **options)
+
+
+def encode(text: str, tokenizer: Any = None) -> list[int]:
+    (encoded,) = encode_documents([Document(text)], tokenizer or bytes_tokenizer(), 258)
+    return encoded.tokens.tolist()
+
+
+def folders(directory: Path) -> list[Path]:
+    return [path for path in (directory / "corpora").iterdir() if not path.name.startswith(".")]
 
 
 def lists(corpus: Corpus) -> list[list[int]]:
@@ -62,30 +71,28 @@ def test_rule_for_borders(tmp_path: Path, bos: bool, eos: bool, before: list[int
 
 
 def test_borders_are_not_doubled() -> None:
-    begin, *rest = next(encode_documents(["<s>hi"], bytes_tokenizer(), 258)).tolist()
+    begin, *rest = encode("<s>hi")
     assert begin == BOS
     assert BOS not in rest
-    with_newline = next(encode_documents(["hi</s>\n"], bytes_tokenizer(bos=False), 258)).tolist()
+    with_newline = encode("hi</s>\n", bytes_tokenizer(bos=False))
     assert with_newline.count(EOS) == 1
 
 
 def test_tokenizer_that_adds_bos_itself_gives_one() -> None:
     tokenizer = bytes_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    ids = next(encode_documents(["hi"], tokenizer, 258)).tolist()
+    ids = encode("hi", tokenizer)
     assert ids == tokenizer("hi")["input_ids"]
     assert ids.count(BOS) == 1
 
 
-def test_many_batches_give_what_single_documents_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mohawkify.data.encoding._CHARACTERS_AT_ONCE", 30_000)
+def test_many_batches_give_what_single_documents_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mohawkify.data.prepare._CHARACTERS_AT_ONCE", 30_000)
     texts = [f"story {number} " * (number % 7 + 1) for number in range(1200)] + ["x" * 30_001, "last"]
-    tokenizer = bytes_tokenizer()
-    together = list(encode_documents(texts, tokenizer, 258))
+    together = lists(build(tmp_path, write_texts(tmp_path / "a.jsonl", texts)))
     assert len(together) == len(texts)
     for number in (0, 511, 512, 1023, 1024, 1200, 1201):
-        alone = next(encode_documents([texts[number]], tokenizer, 258))
-        np.testing.assert_array_equal(together[number], alone)
+        assert together[number] == encode(texts[number])
 
 
 def test_sources_follow_one_another_and_offsets_fit(tmp_path: Path) -> None:
@@ -141,7 +148,7 @@ def test_real_teacher_and_text(tmp_path: Path, stories_teacher: Path, stories_te
 def test_second_call_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_texts(tmp_path / "a.jsonl")
     first = build(tmp_path, source)
-    monkeypatch.setattr(corpus_module, "documents", None)  # calling it would now fail
+    monkeypatch.setattr(prepare_module, "raw_documents", None)  # calling it would now fail
     again = build(tmp_path, source)
     assert lists(again) == lists(first)
     assert again.fingerprint == first.fingerprint
@@ -159,7 +166,7 @@ def test_other_inputs_make_another_corpus(tmp_path: Path) -> None:
     build(tmp_path, source)
 
     def count() -> int:
-        return len(list((tmp_path / "corpora").iterdir()))
+        return len(folders(tmp_path))
 
     assert count() == 1
     build(tmp_path, source, num_tokens=20)
@@ -173,12 +180,12 @@ def test_other_inputs_make_another_corpus(tmp_path: Path) -> None:
     assert count() == 5
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-00000/tokens.bin", "shard-00000/offsets.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_detected(tmp_path: Path, name: str, damage: str) -> None:
     source = write_texts(tmp_path / "a.jsonl")
     build(tmp_path, source)
-    (folder,) = (tmp_path / "corpora").iterdir()
+    (folder,) = folders(tmp_path)
     content = bytearray((folder / name).read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -196,7 +203,7 @@ def test_failure_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbad\n')
     with pytest.raises(DataError, match="line 2"):
         build(tmp_path, Source(path=str(tmp_path / "a.jsonl")))
-    assert list((tmp_path / "corpora").iterdir()) == []
+    assert [path for path in (tmp_path / "corpora").rglob("*") if path.is_file()] == []
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data.sources import documents
+from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.sources import raw_documents, to_document
 from mohawkify.demo import split_stories
 from mohawkify.errors import DataError
 from mohawkify.recipe import Source
@@ -27,8 +27,14 @@ DATED_TEMPLATE = "{% if not date_string is defined %}{% set date_string = strfti
 
 
 def read(teacher_directory: Path | None = None, chat_template: str | None = None, /, **source: Any) -> list[str]:
-    tokenizer = bytes_tokenizer(chat_template=chat_template)
-    return list(documents(Source.model_validate(source), tokenizer, teacher_directory))
+    """The documents of a source; where there are none, what a corpus of it is refused with."""
+    wanted, tokenizer = Source.model_validate(source), bytes_tokenizer(chat_template=chat_template)
+    found = [to_document(raw, wanted, tokenizer) for raw in raw_documents(wanted, teacher_directory)]
+    texts = [document.text for document in found if document is not None]
+    if not texts:
+        with TemporaryDirectory() as folder:
+            build_corpus(Wanted((wanted,), tokenizer, None, teacher_directory, 258), Path(folder))
+    return texts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -216,7 +222,7 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
     ("path", "expected"),
     [
         ("none.txt", r"there is no file or folder .*none\.txt"),
-        ("*.txt", r"\*\.txt matches no \.txt, \.jsonl, \.parquet file"),
+        ("*.txt", r"\*\.txt matches no \.txt, \.jsonl, \.parquet, \.arrow file"),
         (".", r"matches no \.txt"),
         ("x" * 5000, "cannot read .*File name too long"),
     ],
@@ -283,8 +289,9 @@ def test_plain_text_has_no_columns_to_compare(tmp_path: Path) -> None:
 
 def test_conversation_without_a_template(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"talk": [{"role": "user", "content": "Hi"}]}])
+    wanted = Wanted((Source(path=str(file), chat="talk"),), bytes_tokenizer(), None, None, 258)
     with pytest.raises(DataError, match="tokenizer has no chat template"):
-        read(path=str(file), chat="talk")
+        build_corpus(wanted, tmp_path / "corpora")
 
 
 @pytest.mark.parametrize(
@@ -305,57 +312,16 @@ def test_bad_conversation(tmp_path: Path, talk: Any, expected: str) -> None:
         read(None, STRICT_TEMPLATE, path=str(file), chat="talk")
 
 
-# --- Hub datasets, by a real streaming dataset made here ------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Answer for one Hub dataset with a stream of local rows; returns the questions asked."""
-    asked: list[tuple[Any, ...]] = []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from ROWS
-        raise ConnectionError("the line\nwent dead")
-
-    def load_dataset(*arguments: Any, **options: Any) -> datasets.IterableDataset:
-        asked.append((arguments, options))
-        return datasets.IterableDataset.from_generator(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
-
-
-def test_hub_dataset_is_streamed(hub: list[tuple[Any, ...]]) -> None:
-    source = Source.model_validate(
-        {
-            "hub": "someone/web",
-            "name": "sample",
-            "split": "test",
-            "where": [{"column": "score", "operator": ">=", "value": 4}],
-        }
-    )
-    stream = documents(source, bytes_tokenizer(), None)
-    assert [next(stream), next(stream)] == ["b", "c"]
-    assert hub == [(("someone/web", "sample"), {"split": "test", "streaming": True})]
-
-
-def test_hub_dataset_that_breaks_off(hub: list[tuple[Any, ...]]) -> None:
-    with pytest.raises(DataError, match=r"cannot read Hub dataset someone/web, split train: the line$"):
-        read(hub="someone/web")
-
-
-def test_hub_dataset_without_the_column(hub: list[tuple[Any, ...]]) -> None:
-    with pytest.raises(DataError, match="row 1 has no column 'body'; it has: text, score, language, clean"):
-        read(hub="someone/web", text="body")
+# --- Hub datasets: tests/test_data_hub.py has the rest --------------------------------------------------------------
 
 
 def test_hub_dataset_offline_gives_one_clear_error() -> None:
     program = """if True:
-        from mohawkify.data.sources import documents
+        from mohawkify.data.sources import raw_documents
         from mohawkify.errors import DataError
         from mohawkify.recipe import Source
         try:
-            next(documents(Source(hub="someone/web"), None, None))
+            next(raw_documents(Source(hub="someone/web"), None))
         except DataError as error:
             print(error.message, "|", error.hint)
     """

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mohawkify.data.completion import Messages
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,27 +43,41 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def render_conversation(value: Any, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
-    """Render one conversation as the teacher was trained to read it.
+def read_conversation(value: Any, place: str) -> list[dict[str, str]]:
+    """Read the messages of a conversation.
 
     Args:
         value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``.
+        place: where the conversation stands, for messages.
+
+    Raises:
+        DataError: if the value is no such list.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{place} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
+    return [_message(message, place) for message in value]
+
+
+def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+    """Render one conversation as the teacher was trained to read it.
+
+    Args:
+        messages: ``{"role", "content"}`` each; none give no text.
         tokenizer: the teacher's tokenizer, with a chat template.
         place: where the conversation stands, for messages.
 
     Raises:
-        DataError: if the value is no such list, or the template refuses it.
+        DataError: if the template refuses the conversation, or is not well meant.
     """
     from jinja2 import TemplateError
 
-    if not isinstance(value, list):
-        raise DataError(f"{place} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
-    if not value:
+    if not messages:
         return ""
-    messages = [_message(message, place) for message in value]
     try:
         with _bounded():
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_TEMPLATE_DATE)
+            rendered = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, date_string=_TEMPLATE_DATE
+            )
     except TemplateError as error:
         raise DataError(
             f"{place}: the teacher's chat template refuses the conversation: {str(error)[:300]}",

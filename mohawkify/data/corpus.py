@@ -1,32 +1,62 @@
-"""A corpus: text tokenised once, kept on disk as one flat stream of token ids with the starts of its documents."""
+"""A corpus: text tokenised once, kept on disk as a stream of token ids in shards, with the starts of its documents."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from mohawkify import storage
-from mohawkify.data.encoding import TOKEN_DTYPE, encode_documents, tokenizer_hash
-from mohawkify.data.sources import documents, source_identity
-from mohawkify.errors import CheckpointError, DataError
+from mohawkify.data.encoding import TOKEN_DTYPE
+from mohawkify.errors import CheckpointError, DataError, StorageError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: it is mapped into memory
+OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
+COMPLETION_FILE = "completion.bin"  # a byte per token, 0 or 1; only where it makes a difference
+OFFSET_DTYPE = np.dtype("<i8")
+_TICK_NANOSECONDS = 2_000_000_000  # the coarsest clock by which file systems note a change
 
-    from mohawkify.recipe import Source
 
-_TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: it is mapped into memory
-_OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
-_OFFSET_DTYPE = np.dtype("<i8")
-_FORMAT_VERSION = 1  # part of the key: to be raised when the same text would give other tokens
+class Joined:
+    """Arrays of one type, read as if they were one, each where it is."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype)
+
+    def __getitem__(self, places: Any) -> Any:
+        """A slice, of which nothing is read yet, or the items at an array of places."""
+        if isinstance(places, slice):
+            start, end, _ = places.indices(len(self))
+            pieces = [
+                part[max(start - begin, 0) : max(end - begin, 0)]
+                for part, begin in zip(self.parts, self.starts, strict=False)
+            ]
+            held = [piece for piece in pieces if len(piece)]
+            return Joined(held) if len(held) > 1 else (held or pieces)[0]
+        part_of = np.searchsorted(self.starts, places, side="right") - 1
+        found = np.empty(places.shape, dtype=self.parts[0].dtype)
+        for number in np.unique(part_of):
+            here = part_of == number
+            found[here] = self.parts[number][places[here] - self.starts[number]]
+        return found
+
+
+Stream = np.ndarray | Joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +66,14 @@ class Corpus:
     Args:
         tokens: (num_tokens,) unsigned 32-bit ids.
         offsets: (num_documents + 1,) 64-bit positions where the documents start; the last entry is num_tokens.
-        fingerprint: a hash that tells this stream of tokens and borders from any other.
+        fingerprint: a hash that tells this stream of tokens, borders and completions from any other.
+        completion: (num_tokens,) which tokens are completions, 0 or 1; None where the text knows no difference.
     """
 
-    tokens: np.ndarray
+    tokens: Stream
     offsets: np.ndarray
     fingerprint: str
+    completion: Stream | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -55,50 +87,96 @@ class Corpus:
 
     def documents(self) -> Iterator[np.ndarray]:
         """Yield the token ids of each document in turn, (l,) unsigned 32-bit."""
-        for start, end in pairwise(self.offsets):
-            yield self.tokens[start:end]
+        for start, end in pairwise(self.offsets.tolist()):
+            yield np.asarray(self.tokens[start:end])
 
 
-def build_corpus(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    directory: Path,
-    num_tokens: int | None,
-    teacher_directory: Path | None,
-    vocab_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> Corpus:
-    """Tokenise the sources one after the other, or re-use what an earlier call made of the same text.
-
-    Where documents begin and end is marked by the rule of `encode_documents`. The corpus lies in a folder named by a
-    hash of sources, files (size and time of change), tokenizer and number of tokens.
-
-    Args:
-        sources: read in order.
-        tokenizer: the teacher's.
-        directory: holds the corpora of a run, each in a folder of its own.
-        num_tokens: stop here, cutting the last document; None takes all. The text may turn out to be shorter.
-        teacher_directory: the teacher's folder, if it has one.
-        vocab_size: rows of the teacher's embedding.
-        progress: called with the number of tokens so far after every document.
+def load_corpus(folder: Path) -> Corpus:
+    """Map a corpus from disk, after looking whether it is as it was written.
 
     Raises:
-        DataError: if there is no text, it cannot be read, or an earlier corpus is damaged.
-        StorageError: if the corpus cannot be written.
+        DataError: a file is missing, extra or changed.
     """
-    if not sources:
-        raise DataError("no text is given", hint="name a file, folder or dataset under data in the recipe")
-    if num_tokens is not None and num_tokens < 1:
-        raise DataError(f"{num_tokens} tokens of text are asked for, expected at least 1")
-    target = directory / _key(sources, tokenizer, num_tokens, teacher_directory)
-    if not target.exists():
-        storage.sweep_temporaries(directory)
-        texts = (text for source in sources for text in documents(source, tokenizer, teacher_directory))
-        facts: dict[str, str] = {}
-        with storage.atomic_directory(target, facts=facts) as folder:
-            facts["fingerprint"] = _write(folder, encode_documents(texts, tokenizer, vocab_size), num_tokens, progress)
-    return _load(target)
+    try:
+        facts = checked_facts(folder)
+        shards = [folder / name for name in facts["shards"]]
+        is_masked = facts["completion_tokens"] is not None
+        tokens = [np.memmap(shard / TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r") for shard in shards]
+        completion = [np.memmap(shard / COMPLETION_FILE, dtype=np.uint8, mode="r") for shard in shards if is_masked]
+        starts = np.cumsum([0, *(len(part) for part in tokens)])
+        offsets = [
+            np.fromfile(shard / OFFSETS_FILE, dtype=OFFSET_DTYPE)[1:] + start
+            for shard, start in zip(shards, starts, strict=False)
+        ]
+    except (CheckpointError, KeyError, TypeError, OSError, ValueError) as error:
+        raise DataError(
+            f"the tokenised text is damaged: {getattr(error, 'message', error)}",
+            hint=f"remove {folder}; it is made again from the text",
+        ) from error
+    return Corpus(
+        _joined(tokens),
+        np.concatenate([np.zeros(1, dtype=OFFSET_DTYPE), *offsets]),
+        facts["fingerprint"],
+        _joined(completion) if is_masked else None,
+    )
+
+
+def _joined(parts: list[np.memmap]) -> Stream:
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def checked_facts(folder: Path) -> dict[str, Any]:
+    """The facts of a corpus whose every file is as it was written.
+
+    Hashing a large corpus takes minutes. So what was hashed is noted beside the folder, with every file's size, times
+    of change and place on the disk, and is hashed again only once one of these is another: no program changes a file
+    and leaves them all alone. What this cannot see is a disk that returns other bytes than it was given;
+    `mohawkify doctor` hashes everything.
+
+    Raises:
+        CheckpointError: a file is missing, extra or changed.
+    """
+    note = folder.parent / f".checked-{folder.name}.json"
+    now = time.time_ns()
+    stamps = _stamps(folder)
+    with suppress(CheckpointError, StorageError):
+        if note.is_file() and storage.read_json(note) == stamps:
+            return dict(storage.read_json(folder / storage.MANIFEST_NAME)["facts"])
+    facts = storage.verify_directory(folder)["facts"]
+    # A change within the same tick of the clock would go unseen: what is so young is hashed again next time.
+    if all(now - stamp[2] > _TICK_NANOSECONDS for stamp in stamps.values()):
+        with suppress(StorageError):  # text that lies where this user may only read is hashed every time
+            storage.write_json(note, stamps)
+    return dict(facts)
+
+
+def read_note(note: Path) -> tuple[Path, str]:
+    """Where a run's tokenised text lies that is not its own, and its fingerprint.
+
+    Raises:
+        CheckpointError: the note does not say it.
+    """
+    noted = storage.read_json(note)
+    match noted:
+        case {"folder": str(folder), "fingerprint": str(fingerprint)}:
+            return Path(folder), fingerprint
+    raise CheckpointError(f"{note} does not say where the tokenised text lies", hint="remove it")
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size, time of change of content, of content or name, and inode of every file below a folder."""
+    stamps = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = Path(path) / name
+            status = file.lstat()
+            stamps[file.relative_to(folder).as_posix()] = [
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                status.st_ino,
+            ]
+    return dict(sorted(stamps.items()))
 
 
 def hold_out(corpus: Corpus, num_tokens: int) -> tuple[Corpus, Corpus]:
@@ -130,59 +208,7 @@ def _part(corpus: Corpus, start: int, end: int) -> Corpus:
     first, last = np.searchsorted(corpus.offsets, [start, end])
     inner = corpus.offsets[first:last] - start
     # The first offset is 0 also where the cut goes through a document.
-    offsets = np.unique(np.concatenate([[0], inner, [end - start]]).astype(_OFFSET_DTYPE))
+    offsets = np.unique(np.concatenate([[0], inner, [end - start]]).astype(OFFSET_DTYPE))
     fingerprint = hashlib.sha256(f"{corpus.fingerprint} {start} {end}".encode()).hexdigest()
-    return Corpus(corpus.tokens[start:end], offsets, fingerprint)
-
-
-def _key(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    num_tokens: int | None,
-    teacher_directory: Path | None,
-) -> str:
-    identity = {
-        "version": _FORMAT_VERSION,
-        "sources": [source_identity(source, teacher_directory) for source in sources],
-        "tokenizer": tokenizer_hash(tokenizer),
-        "borders": [tokenizer.bos_token, tokenizer.eos_token],
-        "chat_template": tokenizer.chat_template,
-        "num_tokens": num_tokens,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(
-    folder: Path, encoded: Iterable[np.ndarray], num_tokens: int | None, progress: Callable[[int], None] | None
-) -> str:
-    """Write tokens and offsets as they come and return their fingerprint."""
-    digest = hashlib.sha256()
-    offsets = array("q", [0])
-    with (folder / _TOKENS_FILE).open("wb") as file:
-        for tokens in encoded:
-            kept = tokens if num_tokens is None else tokens[: num_tokens - offsets[-1]]
-            digest.update(kept.data)
-            file.write(kept.data)
-            offsets.append(offsets[-1] + len(kept))
-            if progress is not None:
-                progress(offsets[-1])
-            if offsets[-1] == num_tokens:
-                break
-    if offsets[-1] == 0:
-        raise DataError("the tokenizer gives not a single token for the text", hint="check text and tokenizer")
-    borders = np.array(offsets, dtype=_OFFSET_DTYPE)
-    digest.update(borders.data)
-    (folder / _OFFSETS_FILE).write_bytes(borders.data)
-    return digest.hexdigest()
-
-
-def _load(folder: Path) -> Corpus:
-    try:
-        facts = storage.verify_directory(folder)["facts"]
-    except CheckpointError as error:
-        raise DataError(
-            f"the tokenised text is damaged: {error.message}",
-            hint=f"remove {folder}; it is made again from the text",
-        ) from error
-    tokens = np.memmap(folder / _TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r")
-    return Corpus(tokens, np.fromfile(folder / _OFFSETS_FILE, dtype=_OFFSET_DTYPE), facts["fingerprint"])
+    completion = None if corpus.completion is None else corpus.completion[start:end]
+    return Corpus(corpus.tokens[start:end], offsets, fingerprint, completion)

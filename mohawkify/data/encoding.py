@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKEN_DTYPE = np.dtype("<u4")
-
-# The fast tokenizers work on a batch in parallel: enough documents to keep them busy, few enough to hold in memory.
-_DOCUMENTS_AT_ONCE = 512
-_CHARACTERS_AT_ONCE = 2_000_000
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -40,63 +36,95 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def encode_documents(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Iterator[np.ndarray]:
-    """Yield each document's token ids, borders marked.
+class Document(NamedTuple):
+    """A document on its way to tokens.
+
+    Args:
+        text: the text.
+        completions: the parts of it (first character, character behind the last) whose tokens are completions; None
+            where every token counts as one, as in plain text.
+    """
+
+    text: str
+    completions: tuple[tuple[int, int], ...] | None = None
+
+
+class Encoded(NamedTuple):
+    """The tokens of a document; there may be none.
+
+    Args:
+        tokens: (l,) unsigned 32-bit ids, borders marked.
+        completion: (l,) bool, which of them are completions.
+    """
+
+    tokens: np.ndarray
+    completion: np.ndarray
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> list[Encoded]:
+    """Give each document's token ids, borders marked.
 
     The rule for borders: a tokenizer that has a BOS token puts it in front of every document; one that has only EOS
     puts that behind; one that has neither leaves the text alone. A token that is there already, as chat templates
-    write it, is not doubled.
+    write it, is not doubled. A token is a completion if a character of it is; one that stands for no character, if the
+    character before it is.
 
     Args:
-        texts: non-empty documents.
+        documents: non-empty documents.
         tokenizer: the teacher's.
         vocab_size: rows of the teacher's embedding.
-
-    Returns:
-        One array (l,) of unsigned 32-bit ids per document, l >= 1.
 
     Raises:
         DataError: if an id has no row in the embedding.
     """
-    for batch in _batches(texts):
-        for text, ids in zip(batch, _encode(batch, tokenizer), strict=True):
-            tokens = np.array(_with_border(text, ids, tokenizer), dtype=TOKEN_DTYPE)
-            if tokens.size == 0:  # a tokenizer without BOS and EOS may normalise a text away
-                continue
-            if tokens.max() >= vocab_size:
-                raise DataError(
-                    f"the tokenizer gives id {tokens.max()}, but the teacher's vocabulary has {vocab_size} entries",
-                    hint="tokenizer and model do not belong together: fetch both from the same place",
-                )
-            yield tokens
-
-
-def _encode(batch: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not documents:
+        return []
+    spans_wanted = any(document.completions is not None for document in documents)
     # Special tokens are ours to place; verbose=False silences a warning about texts longer than the window.
-    encoded = tokenizer(
-        batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    found = tokenizer(
+        [document.text for document in documents],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=spans_wanted,
+        verbose=False,
     )
-    return encoded["input_ids"]
+    encoded = []
+    for number, document in enumerate(documents):
+        ids = found["input_ids"][number]
+        completion = np.ones(len(ids), dtype=bool)
+        if document.completions is not None:
+            completion = _in_spans(found["offset_mapping"][number], document.completions)
+        encoded.append(_with_border(document, ids, completion, tokenizer))
+        tokens = encoded[-1].tokens
+        if tokens.size and tokens.max() >= vocab_size:
+            raise DataError(
+                f"the tokenizer gives id {tokens.max()}, but the teacher's vocabulary has {vocab_size} entries",
+                hint="tokenizer and model do not belong together: fetch both from the same place",
+            )
+    return encoded
 
 
-def _with_border(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _in_spans(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens, each of the characters from one place up to another, lie in a span at least in part."""
+    first_l, behind_l = np.array(characters, dtype=np.int64).reshape(-1, 2).T
+    inside_l = np.zeros(len(first_l), dtype=bool)
+    for start, end in spans:
+        # Byte-level tokenizers cut blanks off the characters they report: a token of blanks alone has none left.
+        begins_l = np.where(first_l < behind_l, first_l, behind_l - 1)
+        inside_l |= (start < behind_l) & (begins_l < end)
+    return inside_l
+
+
+def _with_border(document: Document, ids: list[int], completion: np.ndarray, tokenizer: Any) -> Encoded:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if begin is not None:
-        return ids if ids[:1] == [begin] else [begin, *ids]
+    is_plain = document.completions is None
+    if begin is not None and ids[:1] != [begin]:
+        ids, completion = [begin, *ids], np.concatenate([[is_plain], completion])
     # Chat templates may write a newline after the last EOS.
-    if end is not None and not text.rstrip().endswith(tokenizer.eos_token):
-        return [*ids, end]
-    return ids
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    elif begin is None and end is not None and not document.text.rstrip().endswith(tokenizer.eos_token):
+        last = bool(completion[-1]) if ids else is_plain
+        ids, completion = [*ids, end], np.concatenate([completion, [last]])
+    return Encoded(np.array(ids, dtype=TOKEN_DTYPE), completion)

@@ -7,13 +7,17 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mohawkify.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+if TYPE_CHECKING:
+    import pyarrow
+
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 TEACHER_PREFIX = "teacher:"
-_PARQUET_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 256  # of a table
+_ARROW_FILE = b"ARROW1"  # how the file form begins; the stream form does not
 _CHECK_PATH = "check the path under data in the recipe"
 
 
@@ -55,8 +59,8 @@ def read_rows(file: Path, *, columns: Collection[str], text_column: str, separat
     """Read one file row by row, without holding it in memory.
 
     Args:
-        file: a ``.txt``, ``.jsonl`` or ``.parquet`` file.
-        columns: the columns that will be looked at; a ``.parquet`` file is read for these only.
+        file: a ``.txt``, ``.jsonl``, ``.parquet`` or ``.arrow`` file.
+        columns: the columns that will be looked at; a ``.parquet`` or ``.arrow`` file is read for these only.
         text_column: the name under which a document of a ``.txt`` file is given.
         separator: the line between two documents of a ``.txt`` file; None takes the file as one document.
 
@@ -67,8 +71,8 @@ def read_rows(file: Path, *, columns: Collection[str], text_column: str, separat
     try:
         if file.suffix == ".jsonl":
             rows = _jsonl_rows(file)
-        elif file.suffix == ".parquet":
-            rows = _parquet_rows(file, columns)
+        elif file.suffix in (".parquet", ".arrow"):
+            rows = _table_rows(file, columns)
         else:
             rows = _text_rows(file, text_column, separator)
         for row in rows:
@@ -168,28 +172,54 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
         yield Row(place, value)
 
 
-def _parquet_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
+def _table_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
     import pyarrow
-    import pyarrow.parquet
 
+    kind = file.suffix.removeprefix(".")
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            missing = sorted(set(columns) - set(names))
-            if missing:
-                raise DataError(
-                    f"{file} has no column {missing[0]!r}; it has: {', '.join(names)}",
-                    hint="name one of these columns under data in the recipe",
-                )
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=sorted(columns)):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{file}, row {number}", values)
+        for batch in _parquet_batches(file, columns) if kind == "parquet" else _arrow_batches(file, columns):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{file}, row {number}", values)
     # Besides Arrow's own errors: dates, durations and time zones that Python has no values for.
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise DataError(
-            f"{file} is not a readable parquet file (after row {number}): {reason[0]}",
+            f"{file} is not a readable {kind} file (after row {number}): {reason[0]}",
             hint="the file is damaged or of another kind; fetch it again",
         ) from error
+
+
+def _parquet_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        _require_columns(file, columns, table.schema_arrow.names)
+        yield from table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=sorted(columns))
+
+
+def _arrow_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
+    """Both forms of Arrow's own format: the stream, which the datasets library writes, and the file."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as content:
+        is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
+        content.seek(0)
+        reader = pyarrow.ipc.open_file(content) if is_file else pyarrow.ipc.open_stream(content)
+        _require_columns(file, columns, reader.schema.names)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            batch.validate(full=True)  # offsets in a damaged file would be followed anywhere
+            wanted = batch.select(sorted(columns))
+            for first in range(0, wanted.num_rows, _ROWS_AT_ONCE):
+                yield wanted.slice(first, _ROWS_AT_ONCE)
+
+
+def _require_columns(file: Path, columns: Collection[str], names: list[str]) -> None:
+    missing = sorted(set(columns) - set(names))
+    if missing:
+        raise DataError(
+            f"{file} has no column {missing[0]!r}; it has: {', '.join(names)}",
+            hint="name one of these columns under data in the recipe",
+        )

@@ -22,11 +22,13 @@ class Batch(NamedTuple):
         position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
             sequence, of the sequence. A 0 marks a border: nothing may look across it.
         counts: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
+        sequences: (b,) int64 numbers of the sequences within their corpus; empty where they are of none.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     counts: torch.Tensor
+    sequences: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
 
 def document_mask(position_ids_bl: torch.Tensor) -> torch.Tensor:
@@ -65,5 +67,18 @@ def packed_batch(corpus: Corpus, sequence_length: int, indices: np.ndarray) -> B
     document_start_bl = corpus.offsets[document_bl]
     position_bl = places_bl - np.maximum(document_start_bl, starts_b1)
     input_ids_bl = corpus.tokens[places_bl].astype(np.int64)
-    input_ids = torch.from_numpy(input_ids_bl)
-    return Batch(input_ids, torch.from_numpy(position_bl), torch.ones_like(input_ids, dtype=torch.bool))
+    return Batch(
+        torch.from_numpy(input_ids_bl),
+        torch.from_numpy(position_bl),
+        torch.from_numpy(_counts(corpus, places_bl, position_bl)),
+        torch.from_numpy(np.array(indices, dtype=np.int64)),
+    )
+
+
+def _counts(corpus: Corpus, places_bl: np.ndarray, position_bl: np.ndarray) -> np.ndarray:
+    """Which predictions count: all, or where it makes a difference those of completions in the same sequence."""
+    if corpus.completion is None:
+        return np.ones(places_bl.shape, dtype=bool)
+    counts_bl = np.zeros(places_bl.shape, dtype=bool)
+    counts_bl[:, :-1] = corpus.completion[places_bl[:, 1:]].astype(bool) & (position_bl[:, 1:] > 0)
+    return counts_bl

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.order import sequence_indices
 from mohawkify.data.packing import Batch, num_sequences, packed_batch
-from mohawkify.data.selection import stage_recipes
-from mohawkify.recipe import Recipe
 
 _BATCHES_AHEAD = 2  # per thread
 
@@ -33,17 +33,15 @@ class Stretch:
     first_sequence: int
 
 
-def stage_stretches(recipe: Recipe, corpora: Mapping[str, Corpus]) -> dict[str, list[Stretch]]:
-    """What every stage reads; stages share a corpus's global order, each going on where the one before ended."""
-    used = dict.fromkeys(corpora, 0)
-    stretches: dict[str, list[Stretch]] = {}
-    for name, stage in stage_recipes(recipe).items():
-        stretches[name] = []
-        for segment in stage.segments():
-            first = -(-used[segment.data] // segment.sequence_length)
-            stretches[name].append(Stretch(corpora[segment.data], segment.num_steps, segment.sequence_length, first))
-            used[segment.data] += segment.num_steps * segment.sequence_length * stage.batch_sequences
-    return stretches
+def sequences_of(stretch: Stretch, batch_sequences: int, seed: int) -> np.ndarray:
+    """Which sequences of its corpus a stretch reads: (n,) int64, sorted, each once."""
+    samples = sequence_indices(
+        num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
+        seed=seed,
+        first=stretch.first_sequence,
+        count=stretch.num_steps * batch_sequences,
+    )
+    return np.unique(samples)
 
 
 def batch_at(stretches: Sequence[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:

@@ -1,21 +1,41 @@
-"""Which text a recipe means: what every stage reads, and what is held out."""
+"""Which text a recipe means: what every stage reads, how often, and what is held out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mohawkify.data.corpus import Corpus, build_corpus, hold_out
+from mohawkify import storage
+from mohawkify.data.corpus import Corpus, hold_out, load_corpus, read_note
 from mohawkify.data.evaluation import evaluation_rows
 from mohawkify.data.files import find_files
+from mohawkify.data.hub import Report, ignore
+from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.reading import Stretch
+from mohawkify.data.telling import Telling
+from mohawkify.errors import DataError
 from mohawkify.recipe import Recipe, Source, StageRecipe, StagesRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Reach(NamedTuple):
+    """How far a stage reads into a corpus's global order, in samples of one length.
+
+    Args:
+        sequence_length: tokens per sample.
+        first: the first sample.
+        end: the sample behind the last.
+    """
+
+    sequence_length: int
+    first: int
+    end: int
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
@@ -23,13 +43,60 @@ def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
     return {name: getattr(recipe.stages, name) for name in StagesRecipe.model_fields}
 
 
-def tokens_to_read(recipe: Recipe) -> dict[str, int]:
-    """How many tokens all stages together read of ``train`` and of ``finish``."""
-    tokens = {"train": 0, "finish": 0}
-    for stage in stage_recipes(recipe).values():
+def reaches(recipe: Recipe) -> dict[str, list[Reach]]:
+    """What each stage's segments read; stages share a corpus's order, each going on where the one before ended."""
+    used = {"train": 0, "finish": 0}
+    found: dict[str, list[Reach]] = {}
+    for name, stage in stage_recipes(recipe).items():
+        found[name] = []
         for segment in stage.segments():
-            tokens[segment.data] += segment.num_steps * segment.sequence_length * stage.batch_sequences
-    return tokens
+            first = -(-used[segment.data] // segment.sequence_length)
+            count = segment.num_steps * stage.batch_sequences
+            found[name].append(Reach(segment.sequence_length, first, first + count))
+            used[segment.data] += count * segment.sequence_length
+    return found
+
+
+def stage_stretches(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[Stretch]]:
+    """What every stage reads of the corpora."""
+    found = reaches(recipe)
+    return {
+        name: [
+            Stretch(corpora[segment.data], segment.num_steps, segment.sequence_length, reach.first)
+            for segment, reach in zip(stage.segments(), found[name], strict=True)
+        ]
+        for name, stage in stage_recipes(recipe).items()
+    }
+
+
+def reaches_into(recipe: Recipe, data: str) -> list[Reach]:
+    """What all stages together read of ``train`` or ``finish``."""
+    found = reaches(recipe)
+    return [
+        reach
+        for name, stage in stage_recipes(recipe).items()
+        for segment, reach in zip(stage.segments(), found[name], strict=True)
+        if segment.data == data
+    ]
+
+
+def epochs_of(recipe: Recipe, data: str) -> int | None:
+    """How often the text of ``train`` or ``finish`` is read; None for as often as need be."""
+    return recipe.data.epochs if data == "train" else recipe.data.finish_epochs
+
+
+def tokens_wanted(recipe: Recipe, data: str) -> int:
+    """How many tokens of ``train`` or ``finish`` are enough for the epochs the recipe allows."""
+    epochs = epochs_of(recipe, data) or 1
+    return max((-(-reach.end // epochs) * reach.sequence_length for reach in reaches_into(recipe, data)), default=0)
+
+
+def epochs_needed(recipe: Recipe, data: str, num_tokens: int) -> int:
+    """How often so many tokens of ``train`` or ``finish`` have to be read."""
+    return max(
+        (-(-reach.end // max(1, num_tokens // reach.sequence_length)) for reach in reaches_into(recipe, data)),
+        default=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -42,6 +109,9 @@ class TextReader:
         directory: where tokenised text is kept.
         teacher_directory: the folder that ``teacher:`` paths start from.
         vocab_size: every token id must be below.
+        prepared: where `mohawkify data prepare` put tokenised text; what fits is used where it lies.
+        num_workers: processes that tokenise; 0 does it here.
+        report: receives a line now and then.
     """
 
     recipe: Recipe
@@ -49,6 +119,9 @@ class TextReader:
     directory: Path
     teacher_directory: Path
     vocab_size: int
+    prepared: Path | None = None
+    num_workers: int = 0
+    report: Report = ignore
 
     def require_files(self) -> None:
         """Look for every local file the recipe names, before anything slow; raises DataError for a missing one."""
@@ -58,33 +131,94 @@ class TextReader:
                     find_files(source.path, self.teacher_directory)
 
     def training(self) -> dict[str, Corpus]:
-        """The corpora that the stages read: ``train``, and ``finish`` where a stage has one."""
-        wanted = tokens_to_read(self.recipe)
-        if self.recipe.data.validation:
-            corpora = {"train": self._build(self.recipe.data.train, max(wanted["train"], 1))}
-        else:
-            corpora = {"train": self._split_train()[0]}
-        if wanted["finish"]:
-            corpora["finish"] = self._build(self.recipe.data.finish, wanted["finish"])
+        """The corpora that the stages read: ``train``, and ``finish`` where a stage has one.
+
+        Raises:
+            DataError: the text cannot be read, or ends before the stages do.
+        """
+        wanted = self.wanted()
+        corpora = {"train": self.corpus("train") if "validation" in wanted else self._split_train()[0]}
+        if "finish" in wanted:
+            corpora["finish"] = self.corpus("finish")
+        for data, corpus in corpora.items():
+            self._require_enough(data, corpus)
         return corpora
 
     def held_out(self) -> list[np.ndarray]:
         """The rows of text that students are measured on; see `evaluation_rows`."""
-        evaluation, sources = self.recipe.evaluation, self.recipe.data.validation
-        corpus = self._build(sources, evaluation.tokens) if sources else self._split_train()[1]
+        evaluation = self.recipe.evaluation
+        corpus = self.corpus("validation") if "validation" in self.wanted() else self._split_train()[1]
         return evaluation_rows(corpus, sequence_length=evaluation.sequence_length, num_tokens=evaluation.tokens)
+
+    def wanted(self) -> dict[str, Wanted]:
+        """What is tokenised for the recipe: ``train``, and ``validation`` and ``finish`` where it has them."""
+        data, held = self.recipe.data, self.recipe.evaluation.tokens
+        train, finish = (tokens_wanted(self.recipe, name) for name in ("train", "finish"))
+        found = {"train": self._wanted(data.train, max(train, 1) if data.validation else train + held)}
+        if data.validation:
+            found["validation"] = self._wanted(data.validation, held)
+        if finish:
+            found["finish"] = self._wanted(data.finish, finish)
+        return found
+
+    def corpus(self, name: str) -> Corpus:
+        """One of the corpora that are wanted, found or made."""
+        wanted = self.wanted()[name]
+        elsewhere = find_prepared(wanted.key(), self.directory, self.prepared)
+        if elsewhere is not None:
+            return elsewhere
+        with Telling(name, wanted.num_tokens or 0, self.report) as telling:
+            return build_corpus(
+                wanted, self.directory, num_workers=self.num_workers, progress=telling.see, report=self.report
+            )
+
+    def _wanted(self, sources: Sequence[Source], num_tokens: int) -> Wanted:
+        return Wanted(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
 
     def _split_train(self) -> tuple[Corpus, Corpus]:
         """The training text and, from its end, the held-out text that the recipe does not name."""
-        held = self.recipe.evaluation.tokens
-        return hold_out(self._build(self.recipe.data.train, tokens_to_read(self.recipe)["train"] + held), held)
+        return hold_out(self.corpus("train"), self.recipe.evaluation.tokens)
 
-    def _build(self, sources: Sequence[Source], num_tokens: int) -> Corpus:
-        return build_corpus(
-            sources,
-            self.tokenizer,
-            directory=self.directory,
-            num_tokens=num_tokens,
-            teacher_directory=self.teacher_directory,
-            vocab_size=self.vocab_size,
+    def _require_enough(self, data: str, corpus: Corpus) -> None:
+        epochs, needed = epochs_of(self.recipe, data), epochs_needed(self.recipe, data, corpus.num_tokens)
+        if epochs is None or needed <= epochs:
+            return
+        key = "data.epochs" if data == "train" else "data.finish_epochs"
+        raise DataError(
+            f"the text of data.{data} has {corpus.num_tokens:,} tokens, but {tokens_wanted(self.recipe, data):,} are"
+            f" needed where it is read {'once' if epochs == 1 else f'{epochs} times'}; it would have to be read"
+            f" {needed} times",
+            hint=f"give more text or fewer tokens to the stages, or allow it with {key}: {needed} (null: no limit)",
         )
+
+
+def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | None:
+    """A corpus that lies elsewhere than among a run's own; the run notes where, and what it was.
+
+    Args:
+        key: its name.
+        directory: the run's own corpora.
+        prepared: where others may lie.
+
+    Raises:
+        DataError: the run has used text that is no longer where it was, or is another.
+    """
+    note = directory / f"{key}.json"
+    if (directory / key).exists():
+        return None
+    if note.is_file():
+        folder, fingerprint = read_note(note)
+        if not folder.is_dir():
+            raise DataError(
+                f"{note} says that the run's tokenised text lies in {folder}, which is not there",
+                hint=f"bring it back; or remove {note}, and it is made again from the text",
+            )
+        corpus = load_corpus(folder)
+        if corpus.fingerprint != fingerprint:
+            raise DataError(f"{folder} holds other text than when the run began", hint="bring back the text it held")
+        return corpus
+    if prepared is None or not (prepared / key).is_dir():
+        return None
+    corpus = load_corpus(prepared / key)
+    storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
+    return corpus

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mohawkify.data.completion import completion_spans
 from mohawkify.data.conditions import column_value, meets_all
-from mohawkify.data.conversation import render_conversation, require_chat_template
+from mohawkify.data.conversation import read_conversation, render_conversation
+from mohawkify.data.encoding import Document
 from mohawkify.data.files import Row, find_files, read_rows
+from mohawkify.data.hub import BEGINNING, After, Place, Report, hub_rows, ignore
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,30 +23,60 @@ if TYPE_CHECKING:
     from mohawkify.recipe import Source
 
 
-def documents(source: Source, tokenizer: PreTrainedTokenizerBase, teacher_directory: Path | None) -> Iterator[str]:
-    """Yield the documents of a source in their own order; files are read in sorted order, empty documents are skipped.
+class Raw(NamedTuple):
+    """What a row holds, before a tokenizer has seen it.
+
+    Args:
+        place: where the row stands, for messages.
+        value: text, or a conversation.
+        after: where reading goes on behind the row.
+    """
+
+    place: str
+    value: Any
+    after: Place
+
+
+def raw_documents(
+    source: Source, teacher_directory: Path | None, *, start: Place = BEGINNING, report: Report = ignore
+) -> Iterator[Raw]:
+    """Yield what the rows of a source hold that meet its conditions, in the source's own order, files sorted by path.
 
     Args:
         source: where the text is and which rows and columns of it are used.
-        tokenizer: the teacher's; its chat template renders conversations.
         teacher_directory: the teacher's folder, for paths relative to it.
+        start: where reading begins: the beginning, or the place after a row that was read before.
+        report: receives a line for every try to reach the Hub again.
 
     Raises:
-        DataError: if the text is missing, malformed, or there is not a single document.
+        DataError: if the text is missing or malformed.
     """
-    if source.chat is not None:
-        require_chat_template(tokenizer)
-    found = False
-    for row in _rows(source, teacher_directory):
-        if not meets_all(row, source.where):
-            continue
-        text = _text(row, source, tokenizer)
-        if text.strip():
-            found = True
-            yield text
-    if not found:
-        why = "no row meets the conditions, or all that do are empty" if source.where else "every row is empty"
-        raise DataError(f"{describe(source)} holds no document: {why}", hint="check the entry under data in the recipe")
+    column = source.chat or source.text
+    for row, after in _rows(source, teacher_directory, start, report):
+        if meets_all(row, source.where):
+            yield Raw(row.place, column_value(row, column), after())
+
+
+def to_document(raw: Raw, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+    """Turn what a row holds into text; None where it is empty.
+
+    Raises:
+        DataError: if it is no text, or no conversation that the teacher's chat template takes.
+    """
+    if raw.value is None:
+        return None
+    document = _chat_document(raw, source, tokenizer) if source.chat else Document(_checked_text(raw, source.text))
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{raw.place}: the text holds half a surrogate pair, which is not valid Unicode") from error
+    return document if document.text.strip() else None
+
+
+def empty_source(source: Source) -> DataError:
+    """The refusal of a source without a single document."""
+    why = "no row meets the conditions, or all that do are empty" if source.where else "every row is empty"
+    return DataError(f"{describe(source)} holds no document: {why}", hint="check the entry under data in the recipe")
 
 
 def describe(source: Source) -> str:
@@ -71,16 +105,14 @@ def source_identity(source: Source, teacher_directory: Path | None) -> dict[str,
     return identity
 
 
-def _rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
+def _rows(source: Source, teacher_directory: Path | None, start: Place, report: Report) -> Iterator[tuple[Row, After]]:
     if source.hub is not None:
-        yield from _hub_rows(source)
-    elif source.demo is not None:
-        yield from _demo_rows(source)
-    else:
-        assert source.path is not None  # the recipe takes exactly one of path, hub and demo
-        columns = {source.chat or source.text, *(condition.column for condition in source.where)}
-        for file in find_files(source.path, teacher_directory):
-            yield from read_rows(file, columns=columns, text_column=source.text, separator=source.separator)
+        yield from hub_rows(source, describe(source), start, report)
+        return
+    rows = _demo_rows(source) if source.demo is not None else _file_rows(source, teacher_directory)
+    for number, row in enumerate(rows, start=1):
+        if number > start.rows:
+            yield row, partial(Place, number)
 
 
 def _demo_rows(source: Source) -> Iterator[Row]:
@@ -91,41 +123,33 @@ def _demo_rows(source: Source) -> Iterator[Row]:
         yield Row(f"{describe(source)}, story {number}", {source.text: story})
 
 
-def _hub_rows(source: Source) -> Iterator[Row]:
-    import datasets
-
-    # Names, network, formats and decoders fail in errors of half a dozen libraries that share no base class.
-    try:
-        rows = datasets.load_dataset(source.hub, source.name, split=source.split, streaming=True)
-        for number, columns in enumerate(rows, start=1):
-            yield Row(f"{describe(source)}, row {number}", dict(columns))
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"cannot read {describe(source)}: {reason[0]}", hint=_hub_hint()) from error
+def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
+    assert source.path is not None  # the recipe takes exactly one of path, hub and demo
+    columns = {source.chat or source.text, *(condition.column for condition in source.where)}
+    for file in find_files(source.path, teacher_directory):
+        yield from read_rows(file, columns=columns, text_column=source.text, separator=source.separator)
 
 
-def _hub_hint() -> str:
-    import datasets
+def _chat_document(raw: Raw, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:
+    messages = read_conversation(raw.value, raw.place)
+    text = render_conversation(messages, tokenizer, raw.place)
+    if source.loss == "all":
+        return Document(text)
+    spans = completion_spans(
+        messages,
+        text,
+        lambda others: render_conversation(others, tokenizer, raw.place),
+        special_tokens=tokenizer.all_special_tokens,
+        end_token=tokenizer.eos_token,
+        place=raw.place,
+    )
+    return Document(text, spans)
 
-    if datasets.config.HF_HUB_OFFLINE:
-        return "HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set: unset it, or use local files"
-    return "check name, configuration and split on the Hub, the network, and `hf auth login` for gated datasets"
 
-
-def _text(row: Row, source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
-    column = source.chat or source.text
-    value = column_value(row, column)
-    if value is None:
-        return ""
-    if source.chat is not None:
-        value = render_conversation(value, tokenizer, row.place)
-    if not isinstance(value, str):
+def _checked_text(raw: Raw, column: str) -> str:
+    if not isinstance(raw.value, str):
         raise DataError(
-            f"{row.place}: column {column!r} holds a {type(value).__name__}, expected text",
+            f"{raw.place}: column {column!r} holds a {type(raw.value).__name__}, expected text",
             hint="name the column that holds the text with `text` under data",
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.place}: the text holds half a surrogate pair, which is not valid Unicode") from error
-    return value
+    return raw.value

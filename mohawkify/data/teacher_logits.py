@@ -4,7 +4,7 @@ A folder holds `about/` - what the logits are of, the vocabulary, which sequence
 record per sequence. A record is found by its sequence alone, so order, batch size and number of processes are free.
 docs/teachers.md has the layout byte by byte.
 
-Shapes: b batch, l length, s sequences of a shard, k tokens kept, v vocabulary.
+Shapes: b batch, l length, t tokens, k tokens kept, v vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from mohawkify.errors import CheckpointError, DataError, UsageError
 from mohawkify.ops.losses import TopK
 
 FORMAT = 1
-TOKENS_AT_ONCE = 512  # whose log-probabilities exist at a time, in float32
 SHARD_BYTES = 1 << 26
 LEAST_LOG_PROB = -1e4  # float16 ends at -65504; below -104 a probability is 0 in float32 anyway
 
 _ABOUT = "about"
+_SIZES = ("sequence_length", "top_k", "vocabulary_size", "shard_sequences")
 _VOCABULARY_FILE = "vocabulary.json"
 _SEQUENCES_FILE = "sequences.bin"  # sorted, little-endian signed 64-bit
 _RECORDS_FILE = "records.bin"
@@ -38,24 +38,17 @@ _LOG_PROB_DTYPE = np.dtype("<f2")
 _REST_DTYPE = np.dtype("<f4")
 
 
-def top_tokens(logits_blv: Tensor, num_tokens: int) -> TopK:
+def top_tokens(logits_tv: Tensor, num_tokens: int) -> TopK:
     """The k likeliest tokens with their log-probabilities in float32, and the log of what is left to all others.
 
     Args:
-        logits_blv: a teacher's logits.
+        logits_tv: a teacher's logits after some tokens.
         num_tokens: k, at most v.
     """
-    flat_tv = logits_blv.flatten(0, -2)
-    parts = []
-    for first in range(0, len(flat_tv), TOKENS_AT_ONCE):
-        log_probs_tv = torch.log_softmax(flat_tv[first : first + TOKENS_AT_ONCE].float(), dim=-1)
-        log_probs_tk, ids_tk = log_probs_tv.topk(num_tokens, dim=-1)
-        # Summed up from its own tokens: one minus the others would lose it where it is small.
-        log_rest_t = log_probs_tv.scatter_(-1, ids_tk, -torch.inf).logsumexp(-1)
-        parts.append((ids_tk, log_probs_tk, log_rest_t))
-    lead = logits_blv.shape[:-1]
-    ids, log_probs, log_rest = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return TopK(ids.view(*lead, -1), log_probs.view(*lead, -1), log_rest.view(lead))
+    log_probs_tv = torch.log_softmax(logits_tv.float(), dim=-1)
+    log_probs_tk, ids_tk = log_probs_tv.topk(num_tokens, dim=-1)
+    # Summed up from its own tokens: one minus the others would lose it where it is small.
+    return TopK(ids_tk, log_probs_tk, log_probs_tv.scatter_(-1, ids_tk, -torch.inf).logsumexp(-1))
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,13 @@ class Layout:
         sequence_length: l, tokens per sequence.
         top_k: k, tokens kept per position.
         vocabulary_size: v; every id is below.
+        shard_sequences: sequences of a shard; the last one may have fewer.
     """
 
     sequence_length: int
     top_k: int
     vocabulary_size: int
+    shard_sequences: int = 1
 
     @property
     def id_bytes(self) -> int:
@@ -87,10 +82,9 @@ class Layout:
         """Bytes of a sequence."""
         return self.sequence_length * self.bytes_per_token
 
-    @property
-    def shard_sequences(self) -> int:
-        """Sequences of a shard, except for the last, which may have fewer."""
-        return max(1, SHARD_BYTES // self.record_bytes)
+    def with_shards(self) -> Layout:
+        """The layout with shards of the usual size."""
+        return replace(self, shard_sequences=max(1, SHARD_BYTES // self.record_bytes))
 
     def encode(self, tokens: TopK) -> bytes:
         """The records of some sequences: of each all ids, then all log-probabilities, then all rests."""
@@ -134,28 +128,28 @@ class TeacherLogits:
                 hint="expected a folder written by `mohawkify teach`",
             ) from error
         self.facts = _checked(manifest["facts"], folder)
-        self.layout = Layout(*(self.facts[key] for key in ("sequence_length", "top_k", "vocabulary_size")))
+        self.layout = Layout(**{key: self.facts[key] for key in _SIZES})
         self.sequences = np.fromfile(folder / _ABOUT / _SEQUENCES_FILE, dtype=_SEQUENCE_DTYPE)
         self._seal = storage.file_sha256(folder / _ABOUT / storage.MANIFEST_NAME)
         self._verified: set[int] = set()
 
     @staticmethod
     def create(
-        folder: Path, facts: Mapping[str, Any], vocabulary: Mapping[str, int], sequences: np.ndarray
+        folder: Path, layout: Layout, facts: Mapping[str, Any], vocabulary: Mapping[str, int], sequences: np.ndarray
     ) -> TeacherLogits:
         """Begin a folder of logits, or find one of the same facts and sequences.
 
         Args:
             folder: where.
-            facts: a JSON object: teacher, tokenizer, text; with ``sequence_length``, ``top_k`` and
-                ``vocabulary_size``.
+            layout: where every byte lies.
+            facts: a JSON object: ``teacher``, ``tokenizer``, ``text``, ``temperature``.
             vocabulary: the id of every token.
             sequences: (n,) which sequences of the corpus, sorted.
 
         Raises:
             UsageError: the folder holds the logits of something else.
         """
-        facts = {"teacher_logits_format": FORMAT, **facts}
+        facts = {"teacher_logits_format": FORMAT, **facts, **asdict(layout)}
         order = np.ascontiguousarray(sequences, dtype=_SEQUENCE_DTYPE)
         if not (folder / _ABOUT).exists():
             foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -291,7 +285,7 @@ def _checked(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder} has teacher logits of format {facts.get('teacher_logits_format')}, expected {FORMAT}",
             hint="use the version of mohawkify that wrote them",
         )
-    sizes = [facts.get(key) for key in ("sequence_length", "top_k", "vocabulary_size")]
+    sizes = [facts.get(key) for key in _SIZES]
     sound = all(type(size) is int and 1 <= size < 1 << 31 for size in sizes)
     sound = sound and facts["top_k"] <= facts["vocabulary_size"]
     texts = all(isinstance(facts.get(key), str) for key in ("text", "tokenizer"))

@@ -137,10 +137,10 @@ def evaluate_run(
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = teacher_path or Path(run.teacher()["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
-    known = set(run.corpora.iterdir())
+    known = _corpora(run)
     rows = text.held_out()
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
-    if set(run.corpora.iterdir()) != known:
+    if _corpora(run) != known:
         report(
             "warning: the text has moved or changed since the run; if it changed, its figures do not compare with these"
         )
@@ -158,6 +158,11 @@ def evaluate_run(
     storage.write_json(run.path / EVAL_JSON, found)
     storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
     return found
+
+
+def _corpora(run: RunFolder) -> set[str]:
+    """The tokenised texts of a run by name; notes of what was checked do not count."""
+    return {entry.name for entry in run.corpora.iterdir() if not entry.name.startswith(".")}
 
 
 def _task_names(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -35,14 +35,32 @@ class Runner:
     call: Callable[..., Any] = _call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
-    """The teacher, the student, the student's facts and their family."""
+    """The teacher, the student, the student's facts and their family; another teacher may take the first one's place.
+
+    Args:
+        teacher: the one in memory.
+        student: the student.
+        spec: its facts.
+        adapter: the family of the student and of the first teacher.
+    """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     spec: StudentSpec
     adapter: Adapter
+    teacher_adapter: Adapter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher_adapter = self.adapter
+
+    def replace_teacher(self, load: Callable[[], PreTrainedModel], adapter: Adapter) -> None:
+        """Let go of the teacher, and only then take another: there is not the memory for both."""
+        del self.teacher
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.teacher, self.teacher_adapter = load(), adapter
 
 
 class Stage(ABC):

@@ -6,15 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.adapter import Adapter
 from mohawkify.data.encoding import tokenizer_hash
+from mohawkify.data.reading import Stretch
+from mohawkify.data.teacher_logits import TeacherLogits
+from mohawkify.errors import DataError
+from mohawkify.recipe import Recipe
+from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.quantise import require_quantiser
+from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,13 @@ class OtherTeacher:
 
     def facts(self) -> dict[str, Any]:
         """What a run or a folder of logits records of it."""
-        return {"source": self.source, "model_type": self.adapter.model_type, "files": self.files, "bits": self.bits}
+        return {"name": self.name, "model_type": self.adapter.model_type, "files": self.files, "bits": self.bits}
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Its weights, frozen; see `load_teacher`."""
-        return load_teacher(self.folder, dtype=dtype, device=device, bits=self.bits)
+        """Its weights, frozen, and its head as its family says; see `load_teacher` and `prove_head`."""
+        teacher = load_teacher(self.folder, dtype=dtype, device=device, bits=self.bits)
+        prove_head(teacher, self.adapter, self.vocabulary_size)
+        return teacher
 
 
 def find_teacher(source: str, bits: int | None) -> OtherTeacher:
@@ -88,3 +97,70 @@ def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     if tokenizer_hash(first) == tokenizer_hash(other):
         return None
     return f"note: the tokenizer of {name} has the same tokens but other rules; the text is cut by the first one's"
+
+
+Finishing = OtherTeacher | TeacherLogits
+
+
+def find_finishing(recipe: Recipe) -> Finishing | None:
+    """What teaches the end of a recipe's stage 3, looked at but not loaded; None where that is the first teacher.
+
+    Raises:
+        TeacherError: no such teacher, or its files are not what they claim to be.
+        DataError: no such logits, or not all of them.
+    """
+    finish = recipe.stages.distill.finish
+    if finish is None or finish.tokens == 0:
+        return None
+    if finish.teacher is not None:
+        return find_teacher(finish.teacher, finish.teacher_bits)
+    if finish.logits is not None:
+        logits = TeacherLogits(Path(finish.logits))
+        logits.require_complete()
+        return logits
+    return None
+
+
+def finishing_hashes(finishing: Finishing | None) -> dict[str, str]:
+    """The hashes that make it part of a run's identity, under names that no file of the first teacher has."""
+    if isinstance(finishing, OtherTeacher):
+        return {f"finish/{name}": digest for name, digest in finishing.files.items()}
+    return {} if finishing is None else {"finish/logits": finishing.identity()}
+
+
+def require_fitting(
+    finishing: Finishing, name: str, tokenizer: PreTrainedTokenizerBase, stretch: Stretch, samples: np.ndarray
+) -> str | None:
+    """Refuse a teacher, or logits, that cannot finish a run.
+
+    Args:
+        finishing: the teacher or the logits.
+        name: of the first teacher, for messages.
+        tokenizer: of the first teacher.
+        stretch: what the end of the stage reads.
+        samples: (n,) which sequences of its corpus.
+
+    Returns:
+        A line to show, if there is anything worth it.
+
+    Raises:
+        TeacherError: another vocabulary.
+        DataError: logits of other text, of another length or of other sequences.
+    """
+    ours = tokenizer.get_vocab()
+    if isinstance(finishing, OtherTeacher):
+        require_same_vocabulary(ours, finishing.tokenizer.get_vocab(), (name, finishing.name))
+        return tokenizer_note(tokenizer, finishing.tokenizer, finishing.name)
+    place, facts = finishing.folder, finishing.facts
+    require_same_vocabulary(ours, finishing.vocabulary(), (name, str(place)))
+    for what, found, expected in (
+        ("text", facts["text"], stretch.corpus.fingerprint),
+        ("sequence length", facts["sequence_length"], stretch.sequence_length),
+    ):
+        if found != expected:
+            raise DataError(
+                f"{place} holds teacher logits for another {what}: {found}, expected {expected}",
+                hint="write them with the recipe that reads them, and --for with the teacher that is converted",
+            )
+    finishing.require_sequences(samples)
+    return None

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from mohawkify.data.encoding import encode_documents
-from mohawkify.data.sources import documents
+from mohawkify.data.sources import raw_documents, to_document
 from mohawkify.errors import DataError, RecipeError
 from mohawkify.recipe import Source
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -173,12 +173,13 @@ def test_any_file(folder: Path, name: str, number: int, draw: Callable[[Random],
             )
         try:
             wanted = Source.model_validate({**source, "path": str(file), "where": tuple(source.get("where", []))})
-            texts = list(documents(wanted, tokenizer, None))
-            tokens = list(encode_documents(texts, tokenizer, 258))
+            found = [to_document(raw, wanted, tokenizer) for raw in raw_documents(wanted, None)]
+            texts = [document for document in found if document is not None]
+            tokens = encode_documents(texts, tokenizer, 258)
         except (DataError, RecipeError) as error:
             require_message(error, str(file))
             return
-        assert len(tokens) == len(texts) > 0
-        assert all(text.strip() and text.encode() for text in texts)
+        assert len(tokens) == len(texts)
+        assert all(document.text.strip() and document.text.encode() for document in texts)
 
     run_campaign(f"data-{name}", number, draw, check)
