@@ -158,6 +158,19 @@ def plan(
     metavar="SECONDS",
     help="Where the disk is full at a checkpoint, wait so long for space before giving up.",
 )
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    multiple=True,
+    help="Send the figures to a tracker as well. May be given again.",
+)
+@click.option(
+    "--track-project",
+    default="mohawkify",
+    show_default=True,
+    metavar="NAME",
+    help="The project in which trackers show the run.",
+)
 def convert(
     teacher: str,
     recipe_name: str,
@@ -168,6 +181,8 @@ def convert(
     resume: str,
     patience: float,
     disk_wait: float,
+    track: tuple[str, ...],
+    track_project: str,
 ) -> None:
     """Turn a teacher into a student, in three stages.
 
@@ -179,7 +194,15 @@ def convert(
         from mohawkify import pipeline
 
         run = pipeline.convert(
-            teacher, recipe, output=output, resume=resume, report=_say, patience=patience, disk_wait=disk_wait
+            teacher,
+            recipe,
+            output=output,
+            resume=resume,
+            report=_say,
+            patience=patience,
+            disk_wait=disk_wait,
+            track=track,
+            track_project=track_project,
         )
     click.echo(str(run.path))
 

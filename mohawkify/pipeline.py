@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import UNFINISHED
-from mohawkify.data.selection import TextReader, epochs_needed, stage_recipes
+from mohawkify.data.selection import TextReader, epochs_needed, stage_recipes, stage_stretches
+from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import make_plan
@@ -23,12 +26,20 @@ from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.student.build import build_student, checkpoint_activations, design_student
 from mohawkify.student.save import save_student
+from mohawkify.teacher.finishing import (
+    Finishing,
+    find_finishing,
+    finishing_hashes,
+    require_fitting_text,
+    require_fitting_tokens,
+)
 from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
 from mohawkify.train.stop import StopRequest
+from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id
 
 
 def student_name(source: str, recipe: Recipe) -> str:
@@ -67,6 +78,8 @@ def convert(
     patience: float = 0.0,
     disk_wait: float = 0.0,
     prepared: Path | None = None,
+    track: Sequence[str] = (),
+    track_project: str = PROJECT,
 ) -> RunFolder:
     """Convert a teacher.
 
@@ -79,6 +92,8 @@ def convert(
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
         prepared: where tokenised text may lie that `mohawkify data prepare` made.
+        track: trackers that get the figures as well, by name.
+        track_project: the project that trackers show the run in.
 
     Returns:
         The finished run.
@@ -87,9 +102,12 @@ def convert(
         Interrupted: Ctrl-C or SIGTERM; the same call continues.
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
+    require_trackers(track)
     with StopRequest() as stop:
         try:
-            return _convert(source, recipe, output, resume, report, patience, disk_wait, prepared, stop)
+            return _convert(
+                source, recipe, output, resume, report, patience, disk_wait, prepared, track, track_project, stop
+            )
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
             raise
@@ -104,6 +122,8 @@ def _convert(
     patience: float,
     disk_wait: float,
     prepared: Path | None,
+    track: Sequence[str],
+    track_project: str,
     stop: StopRequest,
 ) -> RunFolder:
     inspection = inspect_teacher(source)
@@ -114,12 +134,14 @@ def _convert(
     planned = make_plan(inspection.spec, student, recipe, flops_per_second=None, device=device.type)
     folder = find_folder(source)
     hashes = teacher_hashes(folder)
+    finishing = find_finishing(recipe)
+    finish_hashes = finishing_hashes(finishing)
     run = RunFolder(output or RUNS / student.name)
     is_new = not run.path.exists()
     with storage.run_lock(run.path):
         try:
             storage.ensure_writable(run.path)
-            identity = _claim(run, recipe, hashes, resume)
+            identity = _claim(run, recipe, hashes | finish_hashes, resume)
             if run.is_finished:
                 run.checked_final()
                 report(f"{run.path} is already finished")
@@ -131,10 +153,11 @@ def _convert(
                 storage.require_space(run.path, sum(planned["disk_bytes"].values()))
             storage.write_json(run.plan_file, planned)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
+            facts |= {"finish_files": finish_hashes} if finish_hashes else {}
             storage.write_json(run.teacher_file, facts)
             storage.write_json(run.student_file, student.to_json())
             conversion, tokenizer = _prepare(
-                run, recipe, identity, folder, inspection, student, device, prepared, report
+                run, recipe, identity, folder, inspection, student, finishing, device, prepared, report
             )
         except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
@@ -143,6 +166,17 @@ def _convert(
                 storage.remove_directory(run.path)
             raise
         conversion.patience, conversion.disk_wait = patience, disk_wait
+        if track:
+            conversion.start_tracking = partial(
+                Tracking,
+                track,
+                project=track_project,
+                run_id=tracking_id(run.tracking_file),
+                run_name=student.name,
+                folder=run.tracking,
+                config=recipe.model_dump(mode="json"),
+                report=report,
+            )
         stop.obey("before training")
         stop.at_once = False  # training stops itself, with a checkpoint
         conversion.train(stop)
@@ -165,7 +199,7 @@ def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) 
     if run.recipe_file.is_file():
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
-        recorded = storage.read_json(run.teacher_file).get("files") if run.teacher_file.is_file() else hashes
+        recorded = run.teacher_files() if run.teacher_file.is_file() else hashes
         for same, what in ((run.recipe_file.read_text() == text, "recipe"), (recorded == hashes, "teacher")):
             if not same:
                 raise UsageError(
@@ -186,6 +220,7 @@ def _prepare(
     folder: Path,
     inspection: Inspection,
     spec: StudentSpec,
+    finishing: Finishing | None,
     device: torch.device,
     prepared: Path | None,
     report: Report,
@@ -195,6 +230,9 @@ def _prepare(
     tokenizer = load_tokenizer(folder, vocabulary_size)
     text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
+    note = finishing and require_fitting_tokens(finishing, teacher_name(str(folder)), tokenizer)
+    if note:
+        report(note)
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     teacher = load_teacher(folder, dtype=dtype, device=device)
@@ -213,8 +251,14 @@ def _prepare(
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
+    if isinstance(finishing, TeacherLogits):
+        last = stage_stretches(recipe, corpora)["distill"][-1]  # the finish, which has tokens
+        require_fitting_text(finishing, last, recipe.stages.distill.batch_sequences, recipe.seed)
     pair = Pair(teacher, student, spec, inspection.adapter)
-    return Conversion(run, recipe, identity, pair, corpora, held_out, device, report), tokenizer
+    conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, report)
+    conversion.finishing = finishing
+    conversion.load_first = partial(load_teacher, folder, dtype=dtype, device=device)
+    return conversion, tokenizer
 
 
 def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.adapter import Adapter
 from mohawkify.data.encoding import tokenizer_hash
-from mohawkify.data.reading import Stretch
+from mohawkify.data.reading import Stretch, sequences_of
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import DataError
 from mohawkify.recipe import Recipe
@@ -128,39 +127,47 @@ def finishing_hashes(finishing: Finishing | None) -> dict[str, str]:
     return {} if finishing is None else {"finish/logits": finishing.identity()}
 
 
-def require_fitting(
-    finishing: Finishing, name: str, tokenizer: PreTrainedTokenizerBase, stretch: Stretch, samples: np.ndarray
-) -> str | None:
-    """Refuse a teacher, or logits, that cannot finish a run.
+def require_fitting_tokens(finishing: Finishing, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Refuse a teacher, or logits of one, with another vocabulary than the first teacher's.
 
     Args:
         finishing: the teacher or the logits.
-        name: of the first teacher, for messages.
+        name: of the first teacher.
         tokenizer: of the first teacher.
-        stretch: what the end of the stage reads.
-        samples: (n,) which sequences of its corpus.
 
     Returns:
         A line to show, if there is anything worth it.
 
     Raises:
-        TeacherError: another vocabulary.
-        DataError: logits of other text, of another length or of other sequences.
+        TeacherError: names the first token that differs.
     """
     ours = tokenizer.get_vocab()
-    if isinstance(finishing, OtherTeacher):
-        require_same_vocabulary(ours, finishing.tokenizer.get_vocab(), (name, finishing.name))
-        return tokenizer_note(tokenizer, finishing.tokenizer, finishing.name)
-    place, facts = finishing.folder, finishing.facts
-    require_same_vocabulary(ours, finishing.vocabulary(), (name, str(place)))
+    if isinstance(finishing, TeacherLogits):
+        require_same_vocabulary(ours, finishing.vocabulary(), (name, str(finishing.folder)))
+        return None
+    require_same_vocabulary(ours, finishing.tokenizer.get_vocab(), (name, finishing.name))
+    return tokenizer_note(tokenizer, finishing.tokenizer, finishing.name)
+
+
+def require_fitting_text(logits: TeacherLogits, stretch: Stretch, batch_sequences: int, seed: int) -> None:
+    """Refuse logits of other text, of sequences of another length, or of too few of them.
+
+    Args:
+        logits: the logits.
+        stretch: what is read with them.
+        batch_sequences: sequences per step.
+        seed: of the order.
+
+    Raises:
+        DataError: says what was found and expected.
+    """
     for what, found, expected in (
-        ("text", facts["text"], stretch.corpus.fingerprint),
-        ("sequence length", facts["sequence_length"], stretch.sequence_length),
+        ("text", logits.facts["text"], stretch.corpus.fingerprint),
+        ("sequence length", logits.layout.sequence_length, stretch.sequence_length),
     ):
         if found != expected:
             raise DataError(
-                f"{place} holds teacher logits for another {what}: {found}, expected {expected}",
+                f"{logits.folder} holds teacher logits for another {what}: {found}, expected {expected}",
                 hint="write them with the recipe that reads them, and --for with the teacher that is converted",
             )
-    finishing.require_sequences(samples)
-    return None
+    logits.require_sequences(sequences_of(stretch, batch_sequences, seed))
