@@ -156,7 +156,9 @@ class TeacherLogits:
             if set(foreign) - {"corpora"}:
                 raise UsageError(f"{folder} is not empty (it holds {foreign[0]})", hint="choose another --output")
             with storage.atomic_directory(folder / _ABOUT, facts=facts) as about:
-                storage.write_json(about / _VOCABULARY_FILE, dict(vocabulary))
+                # Tokenizers list their tokens in another order every time.
+                by_id = sorted(vocabulary.items(), key=lambda item: item[1])
+                storage.write_json(about / _VOCABULARY_FILE, dict(by_id))
                 storage.write_bytes(about / _SEQUENCES_FILE, order.tobytes())
         found = TeacherLogits(folder)
         other = [key for key in facts if found.facts.get(key) != json.loads(json.dumps(facts[key]))]
