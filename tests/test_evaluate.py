@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
@@ -21,7 +22,8 @@ from mohawkify.evaluate import agreement, speed
 from mohawkify.evaluate.agreement import Agreement, evaluating, measure_agreement, measure_teacher
 from mohawkify.evaluate.report import console_table, markdown_report
 from mohawkify.evaluate.speed import decode_speed
-from tests.tiny import tiny_teacher
+from mohawkify.shelf import adapter_names
+from tests.tiny import COMMON, randomise, tiny_pair, tiny_teacher
 
 CPU = torch.device("cpu")
 BOS, WINDOW = 1, 512
@@ -133,6 +135,25 @@ def test_kl_is_from_teacher_to_student(student: PreTrainedModel, teacher: PreTra
 def test_teacher_alone(teacher: PreTrainedModel, student: PreTrainedModel, rows: list[np.ndarray]) -> None:
     both = measure_agreement(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
     assert measure_teacher(teacher, evaluation_batches(rows[:4], 4)) == pytest.approx(both.teacher_perplexity, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "granitemoeshared"])
+def test_figures_with_heads_of_every_kind(family: str, tmp_path: Path) -> None:
+    """Soft-cap, factor, divisor, bias; and a family without a file, whose logits are its model's own."""
+    if family in adapter_names():
+        pair = tiny_pair(family, tmp_path, num_hidden_layers=2)
+        student, teacher = pair.student, pair.teacher
+    else:
+        model_class = transformers.GraniteMoeSharedForCausalLM
+        config = model_class.config_class(**COMMON, num_local_experts=4, num_experts_per_tok=2, logits_scaling=4.0)
+        student, teacher = randomise(model_class(config)), randomise(model_class(config))
+        with torch.no_grad():
+            student.lm_head.weight.mul_(0.5)
+    rows = random_rows(9, 5, 12)
+    found = measure_agreement(student, teacher, evaluation_batches(rows, 2), device=CPU)
+    expected = naive_figures(student, teacher, rows)
+    assert expected["kl"] > 0.05
+    assert_figures(found, expected, 1e-5 * expected["perplexity"])
 
 
 def random_rows(*lengths: int) -> list[np.ndarray]:
