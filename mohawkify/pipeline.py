@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
-from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import UNFINISHED
-from mohawkify.data.selection import TextReader, epochs_needed, stage_recipes, stage_stretches
+from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.evaluate.report import markdown_report
@@ -245,9 +244,6 @@ def _prepare(
         checkpoint_activations(student, spec.layers)
     report("reading the text")
     corpora, held_out = text.training(), text.held_out()
-    for stage in stage_recipes(recipe).values():
-        for segment in stage.segments():
-            num_sequences(corpora[segment.data], segment.sequence_length)  # refuses text that is too short
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))

@@ -78,7 +78,7 @@ FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 # Functions outside storage.py that write files themselves. All but the last line's are handed a temporary folder by
 # storage.atomic_directory; the last line's belong to the developers' script that made the demo teacher, and to no run.
 WRITERS = {
-    *("checkpoint.py:save_tensors", "data/corpus.py:_write"),
+    *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("export/export.py:export_run", "export/mlx.py:write_mlx"),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mohawkify.errors import DataError
@@ -43,20 +44,15 @@ def completion_spans(
     Raises:
         DataError: the template changes, leaves out or repeats what the assistant wrote.
     """
-    wanted = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not wanted:
+    num_wanted = sum(message["role"] == "assistant" for message in messages)
+    if num_wanted == 0:
         return ()
-    before, behind = next(pair for pair in _MARKS if not any(mark in rendered for mark in pair))
-    marked = render(
-        [
-            {**message, "content": _mark(message["content"], before, behind)}
-            if message["role"] == "assistant"
-            else message
-            for message in messages
-        ]
-    )
-    parts = marked.replace(behind, before).split(before)
-    if "".join(parts) != rendered or len(parts) != 2 * len(wanted) + 1:
+    marks = next(pair for pair in _MARKS if not any(mark in rendered for mark in pair))
+    for mark in (_mark_all, _mark_from_first_word, _mark_words):
+        pieces = re.split(f"([{''.join(marks)}])", render(_marked(messages, mark, marks)))
+        if pieces[1::2] == [*marks] * num_wanted and "".join(pieces[::2]) == rendered:
+            break
+    else:
         raise DataError(
             f"{place}: the teacher's chat template does not write the assistant's words as they are, once and in order,"
             " so that they cannot be told from the rest",
@@ -64,18 +60,33 @@ def completion_spans(
         )
     spans = []
     end = 0
-    for number in range(len(wanted)):
-        start = end + len(parts[2 * number])
-        end = start + len(parts[2 * number + 1])
+    for outside, inside in zip(pieces[:-1:4], pieces[2::4], strict=True):
+        start = end + len(outside)
+        end = start + len(inside)
         spans.append((start, end + _ending(rendered[end:], special_tokens, end_token)))
     return tuple(spans)
 
 
-def _mark(content: str, before: str, behind: str) -> str:
-    """Mark the words; blanks around them stay outside, since many templates cut them off."""
-    words = content.strip()
-    lead, trail = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
-    return f"{lead}{before}{words}{behind}{trail}" if words else f"{content}{before}{behind}"
+def _marked(messages: Messages, mark: Callable[[str, str, str], str], marks: tuple[str, str]) -> Messages:
+    return [
+        {**message, "content": mark(message["content"], *marks)} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+
+
+def _mark_all(content: str, before: str, behind: str) -> str:
+    return f"{before}{content}{behind}"
+
+
+# Many templates cut blanks off the ends, and a mark in their place would keep them from it.
+def _mark_from_first_word(content: str, before: str, behind: str) -> str:
+    words = content.lstrip()
+    return f"{content[: len(content) - len(words)]}{before}{words}{behind}"
+
+
+def _mark_words(content: str, before: str, behind: str) -> str:
+    words = content.rstrip()
+    return f"{_mark_from_first_word(words, before, behind)}{content[len(words) :]}"
 
 
 def _ending(rest: str, special_tokens: Collection[str], end_token: str | None) -> int:

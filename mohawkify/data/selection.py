@@ -14,6 +14,7 @@ from mohawkify.data.corpus import Corpus, hold_out, load_corpus, read_note
 from mohawkify.data.evaluation import evaluation_rows
 from mohawkify.data.files import find_files
 from mohawkify.data.hub import Report, ignore
+from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.reading import Stretch
 from mohawkify.data.telling import Telling
@@ -180,6 +181,8 @@ class TextReader:
         return hold_out(self.corpus("train"), self.recipe.evaluation.tokens)
 
     def _require_enough(self, data: str, corpus: Corpus) -> None:
+        for reach in reaches_into(self.recipe, data):
+            num_sequences(corpus, reach.sequence_length)  # refuses text that is shorter than a single one
         epochs, needed = epochs_of(self.recipe, data), epochs_needed(self.recipe, data, corpus.num_tokens)
         if epochs is None or needed <= epochs:
             return

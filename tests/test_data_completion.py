@@ -1,0 +1,237 @@
+"""Conversations: which tokens the assistant wrote, by templates in the style of several families."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mohawkify.data.corpus import Corpus
+from mohawkify.data.encoders import encode_rows
+from mohawkify.data.hub import BEGINNING
+from mohawkify.data.packing import packed_batch
+from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.sources import Raw, to_document
+from mohawkify.errors import DataError
+from mohawkify.recipe import Source
+from tests.bytes_tokenizer import bytes_tokenizer
+
+# In the style of ChatML, Llama 3, Mistral, Phi-3, Gemma, Qwen3 and Vicuna: made for these tests.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<turn>' + role + '\n' + m.content | trim + '</turn>\n' }}{% endfor %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+)
+VICUNA = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] + m.content }}"
+    "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>", "<|end|>", "<turn>", "</turn>"]
+
+# What ends a turn, by template: it belongs to the completion, since the model has to write it.
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot|>"),
+    "mistral": (MISTRAL, " </s>"),
+    "phi3": (PHI3, "<|end|>"),
+    "gemma": (GEMMA, "</turn>"),
+    "qwen3": (QWEN3, "<|im_end|>"),
+    "vicuna": (VICUNA, "</s>"),
+    "plain": (PLAIN, ""),
+}
+TALKS = {
+    "one turn": [("user", "Hi"), ("assistant", "Hello there.")],
+    "several": [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d e")],
+    "the same words": [("user", "think"), ("assistant", "think"), ("user", "assistant"), ("assistant", "think")],
+    "accents": [("user", "où ?"), ("assistant", "là-bas, à gauche 🙂 ."), ("user", "né ?"), ("assistant", "été")],
+    "blanks": [("user", " a \n"), ("assistant", " \n b\n\nc \n"), ("user", "x"), ("assistant", "\n")],
+    "empty": [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")],
+    "no answer": [("user", "a")],
+    "answers first": [("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Hello")],
+    "two answers": [("user", "a"), ("assistant", "b"), ("assistant", "c")],
+}
+
+
+def tokenizer_for(template: str, **borders: bool) -> Any:
+    tokenizer = bytes_tokenizer(chat_template=template, **borders)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS})
+    return tokenizer
+
+
+def messages_of(talk: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in TALKS[talk]]
+
+
+def row(talk: list[dict[str, str]]) -> Raw:
+    return Raw("a.jsonl, line 1", talk, BEGINNING)
+
+
+def completions(template: str, messages: list[dict[str, str]]) -> list[str]:
+    """The completions of a conversation, as text."""
+    document = to_document(row(messages), Source(path="a.jsonl", chat="talk"), tokenizer_for(template))
+    assert document is not None
+    return [document.text[start:end] for start, end in document.completions or ()]
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_completions_are_what_the_assistant_wrote_and_its_end(name: str, talk: str) -> None:
+    template, ending = TEMPLATES[name]
+    found = completions(template, messages_of(talk))
+    wanted = [content for role, content in TALKS[talk] if role == "assistant"]
+    assert ["".join(text.split()) for text in found] == ["".join((content + ending).split()) for content in wanted]
+    # Blanks at the ends are there as the template keeps them: cut by Llama 3's and Gemma's, kept by the others.
+    kept = name not in ("llama3", "gemma")
+    if talk == "blanks" and kept and name != "qwen3":
+        assert found == [content + ending for content in wanted]
+
+
+def test_completions_equal_those_that_a_template_marks_itself() -> None:
+    marked = CHATML.replace(
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}",
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+    )
+    tokenizer = tokenizer_for(marked, bos=False)
+    for talk in ("one turn", "several", "accents", "the same words"):
+        theirs = tokenizer.apply_chat_template(messages_of(talk), return_dict=True, return_assistant_tokens_mask=True)
+        source = Source(path="a.jsonl", chat="talk")
+        (ours,) = encode_rows(source, [row(messages_of(talk))], tokenizer_for(CHATML, bos=False, eos=False), 300)
+        assert ours is not None
+        assert ours.tokens.tolist() == theirs["input_ids"]
+        assert ours.completion.astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_are_those_of_the_whole_rendering(name: str) -> None:
+    template, _ = TEMPLATES[name]
+    tokenizer = tokenizer_for(template)
+    for talk in TALKS:
+        text = tokenizer.apply_chat_template(messages_of(talk), tokenize=False)
+        (found,) = encode_rows(Source(path="a", chat="talk"), [row(messages_of(talk))], tokenizer, 300)
+        assert found is not None
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        begun = ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+        assert found.tokens.tolist() == begun
+        assert len(found.completion) == len(begun)
+        assert not found.completion[0]
+        wanted = "".join(completions(template, messages_of(talk)))
+        # Every byte is a token here, so that the tokens of completions spell exactly the completions.
+        assert tokenizer.decode(found.tokens[found.completion]) == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content + m.content }}{% endfor %}",
+        "{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | length }}{% endfor %}",
+        "{% for m in messages | reverse %}{{ m.content[::-1] }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_changes_the_words_is_refused(template: str) -> None:
+    with pytest.raises(DataError, match="does not write the assistant's words as they are") as caught:
+        completions(template, messages_of("several"))
+    assert "loss: all" in str(caught.value.hint)
+    source = Source(path="a.jsonl", chat="talk", loss="all")
+    document = to_document(row(messages_of("several")), source, tokenizer_for(template))
+    assert document is None or document.completions is None
+
+
+def test_words_that_a_template_writes_in_its_own_way_are_still_told_from_the_rest() -> None:
+    assert completions("{% for m in messages %}{{ m.content | upper }}.{% endfor %}", messages_of("several")) == [
+        "B",
+        "D E",
+    ]
+
+
+def test_words_that_hold_the_marks_themselves() -> None:
+    words = "\ue000odd\ue001"
+    talk = [{"role": "user", "content": "\ue002"}, {"role": "assistant", "content": words}]
+    assert completions(CHATML, talk) == [f"{words}<|im_end|>"]
+
+
+# --- kept on disk, and counted in batches ---------------------------------------------------------------------------
+
+
+def chat_file(path: Path) -> Path:
+    talks = [messages_of(talk) for talk in TALKS if talk != "no answer"] * 3
+    path.write_text("".join(json.dumps({"talk": talk, "text": "plain text"}) + "\n" for talk in talks))
+    return path
+
+
+def build(folder: Path, *sources: Source, template: str = LLAMA3) -> Corpus:
+    return build_corpus(Wanted(sources, tokenizer_for(template), None, None, 300), folder)
+
+
+@pytest.mark.parametrize("length", [2, 7, 32, 100])
+def test_counts_are_of_completions_in_the_same_sequence_and_document(tmp_path: Path, length: int) -> None:
+    corpus = build(tmp_path, Source(path=str(chat_file(tmp_path / "a.jsonl")), chat="talk"))
+    assert corpus.completion is not None
+    indices = np.random.default_rng(0).permutation(corpus.num_tokens // length)
+    batch = packed_batch(corpus, length, indices)
+    starts = set(corpus.offsets.tolist())
+    for number, index in enumerate(indices.tolist()):
+        for place in range(length):
+            after = index * length + place + 1
+            counted = place + 1 < length and after not in starts and bool(corpus.completion[after])
+            assert bool(batch.counts[number, place]) == counted
+    assert 0 < batch.counts.sum() < batch.counts.numel()
+
+
+def test_loss_on_all_keeps_no_mask_and_counts_everything(tmp_path: Path) -> None:
+    path = str(chat_file(tmp_path / "a.jsonl"))
+    masked = build(tmp_path, Source(path=path, chat="talk"))
+    whole = build(tmp_path, Source(path=path, chat="talk", loss="all"))
+    np.testing.assert_array_equal(masked.tokens, whole.tokens)
+    assert whole.completion is None
+    assert masked.fingerprint != whole.fingerprint
+    assert packed_batch(whole, 16, np.arange(4)).counts.all()
+
+
+def test_plain_text_beside_conversations_counts_within_its_documents(tmp_path: Path) -> None:
+    path = str(chat_file(tmp_path / "a.jsonl"))
+    corpus = build(tmp_path, Source(path=path), Source(path=path, chat="talk"))
+    assert corpus.completion is not None
+    document = len("plain text") + 1  # BOS in front
+    batch = packed_batch(corpus, document, np.arange(2))
+    assert batch.counts.tolist() == [[True] * (document - 1) + [False]] * 2
+
+
+def test_a_cut_and_a_held_out_part_keep_the_mask(tmp_path: Path) -> None:
+    from mohawkify.data.corpus import hold_out
+
+    sources = (Source(path=str(chat_file(tmp_path / "a.jsonl")), chat="talk"),)
+    whole = build(tmp_path, *sources)
+    cut = build_corpus(Wanted(sources, tokenizer_for(LLAMA3), 100, None, 300), tmp_path)
+    assert cut.completion is not None
+    assert whole.completion is not None
+    np.testing.assert_array_equal(cut.completion, whole.completion[:100])
+    train, held = hold_out(whole, 60)
+    parts = [np.asarray(part.completion) for part in (train, held)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole.completion)
