@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,8 +61,9 @@ def save_checkpoint(
     model_tensors: Mapping[str, Tensor],
     optimizer_tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    random_tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint with the present state of the random generators, complete or not at all.
+    """Write a checkpoint, complete or not at all.
 
     A valid checkpoint of the same step is kept as it is: the step was done again after a resume, and the folder belongs
     to one run. A damaged one is replaced.
@@ -72,6 +74,7 @@ def save_checkpoint(
         model_tensors: the student's parameters by name, on any device; the dtypes are kept.
         optimizer_tensors: the optimiser's tensors by name.
         state: a JSON object: where the run stands, and the hashes of what it started from.
+        random_tensors: the state of the random generators of all processes; None for that of this one.
 
     Returns:
         The checkpoint's folder.
@@ -87,7 +90,8 @@ def save_checkpoint(
         if _is_valid(target):
             return target
         remove_directory(target)
-    groups = {"model": model_tensors, "optimizer": optimizer_tensors, "rng": rng_tensors()}
+    random_tensors = rng_tensors() if random_tensors is None else random_tensors
+    groups = {"model": model_tensors, "optimizer": optimizer_tensors, "rng": random_tensors}
     require_space(directory, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
     with atomic_directory(target, facts={"checkpoint_format": _FORMAT, "global_step": global_step}) as folder:
         for name, tensors in groups.items():
@@ -148,19 +152,50 @@ def newest_valid(directory: Path, report: Callable[[str], None]) -> Checkpoint |
     return None
 
 
-def load_tensors(checkpoint: Checkpoint, group: TensorGroup) -> dict[str, Tensor]:
-    """Read one of a checkpoint's groups of tensors to the CPU, in memory of their own.
+class StoredTensors(Mapping[str, "Tensor"]):
+    """The tensors of a file, each read from the disk when it is asked for, to the CPU and into memory of its own.
+
+    Args:
+        path: the safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._path = path
+        with _readable(path):
+            self._file = safe_open(str(path), framework="pt")
+            self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with _readable(self._path):
+            # Without the copy a deleted checkpoint would still fill the disk: the file is mapped into memory.
+            return self._file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_tensors(checkpoint: Checkpoint, group: TensorGroup) -> StoredTensors:
+    """One of a checkpoint's groups of tensors; not one of them is read yet.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return StoredTensors(checkpoint.path / f"{group}.safetensors")
 
-    path = checkpoint.path / f"{group}.safetensors"
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        # load_file maps the file into memory: without the copies a deleted checkpoint would still fill the disk.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 

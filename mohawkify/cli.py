@@ -6,65 +6,35 @@ Nothing heavy is imported before a verb runs, so that help and completion come a
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 
 from mohawkify import __version__, cli_show
 from mohawkify.cli_errors import Verbs
+from mohawkify.cli_options import (
+    FOLDER,
+    FiniteRange,
+    as_json,
+    complete_recipe,
+    own_text,
+    print_result,
+    processes_option,
+    read_recipe,
+    recipe_option,
+    say,
+    set_option,
+    teacher_moved,
+    working,
+)
+from mohawkify.cli_teach import teach
 from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
-FOLDER = click.Path(path_type=Path)
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-
-def _recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from mohawkify.shelf import recipe_names
-
-    return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
-
-
-recipe_option = click.option(
-    "--recipe",
-    "recipe_name",
-    required=True,
-    metavar="RECIPE",
-    shell_complete=_recipe_names,
-    help="A bundled recipe (`mohawkify recipes ls`), or the path of a .yaml file.",
-)
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
-)
-teacher_moved = click.option(
-    "--teacher",
-    "teacher_source",
-    metavar="TEACHER",
-    help="Where the teacher is now; by default where it was when the run was made.",
-)
-
-
-class FiniteRange(click.FloatRange):
-    """A number in a range; nan is in none, though click lets it pass."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, or a refusal."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
 
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,11 +60,11 @@ def inspect(teacher: str, as_json: bool) -> None:
 
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
-    with _working():
+    with working():
         from mohawkify.cli_inspect import inspect_source
 
         found = inspect_source(teacher)
-    _print(found, cli_show.inspection_text, as_json)
+    print_result(found, cli_show.inspection_text, as_json)
 
 
 @main.command()
@@ -116,12 +86,12 @@ def plan(
     Everything is worked out from configuration and recipe, memory and time as estimates. No weights are loaded;
     TEACHER may be a config.json.
     """
-    recipe = _recipe(recipe_name, overrides)
-    with _working():
+    recipe = read_recipe(recipe_name, overrides)
+    with working():
         from mohawkify import pipeline
 
         planned = pipeline.plan(teacher, recipe, flops_per_second=flops_per_second)
-    _print(planned, cli_show.plan_text, as_json)
+    print_result(planned, cli_show.plan_text, as_json)
 
 
 @main.command()
@@ -135,6 +105,19 @@ def plan(
     help="Train on this file, folder or glob instead of the recipe's text; without --validation its end is held out.",
 )
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
+@processes_option
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
+    help="What holds weights and optimiser, instead of the recipe's compute.engine.",
+)
+@click.option("--zero", type=click.IntRange(0, 3), help="Stage of DeepSpeed's ZeRO, instead of the recipe's.")
+@click.option(
+    "--offload",
+    type=click.Choice(["none", "optimizer", "all"]),
+    help="What is kept in the CPU's memory, instead of what the recipe says.",
+)
+@click.option("--deepspeed-config", type=FOLDER, metavar="FILE", help="A JSON file of further settings for DeepSpeed.")
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),
@@ -178,6 +161,11 @@ def convert(
     overrides: tuple[str, ...],
     data: str | None,
     validation: str | None,
+    processes: int | None,
+    engine: str | None,
+    zero: int | None,
+    offload: str | None,
+    deepspeed_config: Path | None,
     resume: str,
     patience: float,
     disk_wait: float,
@@ -187,110 +175,35 @@ def convert(
     """Turn a teacher into a student, in three stages.
 
     Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
-    same command continues it. Prints the run's folder.
+    same command continues it, also in another number of processes or on another engine. Prints the run's folder.
     """
-    recipe = _recipe(recipe_name, (*_own_text(data, validation), *overrides))
-    with _working():
-        from mohawkify import pipeline
+    wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
+    compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
+    recipe = read_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
+    with working():
+        from mohawkify.cli_ranks import joined, start_processes
 
-        run = pipeline.convert(
-            teacher,
-            recipe,
-            output=output,
-            resume=resume,
-            report=_say,
-            patience=patience,
-            disk_wait=disk_wait,
-            track=track,
-            track_project=track_project,
-        )
-    click.echo(str(run.path))
+        start_processes(processes)
+        with joined(recipe.compute.device) as world:
+            from mohawkify import pipeline
 
-
-def _own_text(data: str | None, validation: str | None) -> list[str]:
-    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
-    sources: dict[str, list[dict[str, str]]] = {}
-    if data is not None:
-        sources = {"train": [{"path": data}], "validation": []}
-    if validation is not None:
-        sources["validation"] = [{"path": validation}]
-    # JSON is YAML: a path stays one value whatever signs are in it.
-    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
-
-
-@main.command()
-@click.argument("teacher")
-@recipe_option
-@click.option(
-    "--for",
-    "for_source",
-    metavar="TEACHER",
-    help="The teacher that is converted: its tokenizer and folder give the text; by default the one that is asked.",
-)
-@click.option(
-    "--stage-phase",
-    type=click.Choice(["finish", "train"]),
-    default="finish",
-    show_default=True,
-    help="Which text of the recipe's stage 3.",
-)
-@click.option("--data", metavar="PATH", help="This file, folder or glob instead of the recipe's text of that phase.")
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="K",
-    help="How many of the likeliest tokens are kept; the rest is kept as one number.",
-)
-@click.option("--output", type=FOLDER, metavar="DIR", help="By default teacher-logits/ and the teacher's name.")
-@click.option("--bits", type=click.Choice(["8", "4"]), help="Take the teacher's weights in so many bits.")
-@set_option
-@as_json
-def teach(
-    teacher: str,
-    recipe_name: str,
-    for_source: str | None,
-    stage_phase: str,
-    data: str | None,
-    top_k: int,
-    output: Path | None,
-    bits: str | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Keep a teacher's likeliest next tokens on disk.
-
-    For every token of the text that a phase of the recipe's stage 3 reads, so that `convert` can learn from a teacher
-    that is not there: stages.distill.finish.logits names the folder. Stop it at any time; the same command continues
-    it. Prints the folder.
-    """
-    text = [] if data is None else _own_text(data, None)
-    if data is not None and stage_phase == "finish":
-        text = [f"data.finish={json.dumps([{'path': data}])}"]
-    recipe = _recipe(recipe_name, (*text, *overrides))
-    with _working():
-        from mohawkify.pipeline import choose_device
-        from mohawkify.teach import teach as ask
-        from mohawkify.teacher.locate import teacher_name
-        from mohawkify.train.world import join_world
-
-        with join_world() as world:
-            done = ask(
+            run = pipeline.convert(
                 teacher,
                 recipe,
-                phase=stage_phase,
-                for_source=for_source,
-                top_k=top_k,
-                output=output or Path("teacher-logits") / teacher_name(teacher),
-                bits=None if bits is None else int(bits),
-                device=choose_device(recipe.compute.device),
+                output=output,
+                resume=resume,
+                report=say,
+                patience=patience,
+                disk_wait=disk_wait,
                 world=world,
-                report=_say if world.is_main else _ignore,
+                track=track,
+                track_project=track_project,
             )
-            if not world.is_main:
-                return
-    click.echo(json.dumps(done, indent=2) if as_json else done["folder"])
+    if world.is_main:
+        click.echo(str(run.path))
+
+
+main.add_command(teach)
 
 
 @main.command("eval")
@@ -321,14 +234,14 @@ def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
     from mohawkify.run import finished_run
 
     chosen = finished_run(run)
-    with _working():
+    with working():
         from mohawkify.evaluate.report import console_table
         from mohawkify.evaluate.run import evaluate_run
         from mohawkify.pipeline import choose_device
 
         device = choose_device(chosen.recipe().compute.device)
-        found = evaluate_run(chosen, **wanted, device=device, report=_say)
-    _print(found, console_table, as_json)
+        found = evaluate_run(chosen, **wanted, device=device, report=say)
+    print_result(found, console_table, as_json)
 
 
 @main.command()
@@ -347,11 +260,11 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
     from mohawkify.run import finished_run
 
     chosen = finished_run(run)
-    with _working():
+    with working():
         from mohawkify.export.export import export_run
 
-        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=_say)
-    _say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
+        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=say)
+    say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
     click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
 
 
@@ -375,7 +288,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
     if len(words) > 2:
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
     chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
-    with _working() as output:
+    with working() as output:
         from mohawkify.evaluate.run import load_run_models, teacher_folder
         from mohawkify.generate import write_text
         from mohawkify.pipeline import choose_device
@@ -404,10 +317,10 @@ def demo(output: Path) -> None:
     Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story. Run
     again, it continues where it was stopped, or measures and exports once more.
     """
-    with _working():
+    with working():
         from mohawkify.showcase import run_demo
 
-        summary = run_demo(output, report=_say)
+        summary = run_demo(output, report=say)
     click.echo(summary)
 
 
@@ -430,11 +343,11 @@ def recipes_ls(as_json: bool) -> None:
         {"name": name, "description": load_recipe(name).description, "teacher": load_recipe(name).teacher}
         for name in recipe_names()
     ]
-    _print({"recipes": found}, cli_show.recipes_text, as_json)
+    print_result({"recipes": found}, cli_show.recipes_text, as_json)
 
 
 @recipes.command("show")
-@click.argument("name", shell_complete=_recipe_names)
+@click.argument("name", shell_complete=complete_recipe)
 def recipes_show(name: str) -> None:
     """Print a bundled recipe."""
     from mohawkify.shelf import recipe_text
@@ -443,7 +356,7 @@ def recipes_show(name: str) -> None:
 
 
 @recipes.command("cp")
-@click.argument("name", shell_complete=_recipe_names)
+@click.argument("name", shell_complete=complete_recipe)
 @click.argument("file", type=FOLDER)
 def recipes_cp(name: str, file: Path) -> None:
     """Copy a bundled recipe to FILE, to make it your own; an existing file is never replaced."""
@@ -469,7 +382,7 @@ def families(as_json: bool) -> None:
     for name in adapter_names():
         adapter = load_adapter(name)
         details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
-    _print({"families": list(details), "details": details}, cli_show.families_text, as_json)
+    print_result({"families": list(details), "details": details}, cli_show.families_text, as_json)
 
 
 @main.command()
@@ -486,13 +399,13 @@ def doctor(folder: Path | None, as_json: bool) -> None:
         from mohawkify.verdict import judge
 
         found = judge(folder)
-        _print(found, cli_show.verdict_text, as_json)
+        print_result(found, cli_show.verdict_text, as_json)
         if not found["sound"]:
             raise SystemExit(INPUT)
         return
     from mohawkify.doctor import examine
 
-    _print(examine(), cli_show.doctor_text, as_json)
+    print_result(examine(), cli_show.doctor_text, as_json)
 
 
 @main.command()
@@ -505,27 +418,3 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None  # click has all three
     click.echo(kind(main, {}, NAME, COMPLETION_VARIABLE).source())
-
-
-def _recipe(name: str, overrides: tuple[str, ...]) -> Any:
-    from mohawkify.recipe import apply_overrides, load_recipe
-
-    return apply_overrides(load_recipe(name), overrides)
-
-
-def _working() -> AbstractContextManager[TextIO]:
-    from mohawkify.cli_quiet import quiet_libraries
-
-    return quiet_libraries()
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _ignore(line: str) -> None:
-    """What the processes beside the main one say."""
-
-
-def _print(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))

@@ -50,7 +50,10 @@ class Verbs(click.Group):
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         _end_cleanly_on_sigterm()
         try:
-            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
+            # The arguments travel along: whoever starts processes hands them on.
+            code = super().main(
+                arguments, prog_name, complete_var, standalone_mode=False, obj=tuple(arguments), **extra
+            )
         except (Exception, KeyboardInterrupt) as error:
             if DEBUG_FLAG in arguments:
                 traceback.print_exception(error, file=sys.stderr)
@@ -83,33 +86,36 @@ def report_error(error: BaseException) -> int:
     Returns:
         The exit code, one of `EXIT_CODES`; a stopped conversion says its own.
     """
+    message, hint, code = describe(error)
+    say_error(message, hint)
+    return code
+
+
+def describe(error: BaseException) -> tuple[str, str | None, int]:
+    """What to say of an error: message, hint and exit code."""
     if isinstance(error, MohawkifyError):
-        return _write(error.message, error.hint, error.exit_code)
+        return error.message, error.hint, error.exit_code
     if isinstance(error, click.UsageError):
         verb = error.ctx.command_path if error.ctx is not None else "mohawkify"
-        return _write(error.format_message(), f"`{verb} --help` lists what it takes", USAGE)
+        return error.format_message(), f"`{verb} --help` lists what it takes", USAGE
     if isinstance(error, click.ClickException):
-        return _write(error.format_message(), None, error.exit_code)
+        return error.format_message(), None, error.exit_code
     # click turns whatever a KeyboardInterrupt is into an Abort.
     if isinstance(error, Terminated) or isinstance(error.__cause__, Terminated):
-        return _write("terminated", None, TERMINATED)
+        return "terminated", None, TERMINATED
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
-        return _write("interrupted", None, INTERRUPTED)
+        return "interrupted", None, INTERRUPTED
     # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return _write(
-            f"out of memory: {error}",
-            "use a smaller compute.micro_batch_sequences or a shorter sequence_length",
-            MEMORY,
-        )
-    return _write(f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG)
+        hint = "use a smaller compute.micro_batch_sequences or a shorter sequence_length"
+        return f"out of memory: {error}", hint, MEMORY
+    return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG
 
 
-def _write(message: str, hint: str | None, code: int) -> int:
-    click.echo(f"error: {_one_line(message)}", err=True)
-    if hint:
-        click.echo(f"hint: {_one_line(hint)}", err=True)
-    return code
+def say_error(message: str, hint: str | None) -> None:
+    """Write an error's line and its hint to standard error."""
+    lines = [f"error: {_one_line(message)}", *([f"hint: {_one_line(hint)}"] if hint else [])]
+    click.echo("\n".join(lines), err=True)  # in one piece, as other processes may write too
 
 
 def _one_line(text: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawkify import checkpoint, storage
@@ -26,14 +29,18 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
-from mohawkify.teacher.finishing import Finishing, OtherTeacher
-from mohawkify.train.engine import Engine, LocalEngine
+from mohawkify.teacher.finishing import Finishing
+from mohawkify.train.engine import Engine
+from mohawkify.train.engines import build_engine
 from mohawkify.train.loop import StepReport, run_stage
+from mohawkify.train.micro_batch import micro_batch_of
 from mohawkify.train.progress import StageProgress
+from mohawkify.train.random_state import gather_random_state, restore_random_state
 from mohawkify.train.saturation import Phases, SaturationWatch
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import Tracking
 from mohawkify.train.watch import HangWatch, LossWatch
+from mohawkify.train.world import World
 
 Report = Callable[[str], None]
 
@@ -69,6 +76,9 @@ class Position:
 class Conversion:
     """A teacher, a student, text and a folder: all that training needs.
 
+    Every process of a run has one and makes the same calls. Only the main one touches the folder, but for reading the
+    tensors of a checkpoint.
+
     Args:
         run: the folder.
         recipe: what to do.
@@ -77,6 +87,7 @@ class Conversion:
         corpora: the text of ``train`` and, where a stage ends on other text, of ``finish``.
         held_out: rows of text for measurements.
         device: where models and batches are.
+        world: the processes of the run.
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends; 0 for never.
         disk_wait: seconds to wait for space where the disk is full.
@@ -92,6 +103,7 @@ class Conversion:
     corpora: dict[str, Corpus]
     held_out: list[np.ndarray]
     device: torch.device
+    world: World
     report: Report
     patience: float = 0.0
     disk_wait: float = 0.0
@@ -116,12 +128,12 @@ class Conversion:
                 self._tracking.close()
 
     def _train(self, stop: StopRequest) -> None:
-        saved = checkpoint.newest_valid(self.run.checkpoints, self.report)
+        saved = self._newest_checkpoint()
         if self.start_tracking is not None:
             self._tracking = self.start_tracking(0 if saved is None else saved.global_step)
         if saved is None:
             position = Position(stage="")
-            if "init" not in self.run.results()["stages"]:
+            if "init" not in self._measured():
                 self._measure("init", position, stop)
         else:
             position = self._restore(saved)
@@ -133,19 +145,39 @@ class Conversion:
             if position.stage != name:
                 position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
                 position.saturation, position.left_out = SaturationWatch(), {}
-            engine = LocalEngine(
-                self.pair.student,
-                stages[name].parameters(),
-                self.recipe.optimizer,
-                self.recipe.compute.precision,
-                self.device,
-            )
+            engine, micro_batch = self._engine(stages[name], stretches[name])
             if saved is not None:
+                engine.load_parameters(checkpoint.load_tensors(saved, "model"))
                 engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
-                checkpoint.restore_rng(checkpoint.load_tensors(saved, "rng"))
-            self._run_stage(stages[name], engine, stretches[name], position, stop)
-            if name not in self.run.results()["stages"]:
+                restore_random_state(self.world, checkpoint.load_tensors(saved, "rng"))
+            self._run_stage(stages[name], engine, micro_batch, stretches[name], position, stop)
+            engine.close()
+            if name not in self._measured():
                 self._measure(name, position, stop)
+
+    def _newest_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The newest valid checkpoint; one process reads all its bytes to see that it is."""
+
+        def look() -> dict[str, Any] | None:
+            found = checkpoint.newest_valid(self.run.checkpoints, self.report)
+            if found is None:
+                return None
+            return {"path": str(found.path), "global_step": found.global_step, "state": found.state}
+
+        facts = self.world.by_main(look)
+        return checkpoint.Checkpoint(**{**facts, "path": Path(facts["path"])}) if facts else None
+
+    def _measured(self) -> list[str]:
+        return self.world.by_main(lambda: list(self.run.results()["stages"]))
+
+    def _engine(self, stage: Stage, stretches: list[Stretch]) -> tuple[Engine, int]:
+        """The student in its engine, and the sequences per forward pass."""
+
+        def make(micro_batch: int) -> Engine:
+            return build_engine(stage, self.recipe, micro_batch, self.device, self.world)
+
+        micro_batch = micro_batch_of(stage, self.recipe, stretches, self.world, self.device, make)
+        return make(micro_batch), micro_batch
 
     def _stages(self) -> dict[str, Stage]:
         recipes = self.recipe.stages
@@ -156,7 +188,13 @@ class Conversion:
         }
 
     def _run_stage(
-        self, stage: Stage, engine: Engine, stretches: list[Stretch], position: Position, stop: StopRequest
+        self,
+        stage: Stage,
+        engine: Engine,
+        micro_batch: int,
+        stretches: list[Stretch],
+        position: Position,
+        stop: StopRequest,
     ) -> None:
         stage_recipe = stage_recipes(self.recipe)[stage.name]
         phases = Phases(stage_recipe, self.recipe.schedule)
@@ -165,17 +203,17 @@ class Conversion:
         left_out = phases.tokens_between(0, num_steps) - num_tokens
         done_tokens = phases.tokens_between(0, position.stage_step) - left_out
         trained = stage.parameters()
-        frozen = {name: p for name, p in self.pair.student.named_parameters() if name not in trained}
+        frozen = [name for name, _ in self.pair.student.named_parameters() if name not in trained]
         saved_step = position.global_step
         with (
-            StageProgress(stage.name, num_tokens, done_tokens) as progress,
-            HangWatch(self.patience, f"training stage {stage.name}") as hang,
+            StageProgress(stage.name, num_tokens, done_tokens, self.world.is_main) as progress,
+            HangWatch(self.patience, f"training stage {stage.name}", self.world) as hang,
         ):
 
             def on_micro_batch() -> None:
                 hang.beat()
                 self._choose_teacher(stage, phases.segment_at(position.stage_step).data)
-                if stop.number is not None:
+                if stop.agree(self.world):
                     if position.global_step > saved_step:
                         self._save(engine, position, stop, hang)
                     stop.obey(f"after step {position.stage_step:,} of stage {stage.name}, which is saved")
@@ -193,13 +231,14 @@ class Conversion:
                 if jump is not None:
                     progress.leave_out(phases.tokens_between(step.step, jump[0]))
                     self._leave_out(phases, position, *jump)
-                is_stopping = stop.number is not None
+                is_stopping = stop.agree(self.world)
                 is_over = position.stage_step == num_steps
                 if is_stopping or is_over or step.step % self.recipe.checkpoint.every_steps == 0:
                     self._save(engine, position, stop, hang)
                     saved_step = position.global_step
                     hang.beat()
-                stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
+                if is_stopping:
+                    stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
                 return jump is not None
 
             while position.stage_step < num_steps:
@@ -209,7 +248,9 @@ class Conversion:
                     stretches,
                     stage_recipe,
                     self.recipe,
+                    world=self.world,
                     device=self.device,
+                    micro_batch=micro_batch,
                     first_step=position.stage_step,
                     frozen=frozen,
                     on_micro_batch=on_micro_batch,
@@ -218,15 +259,14 @@ class Conversion:
 
     def _choose_teacher(self, stage: Stage, data: str) -> None:
         """Let the right one teach: the first, or at the end of stage 3 the one that finishes, loaded only then."""
-        is_finish = isinstance(stage, Distill) and data == "finish"
-        if isinstance(stage, Distill) and isinstance(self.finishing, TeacherLogits):
-            stage.logits = self.finishing if is_finish else None
-        if not isinstance(self.finishing, OtherTeacher):
+        if not isinstance(stage, Distill):
             return
-        if is_finish and not self._is_finishing:
+        is_finish = data == "finish"
+        if isinstance(self.finishing, TeacherLogits):
+            stage.logits = self.finishing if is_finish else None
+        elif self.finishing is not None and is_finish and not self._is_finishing:
             self.report(f"{self.finishing.name} finishes the run: loading it")
-            dtype = self.pair.teacher.dtype
-            load = partial(self.finishing.load, dtype, self.device)
+            load = partial(self.finishing.load, self.pair.teacher.dtype, self.device)
             self.pair.replace_teacher(load, self.finishing.adapter)
             self._is_finishing = True
 
@@ -251,6 +291,8 @@ class Conversion:
 
     def _log(self, step: StepReport, position: Position, jump: tuple[int, float] | None) -> None:
         leap = position.losses.see(step.figures["loss"])
+        if not self.world.is_main:
+            return
         if leap is not None:
             loss = step.figures["loss"]
             self.report(
@@ -275,14 +317,27 @@ class Conversion:
             self._tracking.log(figures, position.global_step)
 
     def _save(self, engine: Engine, position: Position, stop: StopRequest, hang: HangWatch) -> None:
+        model, optimizer, random = engine.parameters(), engine.state(), gather_random_state(self.world)
+        self.world.by_main(lambda: self._write(model, optimizer, random, position, stop, hang), hang.beat)
+
+    def _write(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        random: Mapping[str, Tensor],
+        position: Position,
+        stop: StopRequest,
+        hang: HangWatch,
+    ) -> None:
         deadline = time.monotonic() + self.disk_wait
         while True:
             try:
                 checkpoint.save_checkpoint(
                     self.run.checkpoints,
                     global_step=position.global_step,
-                    model_tensors=dict(self.pair.student.named_parameters()),
-                    optimizer_tensors=engine.state(),
+                    model_tensors=model,
+                    optimizer_tensors=optimizer,
+                    random_tensors=random,
                     state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
                 )
                 break
@@ -307,13 +362,9 @@ class Conversion:
             raise CheckpointError(
                 f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
             )
-        tensors = checkpoint.load_tensors(saved, "model")
-        parameters = dict(self.pair.student.named_parameters())
-        if parameters.keys() != tensors.keys():
+        names = {name for name, _ in self.pair.student.named_parameters()}
+        if names != checkpoint.load_tensors(saved, "model").keys():
             raise CheckpointError(f"the tensors in {saved.path} are not those of this student")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
         position = _read_position(saved)
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position
@@ -322,44 +373,56 @@ class Conversion:
         return {name: corpus.fingerprint for name, corpus in self.corpora.items()}
 
     def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
-        """Compare student and teacher on held-out text and record the figures under a stage's name."""
+        """Compare student and teacher on held-out text, of which each process reads a part, and record the figures."""
         self._bring_back_first()
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
-        with HangWatch(self.patience, f"measuring after {name}") as hang:
+        with HangWatch(self.patience, f"measuring after {name}", self.world) as hang:
 
             def on_batch(num_tokens: int) -> None:
                 hang.beat()
                 stop.obey(f"while measuring after {name}")
 
             found = measure_agreement(
-                self.pair.student, self.pair.teacher, batches, device=self.device, progress=on_batch
+                self.pair.student,
+                self.pair.teacher,
+                batches[self.world.rank :: self.world.size],
+                device=self.device,
+                progress=on_batch,
+                add_up=self.world.sum,
             )
-        results = self.run.results()
-        results["teacher"]["perplexity"] = found.teacher_perplexity
-        results["evaluation_tokens"] = found.tokens
-        results["stages"][name] = {
-            "tokens": position.tokens,
-            "perplexity": found.perplexity,
-            "kl": found.kl,
-            "top1": found.top1,
-            "seconds": position.seconds.get(name, 0.0),
-        }
-        stage_recipe = stage_recipes(self.recipe).get(name)
-        if stage_recipe is not None:
-            phases = Phases(stage_recipe, self.recipe.schedule).outcome(position.left_out)
-            results["stages"][name]["phases"] = phases
-            if stage_recipe.saturation is not None or len(phases) > 1:
-                each = (f"{row['tokens']:,} tokens of {row['data']} text, ended by {row['ended_by']}" for row in phases)
-                self.report(f"{name}: {'; '.join(each)}")
-        self.run.write_results(results)
+
+        def record() -> None:
+            results = self.run.results()
+            results["teacher"]["perplexity"] = found.teacher_perplexity
+            results["evaluation_tokens"] = found.tokens
+            results["stages"][name] = {
+                "tokens": position.tokens,
+                "perplexity": found.perplexity,
+                "kl": found.kl,
+                "top1": found.top1,
+                "seconds": position.seconds.get(name, 0.0),
+                **({} if name == "init" else {"phases": self._phases(name, position)}),
+            }
+            self.run.write_results(results)
+
+        self.world.by_main(record)
         if self._tracking is not None:
-            figures = {key: results["stages"][name][key] for key in ("perplexity", "kl", "top1")}
+            figures = {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1}
             self._tracking.log({f"held-out/{key}": value for key, value in figures.items()}, position.global_step)
         self.report(
             f"after {name}: KL {found.kl:.4f} nats/token, top-1 {found.top1:.4f}, "
             f"perplexity {found.perplexity:.3f} (teacher {found.teacher_perplexity:.3f})"
         )
         stop.obey(f"after measuring {name}")
+
+    def _phases(self, name: str, position: Position) -> list[dict[str, Any]]:
+        """What became of a stage's phases, told where there is more to tell than its budget."""
+        stage = stage_recipes(self.recipe)[name]
+        outcome = Phases(stage, self.recipe.schedule).outcome(position.left_out)
+        if stage.saturation is not None or len(outcome) > 1:
+            told = (f"{row['tokens']:,} tokens of {row['data']} text, ended by {row['ended_by']}" for row in outcome)
+            self.report(f"{name}: {'; '.join(told)}")
+        return outcome
 
 
 def _read_position(saved: checkpoint.Checkpoint) -> Position:

@@ -30,7 +30,7 @@ EXIT_CODES = {
     MEMORY: "out of memory, of the machine or of the device",
     EXPORT: "an export could not be made, or does not agree with its run",
     STORAGE: "a file could not be written: the disk is full, or the system refuses",
-    HANG: "no progress for too long; the stacks of all threads are on standard error",
+    HANG: "no progress for too long, with the stacks of all threads on standard error, or a process of several died",
     INTERRUPTED: "stopped by Ctrl-C",
     TERMINATED: "stopped by SIGTERM",
 }
@@ -102,6 +102,12 @@ class NumericsError(MohawkifyError):
     """A loss or gradient is not finite, or a trained weight does not move."""
 
     exit_code = NUMBERS
+
+
+class ProcessLostError(MohawkifyError):
+    """Another process of the run ended without a word; nothing that was saved is lost."""
+
+    exit_code = HANG
 
 
 class ExportError(MohawkifyError):

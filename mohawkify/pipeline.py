@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
-from mohawkify.errors import MohawkifyError, UsageError
+from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.plan import make_plan
-from mohawkify.recipe import Recipe, dump_recipe
+from mohawkify.recipe import Recipe, comparable_text, dump_recipe
 from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
@@ -37,8 +39,10 @@ from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
+from mohawkify.train.engines import choose_engine, require_even_shares
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id
+from mohawkify.train.world import World
 
 
 def student_name(source: str, recipe: Recipe) -> str:
@@ -76,11 +80,12 @@ def convert(
     report: Report,
     patience: float = 0.0,
     disk_wait: float = 0.0,
+    world: World | None = None,
     prepared: Path | None = None,
     track: Sequence[str] = (),
     track_project: str = PROJECT,
 ) -> RunFolder:
-    """Convert a teacher.
+    """Convert a teacher; where several processes work on it, each makes the same call.
 
     Args:
         source: the teacher: a Hub id or a folder.
@@ -90,6 +95,7 @@ def convert(
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
+        world: the processes, which share a file system; None for this one alone.
         prepared: where tokenised text may lie that `mohawkify data prepare` made.
         track: trackers that get the figures as well, by name.
         track_project: the project that trackers show the run in.
@@ -102,10 +108,22 @@ def convert(
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
     require_trackers(track)
+    world = world or World()
     with StopRequest() as stop:
         try:
             return _convert(
-                source, recipe, output, resume, report, patience, disk_wait, prepared, track, track_project, stop
+                source,
+                recipe,
+                output,
+                resume,
+                report,
+                patience,
+                disk_wait,
+                prepared,
+                track if world.is_main else (),
+                track_project,
+                stop,
+                world,
             )
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
@@ -124,39 +142,32 @@ def _convert(
     track: Sequence[str],
     track_project: str,
     stop: StopRequest,
+    world: World,
 ) -> RunFolder:
-    inspection = inspect_teacher(source)
+    report = report if world.is_main else lambda line: None
+    require_even_shares(recipe, world)
+    engine = choose_engine(recipe.compute, world)
+    inspection = world.main_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    planned = make_plan(inspection.spec, student, recipe, flops_per_second=None, device=device.type)
-    folder = find_folder(source)
-    hashes = teacher_hashes(folder)
-    finishing = find_finishing(recipe)
-    finish_hashes = finishing_hashes(finishing)
+    folder = world.main_first(lambda: find_folder(source))
+    hashes = _agreed_hashes(folder, world)
+    finishing = world.main_first(lambda: find_finishing(recipe))
+    finish_hashes = world.by_main(lambda: finishing_hashes(finishing))
     run = RunFolder(output or RUNS / student.name)
-    is_new = not run.path.exists()
-    with storage.run_lock(run.path):
+    is_new = world.is_main and not run.path.exists()
+    with storage.run_lock(run.path) if world.is_main else nullcontext():
         try:
-            storage.ensure_writable(run.path)
-            identity = _claim(run, recipe, hashes | finish_hashes, resume)
-            if run.is_finished:
-                run.checked_final()
-                report(f"{run.path} is already finished")
-                return run
-            storage.sweep_temporaries(run.path)
-            storage.sweep_temporaries(run.checkpoints)
-            checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-            if not run.checkpoints.is_dir():
-                storage.require_space(run.path, sum(planned["disk_bytes"].values()))
-            storage.write_json(run.plan_file, planned)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
-            storage.write_json(run.teacher_file, facts)
-            storage.write_json(run.student_file, student.to_json())
+            identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device))
+            if identity is None:
+                report(f"{run.path} is already finished")
+                return run
             conversion, tokenizer = _prepare(
-                run, recipe, identity, folder, inspection, student, finishing, device, prepared, report
+                run, recipe, identity, folder, inspection, student, finishing, device, world, prepared, report
             )
         except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
@@ -164,6 +175,8 @@ def _convert(
             if is_new and not any(run.corpora.glob(f"{UNFINISHED}*/*")):
                 storage.remove_directory(run.path)
             raise
+        if world.size > 1:
+            report(f"training in {world.size} processes, engine {engine}")
         conversion.patience, conversion.disk_wait = patience, disk_wait
         if track:
             conversion.start_tracking = partial(
@@ -181,7 +194,7 @@ def _convert(
         conversion.train(stop)
         stop.at_once = True
         stop.obey("before the student was written")
-        _finish(conversion, tokenizer)
+        world.by_main(lambda: _finish(conversion, tokenizer))
         stop.obey("after the student was written: the run is finished")
     return run
 
@@ -191,25 +204,71 @@ def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
     return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
 
 
+def _agreed_hashes(folder: Path, world: World) -> dict[str, str]:
+    """The hashes of the teacher's files, which every machine has to itself and must be the same on all."""
+    own = teacher_hashes(folder) if world.local_rank == 0 else None
+    hashes = world.by_main(lambda: own)
+    assert hashes is not None
+    if own is not None and own != hashes:
+        raise TeacherError(f"{folder} on {platform.node()} is not the teacher that the main process has")
+    return hashes
+
+
+def _open(
+    run: RunFolder,
+    recipe: Recipe,
+    inspection: Inspection,
+    student: StudentSpec,
+    teacher: dict[str, Any],
+    resume: str,
+    device: torch.device,
+) -> str | None:
+    """Make the run's folder ready.
+
+    Returns:
+        The identity of the run, or None where it is finished.
+    """
+    storage.ensure_writable(run.path)
+    identity = _claim(run, recipe, teacher["files"] | teacher.get("finish_files", {}), resume)
+    if run.is_finished:
+        run.checked_final()
+        return None
+    storage.sweep_temporaries(run.path)
+    storage.sweep_temporaries(run.checkpoints)
+    checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
+    planned = make_plan(inspection.spec, student, recipe, flops_per_second=None, device=device.type)
+    if not run.checkpoints.is_dir():
+        storage.require_space(run.path, sum(planned["disk_bytes"].values()))
+    storage.write_json(run.plan_file, planned)
+    storage.write_json(run.teacher_file, teacher)
+    storage.write_json(run.student_file, student.to_json())
+    return identity
+
+
 def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) -> str:
-    """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both."""
+    """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both.
+
+    What changes a result by rounding only may be another: the file then says how the run goes on.
+    """
     text = dump_recipe(recipe)
-    identity = run_identity(text, hashes)
     if run.recipe_file.is_file():
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
         recorded = run.teacher_files() if run.teacher_file.is_file() else hashes
-        for same, what in ((run.recipe_file.read_text() == text, "recipe"), (recorded == hashes, "teacher")):
+        is_same_recipe = comparable_text(run.recipe()) == comparable_text(recipe)
+        for same, what in ((is_same_recipe, "recipe"), (recorded == hashes, "teacher")):
             if not same:
                 raise UsageError(
                     f"{run.path} holds a run with another {what}", hint="choose another --output, or remove that folder"
                 )
+        if run.recipe_file.read_text(encoding="utf-8") != text and not run.is_finished:
+            storage.write_text(run.recipe_file, text)
     else:
         foreign = [entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")]
         if foreign:
             raise UsageError(f"{run.path} is not empty (it holds {foreign[0]})", hint="choose another --output")
         storage.write_text(run.recipe_file, text)
-    return identity
+    return run_identity(recipe, hashes)
 
 
 def _prepare(
@@ -221,6 +280,7 @@ def _prepare(
     spec: StudentSpec,
     finishing: Finishing | None,
     device: torch.device,
+    world: World,
     prepared: Path | None,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
@@ -243,7 +303,7 @@ def _prepare(
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")
-    corpora, held_out = text.training(), text.held_out()
+    corpora, held_out = world.main_first(lambda: (text.training(), text.held_out()))
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
@@ -251,7 +311,7 @@ def _prepare(
         last = stage_stretches(recipe, corpora)["distill"][-1]  # the finish, which has tokens
         require_fitting_text(finishing, last, recipe.stages.distill.batch_sequences, recipe.seed)
     pair = Pair(teacher, student, spec, inspection.adapter)
-    conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, report)
+    conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report)
     conversion.finishing = finishing
     conversion.load_first = partial(load_teacher, folder, dtype=dtype, device=device)
     return conversion, tokenizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mohawkify.recipe import Recipe, StageRecipe
+from mohawkify.recipe import Recipe
+from mohawkify.recipe_stages import StageRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
 
 STAGES = ("orient", "align", "distill")
@@ -132,7 +133,8 @@ def _memory(
     recipe: Recipe,
 ) -> int:
     number = 2 if recipe.compute.precision == "bf16" else FP32_BYTES
-    micro = recipe.compute.micro_batch_sequences or stage.batch_sequences
+    chosen = recipe.compute.micro_batch_sequences
+    micro = chosen if isinstance(chosen, int) else stage.batch_sequences
     weights = teacher.num_parameters * number + student.num_parameters * FP32_BYTES
     learning = trainable * (FP32_BYTES + ADAM_BYTES)
     layer = micro * length * teacher.hidden_size * ACTIVATIONS_PER_WIDTH * number

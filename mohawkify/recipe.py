@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,15 +10,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe_fields import explain, show, show_key
+from mohawkify.recipe_stages import StageRecipe, StagesRecipe
 from mohawkify.recipe_types import (
     COUNT,
-    Count,
     Layers,
     Line,
     ListOf,
+    MicroBatch,
     Name,
     Pair,
-    Parts,
     PositiveCount,
     Scalars,
     Section,
@@ -140,148 +139,6 @@ class DataRecipe(Section):
         return self
 
 
-class Finish(Section):
-    """The end of a stage, on other text and at another length."""
-
-    tokens: Count = Field(description="how many of the stage's tokens, its last, come from data.finish")
-    sequence_length: int = Field(ge=2, description="tokens per sequence at the end of the stage")
-
-
-class DistillFinish(Finish):
-    """The end of stage 3, which may be taught by another teacher of the same vocabulary."""
-
-    teacher: Text | None = Field(
-        default=None, description="teacher of the end of the stage: a Hub id or a folder; null: the same as before"
-    )
-    teacher_bits: Literal[8, 4] | None = Field(
-        default=None, description="bits of that teacher's weights, by bitsandbytes; null: as the precision says"
-    )
-    logits: Text | None = Field(
-        default=None, description="folder that `mohawkify teach` wrote: that teacher's logits, instead of running it"
-    )
-
-    @model_validator(mode="after")
-    def _one_teacher(self) -> Self:
-        if self.teacher is not None and self.logits is not None:
-            conflict(("logits",), f"found {show(self.logits)} beside a teacher, expected at most one of both")
-        if self.teacher_bits is not None and self.teacher is None:
-            conflict(("teacher_bits",), f"found {self.teacher_bits} without a teacher, expected both or neither")
-        return self
-
-
-class Saturation(Section):
-    """Ends a phase of a stage early where its loss no longer falls."""
-
-    window: PositiveCount = Field(description="tokens over which losses are averaged")
-    threshold: float = Field(
-        gt=0, lt=1, description="least fraction by which the average must fall from one window to the next"
-    )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of steps on the same text at the same length.
-
-    Args:
-        data: which sources of `DataRecipe` the steps read.
-        num_steps: optimizer steps.
-        sequence_length: tokens per sequence.
-    """
-
-    data: Literal["train", "finish"]
-    num_steps: int
-    sequence_length: int
-
-
-class StageRecipe(Section):
-    """What every stage has."""
-
-    tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
-    sequence_length: int = Field(ge=2, description="tokens per sequence")
-    batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
-    learning_rate: float = Field(gt=0, description="peak learning rate")
-    finish: Finish | None = Field(default=None, description="other text at another length for the end of the stage")
-    saturation: Saturation | None = Field(
-        default=None, description="when the stage goes on to its end before its tokens are used up; null: never"
-    )
-
-    @model_validator(mode="after")
-    def _finish_fits(self) -> Self:
-        if self.finish is not None and self.finish.tokens > self.tokens:
-            most, found = format_count(self.tokens), format_count(self.finish.tokens)
-            conflict(("finish", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
-        if self.saturation is not None and 2 * self.saturation.window > self.tokens:
-            found, most = format_count(self.saturation.window), format_count(self.tokens // 2)
-            conflict(("saturation", "window"), f"found {found}, expected at most half of the stage's tokens, {most}")
-        return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step before the finish."""
-        return self.batch_sequences * self.sequence_length
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return sum(segment.num_steps for segment in self.segments())
-
-    def segments(self) -> list[Segment]:
-        """Lists the stage's segments in order; a segment without tokens is left out, any other has a step at least."""
-        finish_tokens = self.finish.tokens if self.finish else 0
-        segments = [self._segment("train", self.tokens - finish_tokens, self.sequence_length)]
-        if self.finish:
-            segments.append(self._segment("finish", finish_tokens, self.finish.sequence_length))
-        return [segment for segment in segments if segment.num_steps > 0]
-
-    def _segment(self, data: Literal["train", "finish"], tokens: int, sequence_length: int) -> Segment:
-        num_steps = max(1, round(tokens / (self.batch_sequences * sequence_length))) if tokens else 0
-        return Segment(data, num_steps, sequence_length)
-
-
-class OrientRecipe(StageRecipe):
-    """Stage 1: the student's mixing matrices learn the teacher's attention matrices."""
-
-
-class AlignRecipe(StageRecipe):
-    """Stage 2: each layer learns the teacher's output for the teacher's input."""
-
-    target: Literal["block", "mixer"] = Field(
-        default="block", description="output that is matched: the whole block's or the mixer's"
-    )
-    train: Parts = Field(
-        default=("mixer", "mlp", "norm"),
-        description="parts of the student that learn; only the mixer where that is the target",
-    )
-
-
-class DistillRecipe(StageRecipe):
-    """Stage 3: the whole student learns the teacher's predictions."""
-
-    finish: DistillFinish | None = Field(
-        default=None, description="other text, length or teacher for the end of the stage"
-    )
-    temperature: float = Field(
-        default=1.0, gt=0, description="temperature of both softmaxes; the loss is multiplied by its square"
-    )
-    train: Parts = Field(
-        default=("mixer", "mlp", "norm", "embedding", "head"), description="parts of the student that learn"
-    )
-
-    @model_validator(mode="after")
-    def _temperature_fits(self) -> Self:
-        if self.temperature != 1 and self.finish is not None and self.finish.logits is not None:
-            conflict(("temperature",), f"found {self.temperature} beside finish.logits, which are kept for 1")
-        return self
-
-
-class StagesRecipe(Section):
-    """The three stages of MOHAWK, in order."""
-
-    orient: OrientRecipe = Field(description="stage 1, matrix orientation")
-    align: AlignRecipe = Field(description="stage 2, hidden-state alignment")
-    distill: DistillRecipe = Field(description="stage 3, distillation")
-
-
 class OptimizerRecipe(Section):
     """AdamW."""
 
@@ -319,11 +176,30 @@ class ComputeRecipe(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16", description="arithmetic of the forward passes; weights stay fp32"
     )
-    micro_batch_sequences: Annotated[int, Field(ge=1)] | None = Field(
+    micro_batch_sequences: MicroBatch | None = Field(
         default=None,
-        description="sequences per forward pass, a divisor of batch_sequences; null: the whole batch at once",
+        description="sequences per forward pass in one process, a divisor of batch_sequences; auto: the most that a"
+        " GPU's memory holds; null: all that a process has of a batch",
     )
     activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
+    engine: Literal["auto", "single", "deepspeed", "fsdp"] = Field(
+        default="auto",
+        description="what holds weights and optimiser; auto: single in one process, in several deepspeed, or fsdp"
+        " where deepspeed is not installed",
+    )
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        default=None,
+        description="stage of DeepSpeed's ZeRO: what is spread over the processes, from nothing (0) to the weights (3);"
+        " null: as deepspeed_config says, else 3",
+    )
+    offload: Literal["none", "optimizer", "all"] | None = Field(
+        default=None,
+        description="what deepspeed or fsdp keeps in the CPU's memory; fsdp knows none and all; null: as"
+        " deepspeed_config says, else none",
+    )
+    deepspeed_config: Text | None = Field(
+        default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: torch decides"
@@ -375,7 +251,7 @@ class Recipe(Section):
             stage: StageRecipe = getattr(self.stages, name)
             if stage.finish is not None and not self.data.finish:
                 conflict(("stages", name, "finish"), "found without sources in data.finish, expected both or neither")
-            if micro is not None and stage.batch_sequences % micro:
+            if isinstance(micro, int) and stage.batch_sequences % micro:
                 message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
                 conflict(("compute", "micro_batch_sequences"), message)
         return self
@@ -410,6 +286,15 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Writes a recipe with every value spelt out, so that reading it back gives an equal recipe."""
     return dump_yaml(_plain(recipe))
+
+
+def comparable_text(recipe: Recipe) -> str:
+    """A recipe as text without what changes the result of a run by rounding only: two such texts mean the same run.
+
+    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, device, threads.
+    """
+    compute = ComputeRecipe(precision=recipe.compute.precision)
+    return dump_recipe(recipe.model_copy(update={"compute": compute}))
 
 
 def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:

@@ -81,6 +81,10 @@ Name = Annotated[
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"),
     Expected("a name of letters, digits, dots, dashes and underscores"),
 ]
+MicroBatch = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"],
+    Expected("a whole number of at least 1, auto"),
+]
 Item = TypeVar("Item")
 ListOf = Annotated[tuple[Item, ...], BeforeValidator(_as_tuple)]
 Pair = Annotated[tuple[Item, Item], BeforeValidator(_as_tuple)]

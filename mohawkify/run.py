@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mohawkify.errors import CheckpointError, UsageError
-from mohawkify.recipe import Recipe, load_recipe
+from mohawkify.recipe import Recipe, comparable_text, load_recipe
 from mohawkify.storage import read_json, verify_directory, write_json
 
 RUNS = Path("runs")
 
 
-def run_identity(recipe_text: str, teacher_files: Mapping[str, str]) -> str:
-    """A hash of a run's resolved recipe and of the hashes of its teacher's files, to know one's own checkpoints by."""
-    return hashlib.sha256((recipe_text + repr(sorted(teacher_files.items()))).encode()).hexdigest()
+def run_identity(recipe: Recipe, teacher_files: Mapping[str, str]) -> str:
+    """A hash of what decides a run's result, to know one's own checkpoints by: its recipe and its teacher's files."""
+    return hashlib.sha256((comparable_text(recipe) + repr(sorted(teacher_files.items()))).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import UsageError
 from mohawkify.ops.distill_chunks import head_logits
 from mohawkify.ops.losses import TopK
-from mohawkify.recipe import Recipe, Segment
+from mohawkify.recipe import Recipe
+from mohawkify.recipe_stages import Segment
 from mohawkify.stages.base import model_inputs
 from mohawkify.teacher.finishing import OtherTeacher, find_teacher, tokenizer_note
 from mohawkify.teacher.head import run_to_head
@@ -148,8 +149,8 @@ def _task(first: OtherTeacher, recipe: Recipe, segment: Segment, output: Path, r
     place = [each.data for each in recipe.stages.distill.segments()].index(segment.data)
     stretch = stage_stretches(recipe, corpora)["distill"][place]
     sequences = sequences_of(stretch, batch, recipe.seed)
-    micro = recipe.compute.micro_batch_sequences or batch
-    return Task(stretch.corpus, segment.sequence_length, sequences, micro)
+    micro = recipe.compute.micro_batch_sequences
+    return Task(stretch.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
 
 
 def _begin(

@@ -16,7 +16,7 @@ from mohawkify.errors import UsageError
 from mohawkify.ops import distill_chunks
 from mohawkify.ops.distill_chunks import HeadInput, chunk_tokens, distill_loss_chunked, head_logits
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
-from mohawkify.recipe import DistillRecipe
+from mohawkify.recipe_stages import DistillRecipe
 from mohawkify.stages.base import Runner
 from mohawkify.stages.distill import Distill
 from mohawkify.teacher.recognise import NO_FILE

@@ -50,9 +50,10 @@ RANKS = (
     ("conversion",),
     ("pipeline",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
+    ("cli_ranks",),
     ("showcase",),
     ("cli",),
-    ("cli_docs",),
+    ("cli_docs", "__main__"),
 )
 
 # Who may import a package that is optional, or that only one corner of the code should know.

@@ -36,7 +36,8 @@ stages:
   orient: {tokens: 0, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   align: {tokens: 0, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   distill:
-    {tokens: 640, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3, finish: {tokens: 384, sequence_length: 24}}
+    {tokens: 640, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3,
+    finish: {tokens: 384, sequence_length: 24}}
 compute: {precision: fp32, device: cpu, micro_batch_sequences: 2}
 evaluation: {tokens: 200, sequence_length: 32, batch_sequences: 2}
 checkpoint: {every_steps: 3}
@@ -129,8 +130,8 @@ def test_damaged_or_foreign_logits_are_refused(tmp_path):
         found.read(np.array([6]))
     with pytest.raises(DataError, match="holds no teacher logits"):
         TeacherLogits(tmp_path)
+    layout = Layout(9, 6, 40, 2)
     with pytest.raises(UsageError, match="another top_k"):
-        layout = Layout(9, 6, 40, 2)
         TeacherLogits.create(other.folder, layout, FACTS, VOCABULARY, other.sequences)
 
 
@@ -238,4 +239,4 @@ def test_the_text_is_that_of_the_teacher_that_is_converted(teacher, recipe, tmp_
     found = TeacherLogits(Path(done.stdout.strip()))
     assert found.layout.vocabulary_size == 258
     assert found.layout.sequence_length == 16
-    assert teacher_logits.SHARD_BYTES > found.layout.record_bytes
+    assert found.layout.record_bytes < teacher_logits.SHARD_BYTES

@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 from mohawkify.errors import HANG, NumericsError
-from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
+from mohawkify.recipe import OptimizerRecipe
+from mohawkify.train.engine import LocalEngine
+from mohawkify.train.motion import MotionWatch
+from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch
+from mohawkify.train.world import World
 
 
 def losses(seed: int = 0, count: int = 200) -> list[float]:
@@ -59,7 +63,11 @@ RATE = 1e-3
 
 
 def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> MotionWatch:
-    watch = MotionWatch(trained, frozen)
+    student = nn.Module()
+    for name, parameter in {**trained, **frozen}.items():
+        student.register_parameter(name, parameter)
+    engine = LocalEngine(student, trained, OptimizerRecipe(), "fp32", torch.device("cpu"))
+    watch = MotionWatch(engine, trained, frozen, World())
     watch.step(rate)
     return watch
 
@@ -120,7 +128,8 @@ def test_a_frozen_weight_that_moves_is_named():
 HANGING = """
 import sys, threading, time
 from mohawkify.train.watch import HangWatch
-with HangWatch(float(sys.argv[1]), "waiting for Godot") as watch:
+from mohawkify.train.world import World
+with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
         watch.beat()

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -64,11 +64,11 @@ class Agreement:
 class _Sums:
     """Running sums over predicted tokens, in Python's float64."""
 
-    tokens: int = 0
+    tokens: float = 0.0
     student_loss: float = 0.0
     teacher_loss: float = 0.0
     kl: float = 0.0
-    same_top: int = 0
+    same_top: float = 0.0
 
 
 @contextmanager
@@ -92,6 +92,7 @@ def measure_agreement(
     *,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
+    add_up: Callable[[dict[str, float]], dict[str, float]] = dict,
 ) -> Agreement:
     """Compare a student with its teacher in one pass over held-out text.
 
@@ -103,6 +104,7 @@ def measure_agreement(
         batches: right-padded rows; causal models need no attention mask for them.
         device: where the models are.
         progress: receives the number of predicted tokens so far, after every batch.
+        add_up: where several processes measure a part of the batches each: adds up sums over them, by name.
 
     Raises:
         DataError: the batches hold no predicted token.
@@ -116,10 +118,11 @@ def measure_agreement(
             input_ids_bl = batch.input_ids.to(device)
             _add_batch(sums, input_ids_bl, batch.valid.to(device), teacher_reader, student_reader)
             if progress is not None:
-                progress(sums.tokens)
+                progress(int(sums.tokens))
+    sums = _Sums(**add_up({name: float(value) for name, value in asdict(sums).items()}))
     _require_tokens(sums)
     return Agreement(
-        tokens=sums.tokens,
+        tokens=int(sums.tokens),
         perplexity=_perplexity("student", sums.student_loss, sums.tokens),
         teacher_perplexity=_perplexity("teacher", sums.teacher_loss, sums.tokens),
         kl=sums.kl / sums.tokens,
@@ -205,7 +208,7 @@ def _require_tokens(sums: _Sums) -> None:
         raise DataError("the held-out text has no token to predict, expected rows of two tokens or more")
 
 
-def _perplexity(whose: str, loss: float, tokens: int) -> float:
+def _perplexity(whose: str, loss: float, tokens: float) -> float:
     mean = loss / tokens
     if mean > _LARGEST_EXPONENT:
         raise NumericsError(f"the {whose}'s mean loss is {mean:.3g} nats per token, expected one with a perplexity")

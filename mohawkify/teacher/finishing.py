@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,6 @@ class OtherTeacher:
         adapter: its family.
         tokenizer: its tokenizer.
         vocabulary_size: rows of its embedding.
-        num_parameters: all of its parameters.
-        files: the sha256 of every file that decides what it computes.
         bits: 8 or 4 to take its weights in so many bits; None to leave them.
     """
 
@@ -43,9 +42,12 @@ class OtherTeacher:
     adapter: Adapter
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
-    num_parameters: int
-    files: dict[str, str]
     bits: int | None
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of every file that decides what it computes; reads them all once."""
+        return teacher_hashes(self.folder)
 
     @property
     def name(self) -> str:
@@ -85,8 +87,6 @@ def find_teacher(source: str, bits: int | None) -> OtherTeacher:
         adapter=inspection.adapter,
         tokenizer=load_tokenizer(folder, rows),
         vocabulary_size=rows,
-        num_parameters=inspection.spec.num_parameters,
-        files=teacher_hashes(folder),
         bits=bits,
     )
 

@@ -38,8 +38,11 @@ class Engine(Protocol):
         Nothing is updated where it is not finite.
         """
 
+    def shard(self, name: str) -> Tensor:
+        """A parameter in float32, or as much of it as is in this process, which may be nothing."""
+
     def gradient(self, name: str) -> Tensor | None:
-        """A parameter's gradient, or as much of it as is in this process; None where there is none."""
+        """The gradient of a trained parameter's `shard`, after `accumulating`; None where there is none."""
 
     def parameters(self) -> dict[str, Tensor]:
         """All parameters of the student, whole and on the CPU or their device; in the main process, else empty."""
@@ -58,6 +61,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the student back with plain whole parameters in every process; the engine is of no use after that."""
+
+
+def make_adamw(trained: Mapping[str, nn.Parameter], optimizer: OptimizerRecipe) -> torch.optim.AdamW:
+    """AdamW as the recipe has it; matrices decay, vectors do not."""
+    matrices = [p for p in trained.values() if p.dim() >= 2]
+    vectors = [p for p in trained.values() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": optimizer.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], betas=optimizer.betas, eps=optimizer.epsilon
+    )
 
 
 class LocalEngine:
@@ -81,17 +97,10 @@ class LocalEngine:
         device: torch.device,
     ) -> None:
         self.student, self.trained = student, trained
+        self._named = dict(student.named_parameters())
         self.gradient_clip = optimizer.gradient_clip
         self.precision, self.device = precision, device
-        matrices = [p for p in trained.values() if p.dim() >= 2]
-        vectors = [p for p in trained.values() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": optimizer.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=optimizer.betas, eps=optimizer.epsilon
-        )
+        self.adamw = make_adamw(trained, optimizer)
 
     def accumulating(self) -> AbstractContextManager[object]:
         """Nothing to do: torch adds gradients up by itself."""
@@ -124,6 +133,10 @@ class LocalEngine:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return value
+
+    def shard(self, name: str) -> Tensor:
+        """The whole parameter."""
+        return self._named[name].detach()
 
     def gradient(self, name: str) -> Tensor | None:
         """The whole gradient."""

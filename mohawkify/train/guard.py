@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mohawkify.errors import NumericsError
+from mohawkify.train.engine import Engine
+from mohawkify.train.world import World
 
 
 def require_finite(figures: Mapping[str, float], place: str) -> None:
@@ -21,8 +23,13 @@ def require_finite(figures: Mapping[str, float], place: str) -> None:
             )
 
 
-def require_gradients(parameters: Mapping[str, nn.Parameter], place: str) -> None:
+def require_gradients(engine: Engine, trained: Collection[str], world: World, place: str) -> None:
     """Raise NumericsError when a parameter that should learn has no gradient; checked once per stage and start."""
-    for name, parameter in parameters.items():
-        if parameter.grad is None or not torch.count_nonzero(parameter.grad):
+    found = world.sum({name: float(_has_gradient(engine.gradient(name))) for name in trained})
+    for name, number in found.items():
+        if number == 0:
             raise NumericsError(f"{name} has no gradient at {place}: the stage would not train it")
+
+
+def _has_gradient(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(torch.count_nonzero(gradient))

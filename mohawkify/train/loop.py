@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mohawkify.data.packing import Batch
 from mohawkify.data.reading import Stretch, read_batches
-from mohawkify.recipe import Recipe, StageRecipe
+from mohawkify.recipe import Recipe
+from mohawkify.recipe_stages import StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
+from mohawkify.train.motion import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
+from mohawkify.train.world import World
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,30 @@ def run_stage(
     stage_recipe: StageRecipe,
     recipe: Recipe,
     *,
+    world: World,
     device: torch.device,
+    micro_batch: int,
     first_step: int,
-    frozen: dict[str, nn.Parameter],
+    frozen: Collection[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], bool],
 ) -> None:
     """Train one stage from a given step to its end, or to where `on_step` leaves it.
 
     Batch and learning rate are pure functions of the step, so a resumed stage does what the uninterrupted one would.
+    Each process takes its rows of the global batch, the same number in all, and the same number of micro-batches.
 
     Args:
         stage: what is computed.
         engine: holds gradients and optimiser.
         stretches: what is read, in order.
         stage_recipe: batch size and peak learning rate.
-        recipe: seed, schedule and micro-batch.
+        recipe: seed and schedule.
+        world: the processes that share each batch; their number divides it.
         device: where batches go.
+        micro_batch: sequences per forward pass in one process.
         first_step: steps already taken.
-        frozen: the student's parameters that this stage leaves alone.
+        frozen: names of the student's parameters that this stage leaves alone.
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
         on_step: called after each step; says whether to leave here, since the next step is not the next one planned;
             may raise to stop.
@@ -74,7 +80,7 @@ def run_stage(
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
-    parameters = stage.parameters()
+    trained = stage.parameters().keys()
     batches = read_batches(
         stretches,
         batch_sequences=stage_recipe.batch_sequences,
@@ -86,25 +92,12 @@ def run_stage(
         begin = time.perf_counter()
         place = f"step {step + 1} of stage {stage.name}"
         batch = next(batches)
-        micro = recipe.compute.micro_batch_sequences or stage_recipe.batch_sequences
-        weight = stage.weight(batch)
-        totals: dict[str, float] = {}
-        for first in range(0, stage_recipe.batch_sequences, micro):
-            on_micro_batch()
-            part = Batch(*(tensor[first : first + micro] for tensor in batch))
-            share = stage.weight(part) / weight
-
-            def backward(loss: torch.Tensor, share: float = share) -> None:
-                engine.backward(loss * share)
-
-            with engine.autocast():
-                figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * share
+        with engine.accumulating():
+            totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
         require_finite(totals, place)
         if step == first_step:
-            require_gradients(parameters, place)
-            motion = MotionWatch(parameters, frozen)
+            require_gradients(engine, trained, world, place)
+            motion = MotionWatch(engine, trained, frozen, world)
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
@@ -114,3 +107,32 @@ def run_stage(
         seconds = time.perf_counter() - begin
         if on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)):
             return
+
+
+def _passes(
+    stage: Stage,
+    engine: Engine,
+    batch: Batch,
+    world: World,
+    device: torch.device,
+    micro_batch: int,
+    on_micro_batch: Callable[[], None],
+) -> dict[str, float]:
+    """Forward and backward of this process's rows of a batch; returns the figures of the whole batch."""
+    rows = len(batch.input_ids) // world.size
+    first, end = world.rank * rows, (world.rank + 1) * rows
+    weight = stage.weight(batch)
+    totals: dict[str, float] = {}
+    for begin in range(first, end, micro_batch):
+        on_micro_batch()
+        part = Batch(*(tensor[begin : min(begin + micro_batch, end)] for tensor in batch))
+        share = stage.weight(part) / weight
+
+        def backward(loss: torch.Tensor, share: float = share) -> None:
+            engine.backward(loss * share)
+
+        with engine.autocast():
+            figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * share
+    return world.sum(totals)

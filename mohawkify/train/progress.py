@@ -22,14 +22,16 @@ class StageProgress:
         name: the stage's name.
         num_tokens: tokens of the whole stage.
         done_tokens: tokens of it done before this process.
+        is_shown: whether this is the process that speaks.
     """
 
-    def __init__(self, name: str, num_tokens: int, done_tokens: int) -> None:
+    def __init__(self, name: str, num_tokens: int, done_tokens: int, is_shown: bool = True) -> None:
         self.name, self.num_tokens, self.tokens = name, num_tokens, done_tokens
         self._own_tokens = 0
         self._begin = self._shown = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        self._is_shown = is_shown
+        if is_shown and sys.stderr.isatty():
             self._bar = tqdm(
                 total=num_tokens, initial=done_tokens, desc=name.ljust(7), unit="tok", unit_scale=True, smoothing=0.05
             )
@@ -51,6 +53,8 @@ class StageProgress:
 
     def update(self, report: StepReport) -> None:
         """Show one more step."""
+        if not self._is_shown:
+            return
         self.tokens += report.tokens
         self._own_tokens += report.tokens
         figures = {name: f"{value:.4g}" for name, value in report.figures.items()}

@@ -6,6 +6,7 @@ import signal
 from types import FrameType, TracebackType
 
 from mohawkify.errors import MohawkifyError
+from mohawkify.train.world import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,6 +47,13 @@ class StopRequest:
         """Raise Interrupted if a stop was requested; ``place`` says where the run stands."""
         if self.number is not None:
             raise Interrupted(f"stopped {place}", self.number)
+
+    def agree(self, world: World) -> bool:
+        """Whether any process was asked to stop; all of them are then."""
+        agreed = int(world.largest(float(self.number or 0)))
+        if agreed:  # a signal that came in the meantime waits for the next time
+            self.number = agreed
+        return bool(agreed)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number

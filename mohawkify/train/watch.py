@@ -1,4 +1,4 @@
-"""What watches a run while it trains: losses that leap, weights that do not move, and no progress at all."""
+"""What watches a run while it trains: losses that leap, and no progress at all."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
-from torch import Tensor, nn
-
-from mohawkify.errors import HANG, NumericsError
+from mohawkify.errors import HANG
+from mohawkify.train.world import World
 
 SPIKE = 6.0  # standard deviations above the mean of recent losses
 MEMORY = 0.98  # weight of the past in the running mean and variance: about the last 50 steps
 FEWEST_LOSSES = 20  # before that many a deviation means nothing
-STEPS_BETWEEN_LOOKS = 50
-SAMPLE_SIZE = 256
-MOVES = 8.0  # a learning rate of so many roundings moves a weight for certain: Adam's first steps are about the rate
 
 
 @dataclass
@@ -57,89 +51,17 @@ class LossWatch:
         return deviation / spread if leaps else None
 
 
-class MotionWatch:
-    """Notices weights that should learn and stay where they are, and weights that should stay and move.
-
-    It remembers some numbers of every parameter: of a trained one those with the largest gradients of the present step,
-    since the text of a few steps reaches only some rows of an embedding. So it costs no second copy of the model.
-
-    Args:
-        trained: the parameters of the stage, by name, with their gradients.
-        frozen: all others.
-    """
-
-    def __init__(self, trained: Mapping[str, nn.Parameter], frozen: Mapping[str, nn.Parameter]) -> None:
-        self._samples = {name: _Sample(parameter, _largest_gradients(parameter)) for name, parameter in trained.items()}
-        self._frozen = {name: _Sample(parameter, _evenly_spread(parameter)) for name, parameter in frozen.items()}
-        self._unmoved = set(trained)
-        self._largest_rate = 0.0
-
-    def step(self, learning_rate: float) -> None:
-        """Take note of a step's rate: where all were below the rounding of a weight, it need not move."""
-        self._largest_rate = max(self._largest_rate, learning_rate)
-
-    def look(self, place: str) -> None:
-        """Compare with the first step that was watched and with the last look.
-
-        Raises:
-            NumericsError: a trained parameter has not moved though it had the rate for it, none has since the last
-                look, or a frozen one has moved.
-        """
-        for name, sample in self._frozen.items():
-            if sample.has_moved():
-                raise NumericsError(f"{name} has changed by {place}, though the stage does not train it")
-        moved = {name for name, sample in self._samples.items() if sample.has_moved()}
-        self._unmoved -= moved
-        if not moved:
-            raise NumericsError(f"no weight has changed by {place} since the last look", hint="is the learning rate 0?")
-        stuck = sorted(name for name in self._unmoved if self._largest_rate > MOVES * self._samples[name].rounding())
-        if stuck:
-            more = f"; nor have {len(stuck) - 1} more" if len(stuck) > 1 else ""
-            raise NumericsError(f"{stuck[0]} has not changed by {place}, though the stage should train it{more}")
-
-
-class _Sample:
-    """Some numbers of a parameter as they were at the last look."""
-
-    def __init__(self, parameter: nn.Parameter, places: Tensor) -> None:
-        self._parameter, self._places = parameter, places
-        self._values = self._read()
-
-    def has_moved(self) -> bool:
-        """Whether any of them has changed since the last look; remembers what they are now."""
-        before, self._values = self._values, self._read()
-        return not torch.equal(before, self._values)
-
-    def rounding(self) -> float:
-        """The distance of neighbouring numbers near the largest of them."""
-        return float(self._values.abs().max()) * torch.finfo(self._values.dtype).eps
-
-    def _read(self) -> Tensor:
-        return self._parameter.detach().flatten()[self._places].to("cpu", copy=True)
-
-
-def _largest_gradients(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        return _evenly_spread(parameter)
-    sizes = parameter.grad.detach().flatten().abs()
-    return sizes.topk(min(SAMPLE_SIZE, sizes.numel())).indices
-
-
-def _evenly_spread(parameter: nn.Parameter) -> Tensor:
-    numbers = parameter.numel()
-    return torch.arange(0, numbers, max(1, numbers // SAMPLE_SIZE), device=parameter.device)
-
-
 class HangWatch:
     """Ends the process where nothing gets done: exit code 75, with the stacks of all threads on standard error.
 
     Args:
         seconds: the longest time between two beats; 0 watches nothing.
         where: what is watched, for the message.
+        world: the processes that end with this one.
     """
 
-    def __init__(self, seconds: float, where: str) -> None:
-        self.seconds, self.where = seconds, where
+    def __init__(self, seconds: float, where: str, world: World) -> None:
+        self.seconds, self.where, self.world = seconds, where, world
         self._beat = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
@@ -163,11 +85,17 @@ class HangWatch:
             silent = time.monotonic() - self._beat
             if silent > self.seconds:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                print(
-                    f"error: no progress for {silent:.0f} s while {self.where}\n"
-                    "hint: the newest checkpoint is intact and the same command continues; --patience says how"
-                    " long to wait",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if self.world.alarm is None:
+                    self._say(silent)
+                else:
+                    self.world.alarm.settle(HANG, lambda silent=silent: self._say(silent), "hang")  # type: ignore[misc]
                 os._exit(HANG)  # nothing else would end a thread that hangs
+
+    def _say(self, silent: float) -> None:
+        print(
+            f"error: no progress for {silent:.0f} s while {self.where}\n"
+            "hint: the newest checkpoint is intact and the same command continues; --patience says how"
+            " long to wait",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,101 @@
+"""What the verbs of the command line share: options, types, reading a recipe, printing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from click.shell_completion import CompletionItem
+
+FOLDER = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The bundled recipes that begin so."""
+    from mohawkify.shelf import recipe_names
+
+    return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
+
+
+recipe_option = click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    metavar="RECIPE",
+    shell_complete=complete_recipe,
+    help="A bundled recipe (`mohawkify recipes ls`), or the path of a .yaml file.",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
+)
+teacher_moved = click.option(
+    "--teacher",
+    "teacher_source",
+    metavar="TEACHER",
+    help="Where the teacher is now; by default where it was when the run was made.",
+)
+
+
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
+)
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; nan is in none, though click lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a refusal."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def own_text(data: str | None, validation: str | None) -> list[str]:
+    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
+    sources: dict[str, list[dict[str, str]]] = {}
+    if data is not None:
+        sources = {"train": [{"path": data}], "validation": []}
+    if validation is not None:
+        sources["validation"] = [{"path": validation}]
+    # JSON is YAML: a path stays one value whatever signs are in it.
+    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
+
+
+def read_recipe(name: str, overrides: tuple[str, ...]) -> Any:
+    """A recipe by its name or path, with single values changed."""
+    from mohawkify.recipe import apply_overrides, load_recipe
+
+    return apply_overrides(load_recipe(name), overrides)
+
+
+def working() -> AbstractContextManager[TextIO]:
+    """Encloses what a verb does; see `quiet_libraries`."""
+    from mohawkify.cli_quiet import quiet_libraries
+
+    return quiet_libraries()
+
+
+def say(line: str) -> None:
+    """Tell people something; programs read standard output."""
+    click.echo(line, err=True)
+
+
+def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print what was found, for people or for programs."""
+    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))

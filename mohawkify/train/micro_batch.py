@@ -1,0 +1,88 @@
+"""How many sequences go through the models at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, batch_at
+from mohawkify.data.selection import stage_recipes
+from mohawkify.recipe import Recipe
+from mohawkify.stages.base import Runner, Stage
+from mohawkify.train.engine import Engine
+from mohawkify.train.world import World
+
+_MOMENT_BYTES = 8  # what AdamW keeps of a weight, and has not yet taken before the first step
+
+
+def micro_batch_of(
+    stage: Stage,
+    recipe: Recipe,
+    stretches: list[Stretch],
+    world: World,
+    device: torch.device,
+    make_engine: Callable[[int], Engine],
+) -> int:
+    """The sequences per forward pass in one process.
+
+    Args:
+        stage: what is computed.
+        recipe: says a number, or ``auto``: the largest that fits, half by half; without a GPU all.
+        stretches: what the stage reads.
+        world: the processes.
+        device: where they compute.
+        make_engine: puts the student into an engine that expects so many.
+    """
+    stage_recipe = stage_recipes(recipe)[stage.name]
+    rows = stage_recipe.batch_sequences // world.size
+    wanted = recipe.compute.micro_batch_sequences
+    if wanted is None or isinstance(wanted, int):
+        return min(wanted or rows, rows)
+    if device.type != "cuda":
+        return rows
+    longest = max(stretches, key=lambda stretch: stretch.sequence_length)
+    batch = batch_at([longest], 0, stage_recipe.batch_sequences, recipe.seed)
+    return largest_that_fits(stage, Batch(*(tensor[:rows] for tensor in batch)), world, device, make_engine)
+
+
+def largest_that_fits(
+    stage: Stage, batch: Batch, world: World, device: torch.device, make_engine: Callable[[int], Engine]
+) -> int:
+    """Try forward and backward passes, each time with half the sequences, until no process runs out of memory.
+
+    Nothing is learned, and the random generators are as they were.
+
+    Raises:
+        torch.OutOfMemoryError: a single sequence does not fit.
+    """
+    micro_batch = len(batch.input_ids)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        while True:
+            error = _try(stage, Batch(*(tensor[:micro_batch] for tensor in batch)), device, make_engine(micro_batch))
+            if not world.largest(float(error is not None)):
+                return micro_batch
+            if micro_batch == 1:
+                raise error or torch.OutOfMemoryError("a sequence does not fit in another process")
+            micro_batch //= 2
+
+
+def _try(stage: Stage, batch: Batch, device: torch.device, engine: Engine) -> torch.OutOfMemoryError | None:
+    """Passes over some sequences, with the memory taken that the optimiser will need."""
+    try:
+        with engine.accumulating():
+            numbers = sum(engine.shard(name).numel() for name in stage.parameters())
+            taken = torch.empty(numbers * _MOMENT_BYTES, dtype=torch.uint8, device=device)
+            with engine.autocast():
+                stage.run(Batch(*(tensor.to(device) for tensor in batch)), Runner(engine.backward, engine.call))
+            del taken
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)  # its frames hold the activations
+    finally:
+        engine.close()
+        for parameter in stage.parameters().values():
+            parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None
