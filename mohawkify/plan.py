@@ -56,8 +56,18 @@ def make_plan(
             "final": student.num_parameters * FP32_BYTES,
             "tokens": tokens * FP32_BYTES,
         },
-        "warnings": _warnings(teacher, longest),
+        "warnings": [*_warnings(teacher, longest), *early_endings(recipe)],
     }
+
+
+def early_endings(recipe: Recipe) -> list[str]:
+    """A line for every stage that may end before its budget is used up."""
+    stages = {name: getattr(recipe.stages, name) for name in STAGES}
+    return [
+        f"stage {name} may saturate: its steps, tokens and time are what it takes at most"
+        for name, stage in stages.items()
+        if stage.saturation is not None and stage.tokens
+    ]
 
 
 def _warnings(teacher: TeacherSpec, longest: int) -> list[str]:
