@@ -35,6 +35,7 @@ RANKS = (
     ("shelf", "storage"),
     ("recipe_fields",),
     ("recipe_types",),
+    ("recipe_stages",),
     ("recipe",),
     ("recipe_docs", "run", "checkpoint", "plan"),
     ("family_docs",),
@@ -48,9 +49,10 @@ RANKS = (
     ("evaluate",),
     ("export", "generate", "doctor", "verdict"),
     ("conversion",),
-    ("pipeline",),
+    ("pipeline", "teach"),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("cli_ranks",),
+    ("cli_options", "cli_ranks"),
+    ("cli_teach",),
     ("showcase",),
     ("cli",),
     ("cli_docs", "__main__"),
@@ -80,6 +82,7 @@ FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 # storage.atomic_directory; the last line's belong to the developers' script that made the demo teacher, and to no run.
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
+    "data/teacher_logits.py:_write_records",
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("export/export.py:export_run", "export/mlx.py:write_mlx"),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
