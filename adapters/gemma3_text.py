@@ -28,10 +28,9 @@ ADAPTER = Adapter(
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 7,
-        "final_logit_softcapping": 3.0,
     },
     read_weights=read_weights,
     logits=Logits(softcap="final_logit_softcapping"),
     mlx_module="gemma3_text",
-    mlx_sample={"hidden_size": 64, "final_logit_softcapping": None},
+    mlx_sample={"hidden_size": 64},
 )

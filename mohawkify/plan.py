@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mohawkify.recipe import Recipe
-from mohawkify.recipe_stages import StageRecipe
+from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
 
 STAGES = ("orient", "align", "distill")

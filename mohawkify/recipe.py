@@ -10,7 +10,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe_fields import explain, show, show_key
-from mohawkify.recipe_stages import StageRecipe, StagesRecipe
+
+# Everything of the schema is imported from here; the part about stages only has a file of its own.
+from mohawkify.recipe_stages import AlignRecipe as AlignRecipe
+from mohawkify.recipe_stages import DistillFinish as DistillFinish
+from mohawkify.recipe_stages import DistillRecipe as DistillRecipe
+from mohawkify.recipe_stages import Finish as Finish
+from mohawkify.recipe_stages import OrientRecipe as OrientRecipe
+from mohawkify.recipe_stages import Saturation as Saturation
+from mohawkify.recipe_stages import Segment as Segment
+from mohawkify.recipe_stages import StageRecipe as StageRecipe
+from mohawkify.recipe_stages import StagesRecipe as StagesRecipe
 from mohawkify.recipe_types import (
     COUNT,
     Layers,

@@ -23,8 +23,7 @@ from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import UsageError
 from mohawkify.ops.distill_chunks import head_logits
 from mohawkify.ops.losses import TopK
-from mohawkify.recipe import Recipe
-from mohawkify.recipe_stages import Segment
+from mohawkify.recipe import Recipe, Segment
 from mohawkify.stages.base import model_inputs
 from mohawkify.teacher.finishing import OtherTeacher, find_teacher, tokenizer_note
 from mohawkify.teacher.head import run_to_head

@@ -16,8 +16,7 @@ from mohawkify.errors import UnknownFamilyError
 from mohawkify.ops.distill_chunks import distill_loss_chunked
 from mohawkify.ops.losses import distill_loss
 from mohawkify.pipeline import plan
-from mohawkify.recipe import OptimizerRecipe, load_recipe
-from mohawkify.recipe_stages import AlignRecipe, DistillRecipe
+from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.shelf import adapter_names, load_adapter
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Runner, model_inputs

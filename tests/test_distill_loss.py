@@ -16,12 +16,14 @@ from mohawkify.errors import UsageError
 from mohawkify.ops import distill_chunks
 from mohawkify.ops.distill_chunks import HeadInput, chunk_tokens, distill_loss_chunked, head_logits
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
-from mohawkify.recipe_stages import DistillRecipe
+from mohawkify.recipe import DistillRecipe
+from mohawkify.shelf import load_adapter
 from mohawkify.stages.base import Runner
 from mohawkify.stages.distill import Distill
+from mohawkify.teacher.head import prove_head, run_to_head
 from mohawkify.teacher.recognise import NO_FILE
 from tests.close import assert_close
-from tests.tiny import packed, tiny_pair
+from tests.tiny import packed, tiny_pair, tiny_teacher
 
 BATCH, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH, VOCABULARY = 2, 7, 5, 8, 37
 EXACT = 1e-12
@@ -331,6 +333,18 @@ def test_the_stage_gives_the_same_by_chunks_and_by_all_logits(tmp_path):
     assert our_gradients.keys() == their_gradients.keys()
     for name, truth in their_gradients.items():
         assert_close(name, our_gradients[name], truth, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [("gemma3_text", {"final_logit_softcapping": 3.0}), ("gemma2", {"final_logit_softcapping": None})],
+)
+def test_a_softcap_is_read_from_the_configuration(family, values):
+    """What the samples of the families, which tests/test_adapters.py goes through, do not switch on or off."""
+    teacher, adapter = tiny_teacher(family, num_hidden_layers=2, **values), load_adapter(family)
+    prove_head(teacher, adapter, 97)
+    head = run_to_head(teacher, adapter, input_ids=packed().input_ids, use_cache=False)
+    assert head.softcap == values["final_logit_softcapping"]
 
 
 MEMORY = """

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from mohawkify import strict_yaml
 from mohawkify.errors import RecipeError
 from mohawkify.recipe import (
+    AlignRecipe,
+    OrientRecipe,
     Recipe,
+    Segment,
     apply_overrides,
     dump_recipe,
     load_recipe,
     parse_recipe,
 )
-from mohawkify.recipe_stages import AlignRecipe, OrientRecipe, Segment
 from mohawkify.recipe_types import format_count, parse_count
 
 SMALL = """\

@@ -8,8 +8,7 @@ import signal
 import pytest
 
 from mohawkify.pipeline import convert, plan
-from mohawkify.recipe import ScheduleRecipe, apply_overrides, parse_recipe
-from mohawkify.recipe_stages import DistillRecipe
+from mohawkify.recipe import DistillRecipe, ScheduleRecipe, apply_overrides, parse_recipe
 from mohawkify.storage import read_lines
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.saturation import Phases, SaturationWatch

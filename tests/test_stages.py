@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mohawkify.errors import CheckpointError, NumericsError
-from mohawkify.recipe import OptimizerRecipe, ScheduleRecipe
-from mohawkify.recipe_stages import AlignRecipe, DistillRecipe
+from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, ScheduleRecipe
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Runner
 from mohawkify.stages.distill import Distill

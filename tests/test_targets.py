@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mohawkify.data.packing import Batch
-from mohawkify.recipe_stages import AlignRecipe, DistillRecipe
+from mohawkify.recipe import AlignRecipe, DistillRecipe
 from mohawkify.shelf import load_adapter
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Runner

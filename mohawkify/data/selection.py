@@ -19,8 +19,7 @@ from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.reading import Stretch
 from mohawkify.data.telling import Telling
 from mohawkify.errors import DataError
-from mohawkify.recipe import Recipe, Source
-from mohawkify.recipe_stages import StageRecipe, StagesRecipe
+from mohawkify.recipe import Recipe, Source, StageRecipe, StagesRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
 from mohawkify.ops.losses import align_loss
-from mohawkify.recipe_stages import AlignRecipe
+from mohawkify.recipe import AlignRecipe
 from mohawkify.stages.base import Pair, Runner, Stage, run_trunk
 from mohawkify.stages.parameters import layer_parameters, mixers_by_layer
 from mohawkify.student.grafting import find_layers

@@ -9,7 +9,7 @@ from mohawkify.data.packing import Batch
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.ops.distill_chunks import HeadInput, distill_loss_chunked
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
-from mohawkify.recipe_stages import DistillRecipe
+from mohawkify.recipe import DistillRecipe
 from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
 from mohawkify.stages.parameters import trainable_parameters
 from mohawkify.teacher.head import run_to_head

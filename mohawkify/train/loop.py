@@ -10,8 +10,7 @@ import torch
 
 from mohawkify.data.packing import Batch
 from mohawkify.data.reading import Stretch, read_batches
-from mohawkify.recipe import Recipe
-from mohawkify.recipe_stages import StageRecipe
+from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mohawkify.recipe import ScheduleRecipe
-from mohawkify.recipe_stages import Segment, StageRecipe
+from mohawkify.recipe import ScheduleRecipe, Segment, StageRecipe
 from mohawkify.train.schedule import decay_step, warmup_steps
 
 

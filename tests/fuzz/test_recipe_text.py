@@ -12,9 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mohawkify.errors import RecipeError
-from mohawkify.recipe import Condition, Recipe, Source, apply_overrides, dump_recipe, parse_recipe
+from mohawkify.recipe import Condition, Recipe, Source, StageRecipe, apply_overrides, dump_recipe, parse_recipe
 from mohawkify.recipe_fields import keys
-from mohawkify.recipe_stages import StageRecipe
 from mohawkify.recipe_types import COUNT, Name
 from mohawkify.shelf import recipe_names, recipe_text
 from mohawkify.strict_yaml import dump_yaml
