@@ -14,20 +14,21 @@ import click
 from click.shell_completion import get_completion_class
 
 from mohawkify import __version__, cli_show
+from mohawkify.cli_data import data as data_verbs
+from mohawkify.cli_data import prepared_option
 from mohawkify.cli_errors import Verbs
 from mohawkify.cli_options import (
     FOLDER,
     FiniteRange,
     as_json,
-    complete_recipe,
+    chosen_recipe,
     own_text,
     print_result,
     processes_option,
-    read_recipe,
+    recipe_names_beginning,
     recipe_option,
     say,
     set_option,
-    teacher_moved,
     working,
 )
 from mohawkify.cli_teach import teach
@@ -35,6 +36,13 @@ from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
+
+teacher_moved = click.option(
+    "--teacher",
+    "teacher_source",
+    metavar="TEACHER",
+    help="Where the teacher is now; by default where it was when the run was made.",
+)
 
 
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -86,7 +94,7 @@ def plan(
     Everything is worked out from configuration and recipe, memory and time as estimates. No weights are loaded;
     TEACHER may be a config.json.
     """
-    recipe = read_recipe(recipe_name, overrides)
+    recipe = chosen_recipe(recipe_name, overrides)
     with working():
         from mohawkify import pipeline
 
@@ -105,6 +113,7 @@ def plan(
     help="Train on this file, folder or glob instead of the recipe's text; without --validation its end is held out.",
 )
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
+@prepared_option
 @processes_option
 @click.option(
     "--engine",
@@ -169,6 +178,7 @@ def convert(
     resume: str,
     patience: float,
     disk_wait: float,
+    prepared: Path,
     track: tuple[str, ...],
     track_project: str,
 ) -> None:
@@ -179,7 +189,7 @@ def convert(
     """
     wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
     compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
-    recipe = read_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
+    recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
     with working():
         from mohawkify.cli_ranks import joined, start_processes
 
@@ -196,6 +206,7 @@ def convert(
                 patience=patience,
                 disk_wait=disk_wait,
                 world=world,
+                prepared=prepared,
                 track=track,
                 track_project=track_project,
             )
@@ -324,6 +335,9 @@ def demo(output: Path) -> None:
     click.echo(summary)
 
 
+main.add_command(data_verbs)
+
+
 @main.group(invoke_without_command=True)
 @click.pass_context
 def recipes(context: click.Context) -> None:
@@ -347,7 +361,7 @@ def recipes_ls(as_json: bool) -> None:
 
 
 @recipes.command("show")
-@click.argument("name", shell_complete=complete_recipe)
+@click.argument("name", shell_complete=recipe_names_beginning)
 def recipes_show(name: str) -> None:
     """Print a bundled recipe."""
     from mohawkify.shelf import recipe_text
@@ -356,7 +370,7 @@ def recipes_show(name: str) -> None:
 
 
 @recipes.command("cp")
-@click.argument("name", shell_complete=complete_recipe)
+@click.argument("name", shell_complete=recipe_names_beginning)
 @click.argument("file", type=FOLDER)
 def recipes_cp(name: str, file: Path) -> None:
     """Copy a bundled recipe to FILE, to make it your own; an existing file is never replaced."""

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: options, types, reading a recipe, printing."""
+"""What several verbs share: options, the recipe they mean, and how they speak."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from mohawkify.recipe import Recipe
 
 FOLDER = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
-def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The bundled recipes that begin so."""
+def recipe_names_beginning(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from mohawkify.shelf import recipe_names
 
     return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
@@ -29,7 +31,7 @@ recipe_option = click.option(
     "recipe_name",
     required=True,
     metavar="RECIPE",
-    shell_complete=complete_recipe,
+    shell_complete=recipe_names_beginning,
     help="A bundled recipe (`mohawkify recipes ls`), or the path of a .yaml file.",
 )
 set_option = click.option(
@@ -39,14 +41,6 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
 )
-teacher_moved = click.option(
-    "--teacher",
-    "teacher_source",
-    metavar="TEACHER",
-    help="Where the teacher is now; by default where it was when the run was made.",
-)
-
-
 processes_option = click.option(
     "--processes",
     type=click.IntRange(min=1),
@@ -66,6 +60,13 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+def chosen_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe that --recipe and --set mean."""
+    from mohawkify.recipe import apply_overrides, load_recipe
+
+    return apply_overrides(load_recipe(name), overrides)
+
+
 def own_text(data: str | None, validation: str | None) -> list[str]:
     """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
     sources: dict[str, list[dict[str, str]]] = {}
@@ -77,25 +78,18 @@ def own_text(data: str | None, validation: str | None) -> list[str]:
     return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
 
 
-def read_recipe(name: str, overrides: tuple[str, ...]) -> Any:
-    """A recipe by its name or path, with single values changed."""
-    from mohawkify.recipe import apply_overrides, load_recipe
-
-    return apply_overrides(load_recipe(name), overrides)
-
-
 def working() -> AbstractContextManager[TextIO]:
-    """Encloses what a verb does; see `quiet_libraries`."""
+    """Keep the libraries' own chatter off the terminal; gives the real standard output."""
     from mohawkify.cli_quiet import quiet_libraries
 
     return quiet_libraries()
 
 
 def say(line: str) -> None:
-    """Tell people something; programs read standard output."""
+    """Tell the user something on standard error."""
     click.echo(line, err=True)
 
 
 def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    """Print what was found, for people or for programs."""
+    """Print what a verb found on standard output."""
     click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from mohawkify.cli_data import prepared_option
 from mohawkify.cli_options import (
     FOLDER,
     as_json,
+    chosen_recipe,
     own_text,
     processes_option,
-    read_recipe,
     recipe_option,
     say,
     set_option,
@@ -47,6 +48,7 @@ from mohawkify.cli_options import (
 )
 @click.option("--output", type=FOLDER, metavar="DIR", help="By default teacher-logits/ and the teacher's name.")
 @click.option("--bits", type=click.Choice(["8", "4"]), help="Take the teacher's weights in so many bits.")
+@prepared_option
 @processes_option
 @set_option
 @as_json
@@ -59,6 +61,7 @@ def teach(
     top_k: int,
     output: Path | None,
     bits: str | None,
+    prepared: Path,
     processes: int | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -72,7 +75,7 @@ def teach(
     text = [] if data is None else own_text(data, None)
     if data is not None and stage_phase == "finish":
         text = [f"data.finish={json.dumps([{'path': data}])}"]
-    recipe = read_recipe(recipe_name, (*text, *overrides))
+    recipe = chosen_recipe(recipe_name, (*text, *overrides))
     with working():
         from mohawkify.cli_ranks import joined, start_processes
 
@@ -92,6 +95,7 @@ def teach(
                 bits=None if bits is None else int(bits),
                 device=choose_device(recipe.compute.device),
                 world=world,
+                prepared=prepared,
                 report=say if world.is_main else lambda line: None,
             )
     if world.is_main:

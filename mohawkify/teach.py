@@ -67,6 +67,7 @@ def teach(
     device: torch.device,
     world: World,
     report: Report,
+    prepared: Path | None = None,
 ) -> dict[str, Any]:
     """Write a teacher's logits for a phase of a recipe's stage 3.
 
@@ -81,6 +82,7 @@ def teach(
         device: where the teacher runs.
         world: the processes that share the work, shard by shard.
         report: receives a line for every step of the way.
+        prepared: where tokenised text may lie that `mohawkify data prepare` made.
 
     Returns:
         A JSON object: ``folder``, ``sequences``, ``tokens``, ``top_k``, ``bytes``, ``bytes_per_token``, ``seconds``.
@@ -102,15 +104,20 @@ def teach(
     rows = min(first.vocabulary_size, teacher.vocabulary_size)
     if not 1 <= top_k <= rows:
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
+    corpora = output / "corpora"
+    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocabulary_size, prepared, report=report)
+    text.require_files()
     with StopRequest() as stop:
         try:
             # The main process alone locks and sweeps; the others wait until the folder is as it should be.
             with storage.run_lock(output) if world.is_main else nullcontext():
                 if world.is_main:
-                    logits, task = _begin(first, teacher, recipe, segment, top_k, rows, output, report)
-                world.barrier()
-                if not world.is_main:
-                    logits, task = TeacherLogits(output), _task(first, recipe, segment, output, report)
+                    storage.ensure_writable(output)
+                    storage.sweep_temporaries(output)
+                report("reading the text")
+                task = world.main_first(lambda: _task(text, segment))
+                layout = Layout(segment.sequence_length, top_k, rows).with_shards()
+                logits = world.main_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
                 _write_missing(logits, task, teacher, recipe, device, world, report, stop)
                 world.barrier()
         except KeyboardInterrupt:
@@ -139,11 +146,9 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
     )
 
 
-def _task(first: OtherTeacher, recipe: Recipe, segment: Segment, output: Path, report: Report) -> Task:
+def _task(text: TextReader, segment: Segment) -> Task:
     """The text as the run will read it, and which of its sequences."""
-    text = TextReader(recipe, first.tokenizer, output / "corpora", first.folder, first.vocabulary_size, report=report)
-    text.require_files()
-    corpora = text.training()
+    recipe, corpora = text.recipe, text.training()
     batch = recipe.stages.distill.batch_sequences
     place = [each.data for each in recipe.stages.distill.segments()].index(segment.data)
     stretch = stage_stretches(recipe, corpora)["distill"][place]
@@ -155,24 +160,18 @@ def _task(first: OtherTeacher, recipe: Recipe, segment: Segment, output: Path, r
 def _begin(
     first: OtherTeacher,
     teacher: OtherTeacher,
+    task: Task,
+    layout: Layout,
     recipe: Recipe,
-    segment: Segment,
-    top_k: int,
-    rows: int,
     output: Path,
     report: Report,
-) -> tuple[TeacherLogits, Task]:
-    """Read the text, estimate the space, and write what the logits are of, unless an earlier call did."""
-    storage.ensure_writable(output)
-    storage.sweep_temporaries(output)
-    report("reading the text")
-    task = _task(first, recipe, segment, output, report)
-    layout = Layout(segment.sequence_length, top_k, rows).with_shards()
+) -> TeacherLogits:
+    """Estimate the space, and write what the logits are of, unless an earlier call or process did."""
     written = sum(1 for _ in output.glob("shard-*")) * layout.shard_sequences
     total = len(task.sequences) * layout.record_bytes
     needed = max(0, len(task.sequences) - written) * layout.record_bytes
     report(
-        f"{len(task.sequences):,} sequences of {segment.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
+        f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
         f" per token: {total:,} bytes, {storage.free_bytes(output):,} are free"
     )
     vocabulary = first.tokenizer.get_vocab()
@@ -184,7 +183,7 @@ def _begin(
         "temperature": 1.0,
         "precision": recipe.compute.precision,
     }
-    return TeacherLogits.create(output, layout, facts, vocabulary, task.sequences), task
+    return TeacherLogits.create(output, layout, facts, vocabulary, task.sequences)
 
 
 def _write_missing(

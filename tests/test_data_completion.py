@@ -114,7 +114,8 @@ def test_completions_equal_those_that_a_template_marks_itself() -> None:
     marked = CHATML.replace(
         "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}",
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}",
     )
     tokenizer = tokenizer_for(marked, bos=False)
     for talk in ("one turn", "several", "accents", "the same words"):

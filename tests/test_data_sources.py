@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -45,6 +46,15 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_arrow(path: Path, columns: dict[str, Any], *, is_file: bool = False) -> Path:
+    """Arrow's own format: the stream, as the datasets library writes it, or the file."""
+    table = pyarrow.table(columns)
+    begin = pyarrow.ipc.new_file if is_file else pyarrow.ipc.new_stream
+    with begin(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
 
 
 def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
@@ -114,6 +124,35 @@ def test_demo_stories(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_stories(stories_text: Path) -> None:
     assert len(read(path=str(stories_text / "valid.jsonl"))) == 139
     assert len(read(path=str(stories_text / "tinystories.txt"))) == 187
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_arrow_gives_the_named_column(tmp_path: Path, is_file: bool) -> None:
+    columns = {"body": ["a", None, "c", "d", "e"], "score": [1, 2, 3, 4, 5]}
+    file = write_arrow(tmp_path / "a.arrow", columns, is_file=is_file)
+    assert read(path=str(file), text="body") == ["a", "c", "d", "e"]
+    where = [{"column": "score", "operator": ">", "value": 3}]
+    assert read(path=str(tmp_path), text="body", where=where) == ["d", "e"]
+    assert read(path=str(tmp_path / "*.arrow"), text="body", where=where) == ["d", "e"]
+    with pytest.raises(DataError, match="has no column 'text'; it has: body, score"):
+        read(path=str(file))
+
+
+def test_arrow_files_of_the_datasets_library(tmp_path: Path) -> None:
+    rows = {"text": [f"text {number}" for number in range(1000)], "talk": [[{"role": "user", "content": "Hi"}]] * 1000}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    assert read(path=str(tmp_path / "saved")) == rows["text"]
+    assert read(None, CHAT_TEMPLATE, path=str(tmp_path / "saved"), chat="talk")[0] == "[user] Hi</s>\n"
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_damaged_arrow(tmp_path: Path, is_file: bool) -> None:
+    file = write_arrow(tmp_path / "a.arrow", {"text": [f"some text {number}" for number in range(40)]}, is_file=is_file)
+    content = file.read_bytes()
+    for damaged in (b"", b"hello hello hello", content[: len(content) // 2], content[:40], content[7:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.arrow is not a readable arrow file|a\.arrow is empty"):
+            read(path=str(file))
 
 
 # --- conditions -----------------------------------------------------------------------------------------------------

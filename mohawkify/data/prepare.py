@@ -9,6 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -91,6 +92,7 @@ class Wanted:
         """Whether it makes a difference which tokens are completions."""
         return any(source.chat is not None and source.loss == "completion" for source in self.sources)
 
+    @cached_property
     def key(self) -> str:
         """A hash of sources, files (size and time of change), tokenizer and number of tokens."""
         identity = {
@@ -133,19 +135,20 @@ def build_corpus(
         raise DataError("no text is given", hint="name a file, folder or dataset under data in the recipe")
     if wanted.num_tokens is not None and wanted.num_tokens < 1:
         raise DataError(f"{wanted.num_tokens} tokens of text are asked for, expected at least 1")
-    target = directory / wanted.key()
+    target = directory / wanted.key
+    work = directory / f"{UNFINISHED}{target.name}"
     if not target.exists():
         for source in wanted.sources:
             if source.chat is not None:
                 require_chat_template(wanted.tokenizer)
         storage.sweep_temporaries(directory)
-        work = directory / f"{UNFINISHED}{target.name}"
         with encoders(num_workers, wanted.tokenizer, wanted.vocab_size) as submit:
             facts = _Work(wanted, work, report, progress or (lambda num_tokens: None)).finish(
                 submit, num_workers * _BATCHES_AHEAD
             )
         with storage.atomic_directory(target, facts=facts) as folder:
             _link_shards(work, facts["shards"], folder)
+    if work.exists():  # also what a killed call left that had come so far
         storage.remove_directory(work)
     return load_corpus(target)
 
@@ -221,10 +224,11 @@ class _Work:
         present = sorted(path for path in self.folder.iterdir() if path.name.startswith("shard-"))
         for number, path in enumerate(present):
             try:
-                facts = storage.verify_directory(path)["facts"]
-            except CheckpointError:
-                facts = None
-            if facts is None or path.name != f"shard-{number:05d}":
+                values = storage.verify_directory(path)["facts"]["taken"]
+                found = [Taken(**each) for each in values]
+            except (CheckpointError, KeyError, TypeError):
+                found = []
+            if len(found) != len(self.taken) or path.name != f"shard-{number:05d}":
                 for other in present[number:]:
                     storage.remove_directory(other)
                 break
@@ -234,7 +238,7 @@ class _Work:
             completion = np.memmap(path / COMPLETION_FILE, dtype=np.uint8, mode="r") if is_masked else tokens
             self._hash(tokens, completion)
             self.borders.frombytes(borders.astype(np.int64).tobytes())
-            self.taken = [Taken(**values) for values in facts["taken"]]
+            self.taken = found
             self.tokens_of = [taken.tokens for taken in self.taken]
             self.shards.append(path.name)
         if self.shards:

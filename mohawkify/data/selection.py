@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,7 +138,7 @@ class TextReader:
         Raises:
             DataError: the text cannot be read, or ends before the stages do.
         """
-        wanted = self.wanted()
+        wanted = self.wanted
         corpora = {"train": self.corpus("train") if "validation" in wanted else self._split_train()[0]}
         if "finish" in wanted:
             corpora["finish"] = self.corpus("finish")
@@ -148,9 +149,10 @@ class TextReader:
     def held_out(self) -> list[np.ndarray]:
         """The rows of text that students are measured on; see `evaluation_rows`."""
         evaluation = self.recipe.evaluation
-        corpus = self.corpus("validation") if "validation" in self.wanted() else self._split_train()[1]
+        corpus = self.corpus("validation") if "validation" in self.wanted else self._split_train()[1]
         return evaluation_rows(corpus, sequence_length=evaluation.sequence_length, num_tokens=evaluation.tokens)
 
+    @cached_property
     def wanted(self) -> dict[str, Wanted]:
         """What is tokenised for the recipe: ``train``, and ``validation`` and ``finish`` where it has them."""
         data, held = self.recipe.data, self.recipe.evaluation.tokens
@@ -164,8 +166,8 @@ class TextReader:
 
     def corpus(self, name: str) -> Corpus:
         """One of the corpora that are wanted, found or made."""
-        wanted = self.wanted()[name]
-        elsewhere = find_prepared(wanted.key(), self.directory, self.prepared)
+        wanted = self.wanted[name]
+        elsewhere = find_prepared(wanted.key, self.directory, self.prepared)
         if elsewhere is not None:
             return elsewhere
         with Telling(name, wanted.num_tokens or 0, self.report) as telling:
@@ -223,5 +225,6 @@ def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | 
     if prepared is None or not (prepared / key).is_dir():
         return None
     corpus = load_corpus(prepared / key)
+    storage.ensure_writable(directory)
     storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
     return corpus

@@ -44,6 +44,7 @@ class Telling:
         now = time.monotonic()
         if self._first is None:
             self._first = num_tokens  # earlier calls made these
+            self._begin = self._shown = now
         if now - self._looked < _SECONDS_BETWEEN_LOOKS and num_tokens < self.num_tokens:
             return
         self._looked = now

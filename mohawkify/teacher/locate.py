@@ -15,7 +15,8 @@ LONGEST_NAME = 255  # bytes, on every common file system
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, configuration and tokenizer as data; never pickles, never code.
-WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+WEIGHTS = "*.safetensors"
+WANTED_FILES = ("*.json", WEIGHTS, "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 
 
 def teacher_name(source: str) -> str:
@@ -57,6 +58,15 @@ def find_folder(source: str) -> Path:
     Raises:
         TeacherError: there is no such teacher, or only a config.json was given.
     """
+    return _find_folder(source, WANTED_FILES)
+
+
+def find_tokenizer_folder(source: str) -> Path:
+    """As `find_folder`, but from the Hub no weights are fetched."""
+    return _find_folder(source, tuple(pattern for pattern in WANTED_FILES if pattern != WEIGHTS))
+
+
+def _find_folder(source: str, patterns: tuple[str, ...]) -> Path:
     path = _local(source)
     if path.is_dir():
         _required(path / "config.json", source)
@@ -70,7 +80,7 @@ def find_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(source):
-        return Path(snapshot_download(source, allow_patterns=list(WANTED_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
 
 
 def _local(source: str) -> Path:

@@ -154,9 +154,34 @@ def draw_parquet(rng: Random) -> bytes:
     return encode(".parquet", draw_source(rng), content)
 
 
+@cache
+def arrow_tables() -> list[bytes]:
+    """The same columns in Arrow's own format, as a stream and as a file."""
+    written = []
+    for content in tables():
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()
+        for begin in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
+            buffer = io.BytesIO()
+            with begin(buffer, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+            written.append(buffer.getvalue())
+    return written
+
+
+def draw_arrow(rng: Random) -> bytes:
+    """An .arrow file: changed anywhere, most of the time."""
+    content = rng.choice(arrow_tables())
+    return encode(".arrow", draw_source(rng), mutate_bytes(rng, content) if rng.random() < 0.9 else content)
+
+
 @pytest.mark.parametrize(
     ("name", "number", "draw"),
-    [("text", 2000, draw_text), ("lines", 2000, draw_lines), ("parquet", 3000, draw_parquet)],
+    [
+        ("text", 2000, draw_text),
+        ("lines", 2000, draw_lines),
+        ("parquet", 3000, draw_parquet),
+        ("arrow", 3000, draw_arrow),
+    ],
 )
 def test_any_file(folder: Path, name: str, number: int, draw: Callable[[Random], bytes]) -> None:
     tokenizer = bytes_tokenizer(chat_template=TEMPLATE)

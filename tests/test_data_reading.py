@@ -1,0 +1,178 @@
+"""The stream of tokens a run trains on: the same to the digit for any processes, threads and points of resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mohawkify.data import reading
+from mohawkify.data.corpus import Corpus, Joined
+from mohawkify.data.packing import Batch
+from mohawkify.data.reading import Stretch, batch_at, read_batches
+from mohawkify.data.selection import epochs_needed, reaches, stage_stretches, tokens_wanted
+from mohawkify.recipe import Recipe, parse_recipe
+
+RECIPE = """
+name: tiny
+description: two lengths, two corpora, several epochs
+data:
+  train: [{path: a.txt}]
+  finish: [{path: b.jsonl, chat: talk}]
+  epochs: 3
+  finish_epochs: 4
+stages:
+  orient: {tokens: 2k, sequence_length: 8, batch_sequences: 8, learning_rate: 1e-3}
+  align: {tokens: 3k, sequence_length: 16, batch_sequences: 8, learning_rate: 1e-3}
+  distill:
+    tokens: 6k
+    sequence_length: 16
+    batch_sequences: 8
+    learning_rate: 1e-3
+    finish: {tokens: 2.56k, sequence_length: 32}
+seed: 5
+"""
+BATCH = 8
+WORLDS, WORKERS = (1, 2, 4), (0, 1, 3)
+
+
+def corpus(num_tokens: int, seed: int, is_masked: bool) -> Corpus:
+    """Scattered tokens in documents of many lengths, in three shards; no library's random numbers, which may change."""
+    places = np.arange(num_tokens, dtype=np.uint64)
+    tokens = (places * 2_654_435_761 + seed * 40_503) % 2**32
+    starts = np.flatnonzero((places * places + seed) % 23 == 1)
+    offsets = np.unique([0, *starts, num_tokens]).astype(np.int64)
+    completion = (tokens % 3 == 0).astype(np.uint8) if is_masked else None
+    return Corpus(Joined(np.array_split(tokens.astype(np.uint32), 3)), offsets, f"{seed}", completion)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return parse_recipe(RECIPE, "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def corpora(recipe: Recipe) -> dict[str, Corpus]:
+    """Exactly the tokens that the epochs need, so that every epoch's border is crossed."""
+    return {
+        "train": corpus(tokens_wanted(recipe, "train"), 1, is_masked=False),
+        "finish": corpus(tokens_wanted(recipe, "finish"), 2, is_masked=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def stretches(recipe: Recipe, corpora: dict[str, Corpus]) -> list[Stretch]:
+    """The last stage: its main part, then its finish."""
+    return stage_stretches(recipe, corpora)["distill"]
+
+
+def total(stretches: list[Stretch]) -> int:
+    return sum(stretch.num_steps for stretch in stretches)
+
+
+def digest_of(batches: list[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in batch:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stream_digest(stretches: list[Stretch], world: int, num_workers: int, stops: list[int]) -> str:
+    """The hash of what all processes read, each its rows of every batch, in a run that stops and continues."""
+    read: list[Batch] = []
+    for start, stop in zip([0, *stops], [*stops, total(stretches)], strict=True):
+        ranks = []
+        for rank in range(world):
+            share = BATCH // world
+            batches = read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=start, num_workers=num_workers)
+            mine = slice(rank * share, (rank + 1) * share)
+            ranks.append([Batch(*(part[mine] for part in batch)) for batch in islice(batches, stop - start)])
+        for parts in zip(*ranks, strict=True):
+            read.append(Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True))))
+    assert len(read) == total(stretches)
+    return digest_of(read)
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_stream_is_the_same_for_any_processes_threads_and_resumes(
+    stretches: list[Stretch], world: int, num_workers: int
+) -> None:
+    expected = digest_of([batch_at(stretches, step, BATCH, 5) for step in range(total(stretches))])
+    border = stretches[0].num_steps
+    points = sorted({1, 2, 5, border - 1, border, border + 1, border + 3, total(stretches) - 1, total(stretches), 13})
+    assert len(points) == 10
+    for point in points:
+        assert stream_digest(stretches, world, num_workers, [point]) == expected
+    assert stream_digest(stretches, world, num_workers, points) == expected
+
+
+def test_the_stream_never_changes(stretches: list[Stretch]) -> None:
+    """A run made with an older version continues with the same text: this number may not change."""
+    assert stream_digest(stretches, 1, 0, [])[:16] == "adcfc5902201cd85"
+
+
+def test_every_epoch_is_whole(recipe: Recipe, corpora: dict[str, Corpus]) -> None:
+    finish = stage_stretches(recipe, corpora)["distill"][1]
+    rows = [tuple(row) for step in range(finish.num_steps) for row in batch_at([finish], step, BATCH, 5)[0].tolist()]
+    per_epoch = corpora["finish"].num_tokens // finish.sequence_length
+    assert len(rows) == 4 * per_epoch
+    epochs = [rows[first : first + per_epoch] for first in range(0, len(rows), per_epoch)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == per_epoch for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_tokens_wanted_are_just_enough(recipe: Recipe) -> None:
+    for data, epochs in (("train", 3), ("finish", 4)):
+        enough = tokens_wanted(recipe, data)
+        assert epochs_needed(recipe, data, enough) == epochs
+        assert epochs_needed(recipe, data, enough - 1) == epochs + 1
+    first = {name: [(reach.first, reach.end) for reach in found] for name, found in reaches(recipe).items()}
+    assert first == {"orient": [(0, 248)], "align": [(124, 308)], "distill": [(308, 524), (0, 80)]}
+
+
+def test_batches_are_read_ahead_in_order_and_the_threads_end(
+    stretches: list[Stretch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def note(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
+        seen.append(step)
+        return batch_at(stretches, step, batch_sequences, seed)
+
+    monkeypatch.setattr(reading, "batch_at", note)
+    batches = read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=3, num_workers=2)
+    next(batches)
+    while len(seen) < 5:
+        threading.Event().wait(0.001)
+    assert sorted(seen) == [3, 4, 5, 6, 7]
+    batches.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_an_error_in_a_thread_arrives(stretches: list[Stretch], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> Batch:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(reading, "batch_at", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=0, num_workers=2))
+
+
+def test_joined_parts_read_as_one(tmp_path: Path) -> None:
+    whole = np.arange(100, 130, dtype=np.uint32)
+    for cuts in ([], [10], [1, 2, 29], [7, 14, 21]):
+        joined = Joined(np.split(whole, cuts))
+        assert len(joined) == 30
+        np.testing.assert_array_equal(np.asarray(joined), whole)
+        for start, end in [(0, 30), (3, 3), (0, 1), (6, 22), (29, 30), (0, 0), (30, 30)]:
+            np.testing.assert_array_equal(np.asarray(joined[start:end]), whole[start:end])
+            np.testing.assert_array_equal(np.asarray(joined[start:][: end - start]), whole[start:end])
+        places = np.random.default_rng(0).integers(0, 30, (4, 9))
+        np.testing.assert_array_equal(joined[places], whole[places])
