@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import click
 
 from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError
 
+LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
 
@@ -71,7 +73,10 @@ def _end_cleanly_on_sigterm() -> None:
         raise Terminated
 
     is_main = threading.current_thread() is threading.main_thread()
-    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if is_main and LAUNCHED in os.environ:
+        # Until the processes of a run have found each other, the one that started them speaks for all.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    elif is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
 
 

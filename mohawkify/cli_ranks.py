@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mohawkify.cli_errors import DEBUG_FLAG, describe, say_error
+from mohawkify.cli_errors import DEBUG_FLAG, LAUNCHED, describe, say_error
 from mohawkify.errors import UsageError
 from mohawkify.train.launch import find_place, launch
 
@@ -36,6 +36,7 @@ def start_processes(num_processes: int | None) -> None:
         return
     if num_processes is not None and num_processes > 1:
         arguments = click.get_current_context().find_root().obj
+        os.environ[LAUNCHED] = "1"
         raise SystemExit(launch(num_processes, arguments, say_error))
 
 

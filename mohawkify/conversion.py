@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.evaluation import evaluation_batches
+from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
 from mohawkify.data.reading import Stretch
 from mohawkify.data.selection import stage_recipes, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
@@ -29,7 +29,7 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
-from mohawkify.teacher.finishing import Finishing
+from mohawkify.teacher.finishing import Finishing, OtherTeacher
 from mohawkify.train.engine import Engine
 from mohawkify.train.engines import build_engine
 from mohawkify.train.loop import StepReport, run_stage
@@ -93,6 +93,7 @@ class Conversion:
         disk_wait: seconds to wait for space where the disk is full.
         finishing: what teaches the end of stage 3, if it is not the first teacher.
         load_first: loads the first teacher again, after another has taken its place.
+        load_other: loads another one.
         start_tracking: begins what sends figures to trackers, given the steps taken so far; None where nothing does.
     """
 
@@ -109,6 +110,7 @@ class Conversion:
     disk_wait: float = 0.0
     finishing: Finishing | None = None
     load_first: Callable[[], PreTrainedModel] | None = None
+    load_other: Callable[[OtherTeacher], PreTrainedModel] | None = None
     start_tracking: Callable[[int], Tracking] | None = None
     _is_finishing: bool = field(default=False, init=False)
     _tracking: Tracking | None = field(default=None, init=False)
@@ -265,9 +267,9 @@ class Conversion:
         if isinstance(self.finishing, TeacherLogits):
             stage.logits = self.finishing if is_finish else None
         elif self.finishing is not None and is_finish and not self._is_finishing:
+            assert self.load_other is not None
             self.report(f"{self.finishing.name} finishes the run: loading it")
-            load = partial(self.finishing.load, self.pair.teacher.dtype, self.device)
-            self.pair.replace_teacher(load, self.finishing.adapter)
+            self.pair.replace_teacher(partial(self.load_other, self.finishing), self.finishing.adapter)
             self._is_finishing = True
 
     def _bring_back_first(self) -> None:
@@ -376,6 +378,8 @@ class Conversion:
         """Compare student and teacher on held-out text, of which each process reads a part, and record the figures."""
         self._bring_back_first()
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
+        while len(batches) % self.world.size:  # a teacher that is spread over the processes is called by all of them
+            batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
         with HangWatch(self.patience, f"measuring after {name}", self.world) as hang:
 
             def on_batch(num_tokens: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
@@ -29,6 +29,7 @@ from mohawkify.student.build import build_student, checkpoint_activations, desig
 from mohawkify.student.save import save_student
 from mohawkify.teacher.finishing import (
     Finishing,
+    OtherTeacher,
     find_finishing,
     finishing_hashes,
     require_fitting_text,
@@ -294,12 +295,17 @@ def _prepare(
         report(note)
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
-    teacher = load_teacher(folder, dtype=dtype, device=device)
+    is_sharded = recipe.compute.shard_teacher and world.size > 1
+    place = torch.device("cpu") if is_sharded else device
+    teacher = load_teacher(folder, dtype=dtype, device=place)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     prove_head(teacher, inspection.adapter, vocabulary_size)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
         prove_family(teacher, student, inspection.adapter, vocabulary_size)
+    if is_sharded:
+        student.to(device)  # type: ignore[arg-type]
+        _spread(teacher, spec.layers, recipe, device, world)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")
@@ -313,8 +319,30 @@ def _prepare(
     pair = Pair(teacher, student, spec, inspection.adapter)
     conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report)
     conversion.finishing = finishing
-    conversion.load_first = partial(load_teacher, folder, dtype=dtype, device=device)
+
+    def load_first() -> PreTrainedModel:
+        first = load_teacher(folder, dtype=dtype, device=place)
+        if is_sharded:
+            _spread(first, spec.layers, recipe, device, world)
+        return first
+
+    def load_other(other: OtherTeacher) -> PreTrainedModel:
+        model = other.load(dtype, place)
+        if is_sharded:
+            _spread(model, other.adapter.layers, recipe, device, world)
+        return model
+
+    conversion.load_first, conversion.load_other = load_first, load_other
     return conversion, tokenizer
+
+
+def _spread(teacher: PreTrainedModel, layers: str, recipe: Recipe, device: torch.device, world: World) -> None:
+    """Spread a teacher over the processes, by the library that trains the student."""
+    from mohawkify.train.sharded_teacher import shard_teacher
+
+    shard_teacher(
+        teacher, layers, "fsdp" if choose_engine(recipe.compute, world) == "fsdp" else "deepspeed", device, world
+    )
 
 
 def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:

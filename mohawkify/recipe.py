@@ -207,6 +207,9 @@ class ComputeRecipe(Section):
         description="what deepspeed or fsdp keeps in the CPU's memory; fsdp knows none and all; null: as"
         " deepspeed_config says, else none",
     )
+    shard_teacher: bool = Field(
+        default=False, description="spread the teacher over the processes, for one that does not fit on a GPU"
+    )
     deepspeed_config: Text | None = Field(
         default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
     )
@@ -256,6 +259,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
+        finish = self.stages.distill.finish
+        if self.compute.shard_teacher and finish is not None and finish.teacher_bits is not None:
+            conflict(
+                ("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none"
+            )
         micro = self.compute.micro_batch_sequences
         for name in StagesRecipe.model_fields:
             stage: StageRecipe = getattr(self.stages, name)

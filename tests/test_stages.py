@@ -18,6 +18,7 @@ from mohawkify.student.build import checkpoint_activations
 from mohawkify.train.engine import LocalEngine
 from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.schedule import learning_rate
+from mohawkify.train.world import World
 from tests.tiny import FAMILIES, packed, tiny_pair
 
 STAGE = {"tokens": 1000, "sequence_length": 24, "batch_sequences": 2, "learning_rate": 1e-3}
@@ -44,7 +45,7 @@ def test_only_the_declared_parameters_change_and_all_of_them(family, name, tmp_p
     declared = stage.parameters()
     engine = LocalEngine(stage.pair.student, declared, OptimizerRecipe(weight_decay=0.5), "fp32", CPU)
     stage.run(packed(), Runner(engine.backward))
-    require_gradients(declared, "the test")
+    require_gradients(engine, declared, World(), "the test")
     engine.step(1e-3)
     changed = {n for n, p in pair.student.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(declared)
@@ -169,9 +170,11 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
 
 
 def test_a_parameter_without_gradient_is_named():
-    frozen = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(NumericsError, match=r"layer\.weight has no gradient"):
-        require_gradients({"layer.weight": frozen}, "step 1")
+    layer = torch.nn.Linear(3, 2)
+    engine = LocalEngine(layer, dict(layer.named_parameters()), OptimizerRecipe(), "fp32", CPU)
+    layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.ones(2)
+    with pytest.raises(NumericsError, match=r"^weight has no gradient at step 1"):
+        require_gradients(engine, ["bias", "weight"], World(), "step 1")
 
 
 def test_schedule():

@@ -14,8 +14,7 @@ from torch import nn
 from mohawkify.errors import HANG, NumericsError
 from mohawkify.recipe import OptimizerRecipe
 from mohawkify.train.engine import LocalEngine
-from mohawkify.train.motion import MotionWatch
-from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch
+from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
 from mohawkify.train.world import World
 
 
@@ -54,6 +53,13 @@ def parameters(*names: str) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(40, 30)) for name in names}
 
 
+def engine_of(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter]) -> LocalEngine:
+    student = nn.Module()
+    for name, parameter in {**trained, **frozen}.items():
+        student.register_parameter(name, parameter)
+    return LocalEngine(student, trained, OptimizerRecipe(), "fp32", torch.device("cpu"))
+
+
 def move(parameter: nn.Parameter) -> None:
     with torch.no_grad():
         parameter.add_(1e-3)
@@ -63,11 +69,7 @@ RATE = 1e-3
 
 
 def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> MotionWatch:
-    student = nn.Module()
-    for name, parameter in {**trained, **frozen}.items():
-        student.register_parameter(name, parameter)
-    engine = LocalEngine(student, trained, OptimizerRecipe(), "fp32", torch.device("cpu"))
-    watch = MotionWatch(engine, trained, frozen, World())
+    watch = MotionWatch(engine_of(trained, frozen), trained, frozen, World())
     watch.step(rate)
     return watch
 

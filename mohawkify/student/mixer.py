@@ -146,7 +146,7 @@ class DiscreteMamba2(nn.Module):
             self._heads(b_blf, self.state_width),
             self._heads(c_blf, self.state_width),
             self._log_decay(hidden_bld),
-            self.d,
+            self.d.clone(),  # an engine that shards the student takes the parameter itself back after this call
         )
 
     def forward(

@@ -112,9 +112,8 @@ class Alarm:
 
 def lost(error: BaseException) -> ProcessLostError:
     """The error of a process whose partner has died without a word."""
-    first_line = str(error).strip().split("\n")[0]
     found = ProcessLostError(
-        f"another process of the run has ended without a word ({first_line[:150]})",
+        "another process of the run has ended without a word",
         hint="was it killed, by the system for its memory perhaps? The newest checkpoint is intact and the same command"
         " continues",
     )

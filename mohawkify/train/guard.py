@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
 
 from mohawkify.errors import NumericsError
 from mohawkify.train.engine import Engine
@@ -23,13 +22,17 @@ def require_finite(figures: Mapping[str, float], place: str) -> None:
             )
 
 
-def require_gradients(engine: Engine, trained: Collection[str], world: World, place: str) -> None:
-    """Raise NumericsError when a parameter that should learn has no gradient; checked once per stage and start."""
-    found = world.sum({name: float(_has_gradient(engine.gradient(name))) for name in trained})
-    for name, number in found.items():
-        if number == 0:
-            raise NumericsError(f"{name} has no gradient at {place}: the stage would not train it")
+def require_gradients(engine: Engine, names: Iterable[str], world: World, place: str) -> None:
+    """Raise NumericsError in all processes where a parameter that should learn has no gradient in any of them.
 
-
-def _has_gradient(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool(torch.count_nonzero(gradient))
+    Called once per stage and start, before the step. It catches gradients that get lost on the way, as those of all
+    layers but the last do where DeepSpeed is not told of several backward passes.
+    """
+    found = {}
+    for name in names:
+        gradient = engine.gradient(name)
+        found[name] = 0.0 if gradient is None else float(torch.count_nonzero(gradient) > 0)
+    without = [name for name, processes in world.sum(found).items() if not processes]
+    if without:
+        more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
+        raise NumericsError(f"{without[0]} has no gradient at {place}{more}: the stage would not train it")

@@ -125,15 +125,13 @@ def _exit_code(
     first = failures[0]
     if first.exitcode > 0:
         return first.exitcode
-    if sent:
-        return 128 + sent[-1]
     if all(failure.exitcode < 0 for failure in failures):
         name = signal.Signals(-first.exitcode).name
         say(
-            f"process {first.local_rank + 1} of {num_processes} was killed by {name}",
+            f"stopped by {name}" if sent else f"process {first.local_rank + 1} of {num_processes} was killed by {name}",
             "the newest checkpoint is intact and the same command continues",
         )
-    return HANG
+    return 128 + sent[-1] if sent else HANG
 
 
 def _hand_on(number: int, sent: list[int]) -> None:

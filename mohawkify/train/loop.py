@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
 from mohawkify.train.guard import require_finite, require_gradients
-from mohawkify.train.motion import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.schedule import learning_rate
+from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
 from mohawkify.train.world import World
 
 
@@ -51,7 +51,7 @@ def run_stage(
     device: torch.device,
     micro_batch: int,
     first_step: int,
-    frozen: Collection[str],
+    frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], bool],
 ) -> None:
@@ -79,7 +79,7 @@ def run_stage(
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
-    trained = stage.parameters().keys()
+    trained = list(stage.parameters())
     batches = read_batches(
         stretches,
         batch_sequences=stage_recipe.batch_sequences,

@@ -1,4 +1,4 @@
-"""What watches a run while it trains: losses that leap, and no progress at all."""
+"""What watches a run while it trains: losses that leap, weights that do not move, and no progress at all."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from mohawkify.errors import HANG
+import torch
+from torch import Tensor
+
+from mohawkify.errors import HANG, NumericsError
+from mohawkify.train.engine import Engine
 from mohawkify.train.world import World
 
 SPIKE = 6.0  # standard deviations above the mean of recent losses
 MEMORY = 0.98  # weight of the past in the running mean and variance: about the last 50 steps
 FEWEST_LOSSES = 20  # before that many a deviation means nothing
+STEPS_BETWEEN_LOOKS = 50
+SAMPLE_SIZE = 256
+MOVES = 8.0  # a learning rate of so many roundings moves a weight for certain: Adam's first steps are about the rate
 
 
 @dataclass
@@ -49,6 +57,94 @@ class LossWatch:
         self.variance = past * (self.variance + (1.0 - past) * bounded**2)
         self.num_losses += 1
         return deviation / spread if leaps else None
+
+
+class MotionWatch:
+    """Notices weights that should learn and stay where they are, and weights that should stay and move.
+
+    It remembers some numbers of every parameter: of a trained one those with the largest gradients of the present step,
+    since the text of a few steps reaches only some rows of an embedding. So it costs no second copy of the model. Every
+    process watches its own part of a sharded parameter, and all come to one verdict.
+
+    Args:
+        engine: holds the parameters; begins with the gradients of the present step, before it is taken.
+        trained: names of the parameters of the stage.
+        frozen: names of all others.
+        world: the processes.
+    """
+
+    def __init__(self, engine: Engine, trained: Iterable[str], frozen: Iterable[str], world: World) -> None:
+        self._world = world
+        self._samples = {name: _Sample(engine, name, _largest_gradients(engine, name)) for name in trained}
+        self._frozen = {name: _Sample(engine, name, _evenly_spread(engine.shard(name))) for name in frozen}
+        self._unmoved = set(self._samples)
+        self._largest_rate = 0.0
+
+    def step(self, learning_rate: float) -> None:
+        """Take note of a step's rate: where all were below the rounding of a weight, it need not move."""
+        self._largest_rate = max(self._largest_rate, learning_rate)
+
+    def look(self, place: str) -> None:
+        """Compare with the first step that was watched and with the last look.
+
+        Raises:
+            NumericsError: a trained parameter has not moved though it had the rate for it, none has since the last
+                look, or a frozen one has moved; in all processes.
+        """
+        for name in self._anywhere({name: sample.has_moved() for name, sample in self._frozen.items()}):
+            raise NumericsError(f"{name} has changed by {place}, though the stage does not train it")
+        moved = self._anywhere({name: sample.has_moved() for name, sample in self._samples.items()})
+        self._unmoved -= moved.keys()
+        if not moved:
+            raise NumericsError(f"no weight has changed by {place} since the last look", hint="is the learning rate 0?")
+        could = self._anywhere(
+            {n: self._largest_rate > MOVES * self._samples[n].rounding() for n in sorted(self._unmoved)}
+        )
+        if could:
+            more = f"; nor have {len(could) - 1} more" if len(could) > 1 else ""
+            raise NumericsError(
+                f"{next(iter(could))} has not changed by {place}, though the stage should train it{more}"
+            )
+
+    def _anywhere(self, flags: dict[str, bool]) -> dict[str, float]:
+        """The names whose flag is set in a process."""
+        return {name: count for name, count in self._world.sum(flags).items() if count}
+
+
+class _Sample:
+    """Some numbers of a parameter as they were at the last look."""
+
+    def __init__(self, engine: Engine, name: str, places: Tensor) -> None:
+        self._engine, self._name, self._places = engine, name, places
+        self._values = self._read()
+
+    def has_moved(self) -> bool:
+        """Whether any of them has changed since the last look; remembers what they are now."""
+        before, self._values = self._values, self._read()
+        return not torch.equal(before, self._values)
+
+    def rounding(self) -> float:
+        """The distance of neighbouring numbers near the largest of them; of none, infinite: nothing could move."""
+        if not self._values.numel():
+            return math.inf
+        return float(self._values.abs().max()) * torch.finfo(self._values.dtype).eps
+
+    def _read(self) -> Tensor:
+        values = self._engine.shard(self._name).flatten()
+        return values[self._places.to(values.device)].to("cpu", copy=True)
+
+
+def _largest_gradients(engine: Engine, name: str) -> Tensor:
+    gradient = engine.gradient(name)
+    if gradient is None:
+        return _evenly_spread(engine.shard(name))
+    sizes = gradient.detach().flatten().abs()
+    return sizes.topk(min(SAMPLE_SIZE, sizes.numel())).indices
+
+
+def _evenly_spread(values: Tensor) -> Tensor:
+    numbers = values.numel()
+    return torch.arange(0, numbers, max(1, numbers // SAMPLE_SIZE), device=values.device)
 
 
 class HangWatch:

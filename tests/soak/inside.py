@@ -20,6 +20,7 @@ import torch
 from mohawkify import conversion
 from mohawkify.cli import main
 from mohawkify.train import loop
+from mohawkify.train.engine import LocalEngine
 from tests import faults
 
 # Moments of a conversion by the function that begins them, as the caller finds it.
@@ -275,7 +276,7 @@ def idle(kind: str) -> Iterator[None]:
         kind: `rate` for a learning rate of 0, `forgotten` for a parameter the optimiser does not get, `frozen` for one
             that takes no gradient, `detached` for a layer cut out of the graph, `leaking` for a frozen one that moves.
     """
-    run_stage, engine_init = conversion.run_stage, conversion.LocalEngine.__init__
+    run_stage, engine_init = conversion.run_stage, LocalEngine.__init__
 
     def begin_stage(stage: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         parameters = list(stage.parameters().values())
@@ -289,7 +290,7 @@ def idle(kind: str) -> Iterator[None]:
 
             def leak(rate: float) -> float:
                 with torch.no_grad():
-                    next(iter(kwargs["frozen"].values())).add_(1e-3)
+                    stage.pair.student.get_parameter(kwargs["frozen"][0]).add_(1e-3)
                 return step(rate)
 
             engine.step = leak
@@ -302,7 +303,7 @@ def idle(kind: str) -> Iterator[None]:
 
     with (
         mock.patch.object(conversion, "run_stage", begin_stage),
-        mock.patch.object(conversion.LocalEngine, "__init__", forgetful),
+        mock.patch.object(LocalEngine, "__init__", forgetful),
         mock.patch.object(loop, "learning_rate", return_value=0.0) if kind == "rate" else nullcontext(),
     ):
         yield

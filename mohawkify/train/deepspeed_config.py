@@ -1,0 +1,213 @@
+"""DeepSpeed's settings: those the tool writes, and a user's own file, checked against the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mohawkify.errors import RecipeError
+from mohawkify.recipe import OptimizerRecipe
+
+AUTO = "auto"  # Hugging Face's word in such files for "as the trainer has it"
+# Keys that change what is computed in ways the recipe does not know.
+REFUSED = {
+    "scheduler": "the recipe's schedule sets the learning rate",
+    "amp": "weights are float32 under autocast",
+    "fp16": "precision is fp32 or bf16",
+    "bf16": "weights stay float32; torch_autocast is the setting for bf16",
+    "data_types": "gradients are summed in float32",
+    "prescale_gradients": "losses are weighted by the recipe",
+    "gradient_predivide_factor": "losses are weighted by the recipe",
+    "communication_data_type": "gradients are summed in float32",
+    "sparse_gradients": "gradients are dense",
+    "managed_gradient_accumulation": "the engine says when a step ends",
+    "compression_training": "the student is trained as it is",
+    "quantize_training": "the student is trained as it is",
+    "progressive_layer_drop": "every layer is trained in every step",
+    "curriculum_learning": "the recipe says what is read when",
+    "data_efficiency": "the recipe says what is read when",
+    "elasticity": "a run continues on any number of processes by itself",
+    "autotuning": "the recipe says how large a batch is",
+    "pipeline": "layers are not spread over processes",
+    "tensor_parallel": "layers are not spread over processes",
+    "hybrid_engine": "the student is not served while it learns",
+}
+REFUSED_ZERO = {
+    "zero_quantized_weights": "weights are gathered as they are",
+    "zero_quantized_nontrainable_weights": "weights are gathered as they are",
+    "zero_quantized_gradients": "gradients are summed in float32",
+    "zenflow": "every weight is updated in every step",
+}
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the recipe and the command line have decided, and a user's settings may not contradict.
+
+    Args:
+        optimizer: AdamW's settings and the gradient clip.
+        learning_rate: the stage's peak.
+        precision: ``fp32`` or ``bf16``.
+        batch_sequences: the global batch.
+        micro_batch_sequences: sequences per forward pass in one process.
+        num_processes: processes of the run.
+        zero: ZeRO's stage, or None where the settings may say it.
+        offload: ``none``, ``optimizer`` or ``all``, or None where the settings may say it.
+    """
+
+    optimizer: OptimizerRecipe
+    learning_rate: float
+    precision: str
+    batch_sequences: int
+    micro_batch_sequences: int
+    num_processes: int
+    zero: int | None = None
+    offload: str | None = None
+
+
+def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, source: str = "") -> dict[str, Any]:
+    """The settings DeepSpeed is started with.
+
+    Args:
+        facts: what is decided already.
+        user: a user's own settings; keys that decide nothing here are passed on.
+        source: the file they come from, for messages.
+
+    Raises:
+        RecipeError: they contradict the recipe or the command line; every contradiction is named.
+    """
+    user = dict(user or {})
+    zero = user.pop("zero_optimization", {})
+    problems = [] if isinstance(zero, Mapping) else [f"zero_optimization: found {zero!r}, expected settings in braces"]
+    zero = dict(zero) if isinstance(zero, Mapping) else {}
+    problems += _contradictions(facts, user, zero)
+    if problems:
+        raise RecipeError(
+            f"{source or 'the DeepSpeed settings'} contradict the recipe: {'; '.join(problems)}",
+            hint='change them there, or leave them to the recipe: take them out, or write "auto"',
+        )
+    decided = {
+        *("train_batch_size", "gradient_accumulation_steps", "optimizer", "torch_autocast"),
+        *REFUSED,
+    }
+    stage = zero.get("stage", AUTO)
+    offload = facts.offload or _offload(zero)
+    return {
+        **{key: value for key, value in user.items() if key not in decided and value != AUTO},
+        "train_micro_batch_size_per_gpu": facts.micro_batch_sequences,
+        "gradient_accumulation_steps": 1,  # passes of a step are counted by the engine
+        "gradient_clipping": facts.optimizer.gradient_clip or 0.0,  # DeepSpeed would clip at 1.0 by itself
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler
+        "steps_per_print": 10**9,
+        "torch_autocast": _autocast(facts.precision, user.get("torch_autocast")),
+        "zero_optimization": {
+            **{key: value for key, value in zero.items() if value != AUTO and not key.startswith("offload_")},
+            "stage": facts.zero if facts.zero is not None else (3 if stage == AUTO else stage),
+            **_offload_settings(offload, zero),
+        },
+    }
+
+
+def _contradictions(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> list[str]:
+    problems = [
+        f"{key}: found {found!r}, expected {expected!r}"
+        for key, found, expected in _pairs(facts, user, zero)
+        if found is not None and found != AUTO and not _equal(found, expected)
+    ]
+    for settings, refused, prefix in ((user, REFUSED, ""), (zero, REFUSED_ZERO, "zero_optimization.")):
+        for key, reason in refused.items():
+            if _is_on(settings.get(key)):
+                problems.append(f"{prefix}{key}: found {settings[key]!r}, expected none ({reason})")
+    stage = zero.get("stage", AUTO)
+    if stage != AUTO and (type(stage) is not int or stage not in range(4)):
+        problems.append(f"zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        device = _device(zero, key)
+        if device not in ("none", "cpu"):
+            problems.append(f"zero_optimization.{key}.device: found {device!r}, expected 'none' or 'cpu'")
+    if facts.precision == "bf16" and isinstance(user.get("torch_autocast"), Mapping):
+        dtype = user["torch_autocast"].get("dtype", "bfloat16")
+        if dtype not in ("bfloat16", "torch.bfloat16", AUTO):
+            problems.append(f"torch_autocast.dtype: found {dtype!r}, expected 'bfloat16'")
+    return problems
+
+
+def _pairs(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, found, expected) of everything that the recipe says too."""
+    yield "train_batch_size", user.get("train_batch_size"), facts.batch_sequences
+    micro = facts.micro_batch_sequences
+    yield "train_micro_batch_size_per_gpu", user.get("train_micro_batch_size_per_gpu"), micro
+    passes = facts.batch_sequences // (micro * facts.num_processes)
+    yield "gradient_accumulation_steps", user.get("gradient_accumulation_steps"), passes
+    yield "gradient_clipping", user.get("gradient_clipping"), facts.optimizer.gradient_clip or 0.0
+    autocast = user.get("torch_autocast")
+    if isinstance(autocast, Mapping):
+        yield "torch_autocast.enabled", autocast.get("enabled", False), facts.precision == "bf16"
+    if facts.zero is not None:
+        yield "zero_optimization.stage", zero.get("stage"), facts.zero
+    if facts.offload is not None:
+        for key, kinds in (("offload_optimizer", ("optimizer", "all")), ("offload_param", ("all",))):
+            if key in zero:
+                device = "cpu" if facts.offload in kinds else "none"
+                yield f"zero_optimization.{key}.device", _device(zero, key), device
+    optimizer = user.get("optimizer")
+    if isinstance(optimizer, Mapping):
+        yield "optimizer.type", optimizer.get("type"), "AdamW"
+        parameters = optimizer.get("params", {})
+        expected: dict[str, Any] = {
+            "lr": facts.learning_rate,
+            "betas": list(facts.optimizer.betas),
+            "eps": facts.optimizer.epsilon,
+            "weight_decay": facts.optimizer.weight_decay,
+        }
+        for key, found in parameters.items() if isinstance(parameters, Mapping) else ():
+            if key not in ("torch_adam", "adam_w_mode"):
+                yield f"optimizer.params.{key}", found, expected.get(key, "none")
+    elif optimizer is not None:
+        yield "optimizer", optimizer, "AdamW"
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    if isinstance(found, bool) or isinstance(expected, bool):
+        return found is expected
+    if isinstance(found, list | tuple) and isinstance(expected, list):
+        return list(found) == expected
+    return found == expected
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a setting changes anything: files often switch off in words what they do not want."""
+    if isinstance(value, Mapping):
+        return value.get("enabled", True) not in (False, AUTO)
+    return value not in (None, False, AUTO)
+
+
+def _device(zero: Mapping[str, Any], key: str) -> Any:
+    settings = zero.get(key)
+    return settings.get("device", "none") if isinstance(settings, Mapping) else settings or "none"
+
+
+def _offload(zero: Mapping[str, Any]) -> str:
+    if _device(zero, "offload_param") == "cpu":
+        return "all"
+    return "optimizer" if _device(zero, "offload_optimizer") == "cpu" else "none"
+
+
+def _offload_settings(offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes to the CPU, with a user's own pinning and buffers."""
+    settings = {}
+    for key, kinds in (("offload_optimizer", ("optimizer", "all")), ("offload_param", ("all",))):
+        if offload in kinds:
+            own = zero.get(key)
+            settings[key] = {**(own if isinstance(own, Mapping) else {}), "device": "cpu"}
+    return settings
+
+
+def _autocast(precision: str, own: Any) -> dict[str, Any]:
+    if precision != "bf16":
+        return {"enabled": False}
+    # Nothing is summed or gathered in bfloat16 unless the user lists the modules whose parameters may be.
+    modules = own.get("lower_precision_safe_modules", []) if isinstance(own, Mapping) else []
+    return {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": modules}

@@ -1,0 +1,350 @@
+"""What several processes need that one can test: shares of a batch, launchers' variables, errors, random states."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as distributed
+from click.testing import CliRunner
+from torch import nn
+
+from mohawkify.cli import main
+from mohawkify.data.corpus import Corpus
+from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, UsageError
+from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
+from mohawkify.train import loop
+from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
+from mohawkify.train.engine import LocalEngine
+from mohawkify.train.engines import choose_engine, require_even_shares
+from mohawkify.train.launch import _exit_code, find_place, first_host
+from mohawkify.train.loop import Stretch, batch_at
+from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
+from mohawkify.train.random_state import gather_random_state, restore_random_state
+from mohawkify.train.stop import StopRequest
+from mohawkify.train.world import World
+from tests.commands import RECIPE
+
+CPU = torch.device("cpu")
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[07-08]"}
+
+
+class Part(World):
+    """One of several processes that are not there: sums are its own part."""
+
+    def _reduce(self, numbers: list[float], operation: Any) -> list[float]:
+        return numbers
+
+
+class Reader:
+    """A stage that learns a number and remembers what it was given."""
+
+    name = "reader"
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(1, 1)
+        self.rows: list[torch.Tensor] = []
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def weight(self, batch: Any) -> float:
+        return float(len(batch.input_ids))
+
+    def run(self, batch: Any, runner: Any) -> dict[str, torch.Tensor]:
+        self.rows += list(batch.input_ids)
+        loss = self.module(batch.input_ids.float().mean().view(1)).sum()
+        runner.backward(loss)
+        return {"loss": loss.detach()}
+
+
+def engine_of(stage: Reader) -> LocalEngine:
+    return LocalEngine(stage.module, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+
+
+@pytest.fixture(scope="module")
+def stretches() -> list[Stretch]:
+    """Two stretches over 40 sequences and more, which go round more than once."""
+    numbers = np.arange(40 * 8, dtype=np.uint32)
+    corpus = Corpus(numbers, np.array([0, 100, 320]), "a")
+    return [Stretch(corpus, 12, 8, 0), Stretch(corpus, 5, 16, 72)]
+
+
+def stream(stretches: list[Stretch], size: int, first_step: int, micro_batch: int) -> str:
+    """A hash of all that the processes of a world read together from a step on."""
+    digest = hashlib.sha256()
+    for step in range(first_step, 17):
+        rows = []
+        for rank in range(size):
+            stage = Reader()
+            batch = batch_at(stretches, step, 8, seed=5)
+            loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
+            rows += stage.rows
+        digest.update(torch.stack(rows).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 2, 5, 7, 11, 12, 13, 15, 16])
+def test_processes_read_the_same_tokens_in_the_same_order_from_any_step_on(stretches, first_step):
+    whole = stream(stretches, 1, first_step, 8)
+    for size in (2, 4):
+        for micro_batch in (1, 2, 8):
+            assert stream(stretches, size, first_step, micro_batch) == whole, (size, micro_batch)
+
+
+def test_the_gradient_of_all_parts_is_that_of_the_batch(stretches):
+    gradients = {}
+    for size, micro_batch in ((1, 8), (2, 3), (4, 1)):
+        stage = Reader()
+        nn.init.constant_(stage.module.weight, 0.5)
+        for rank in range(size):
+            batch = batch_at(stretches, 3, 8, seed=5)
+            loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
+        gradients[size] = stage.module.weight.grad
+    torch.testing.assert_close(gradients[2], gradients[1])
+    torch.testing.assert_close(gradients[4], gradients[1])
+
+
+def test_places_are_read_from_what_launchers_say():
+    assert find_place({}) is None
+    place = find_place(TORCHRUN)
+    assert place is not None
+    assert (place.rank, place.size, place.local_rank, place.address) == (3, 8, 1, None)
+    place = find_place({**SRUN, "SLURM_JOB_ID": "1234567"})
+    assert place is not None
+    assert (place.rank, place.size, place.local_rank, place.address) == (3, 8, 1, "node07")
+    assert place.port == 15_000 + 1234567 % 20_000
+    place = find_place({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert place is not None
+    assert (place.address, place.port) == ("10.0.0.1", 29500)
+    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None, "a batch script without srun is one process"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("node[03-05,9],other", "node03"),
+        ("n[1,3]-ib", "n1-ib"),
+        ("gpu-1.x", "gpu-1.x"),
+    ],
+)
+def test_the_first_of_slurms_machines(hosts, first):
+    assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0"}, {**TORCHRUN, "RANK": "x"}, {**TORCHRUN, "RANK": "8"}, {**SRUN, "SLURM_STEP_NODELIST": ""}],
+    ids=str,
+)
+def test_variables_that_make_no_sense_are_refused(environment):
+    with pytest.raises(UsageError, match="found"):
+        find_place(environment)
+
+
+def test_processes_must_share_each_batch_evenly():
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    for size in (1, 2, 4):
+        require_even_shares(recipe, World(0, size))
+    with pytest.raises(
+        UsageError, match="3 processes cannot share the 4 sequences of a batch of stage orient"
+    ) as error:
+        require_even_shares(recipe, World(0, 3))
+    assert "1, 2, 4 processes" in str(error.value.hint)
+    require_even_shares(
+        apply_overrides(recipe, [f"stages.{name}.tokens=0" for name in ("orient", "align", "distill")]), World(0, 3)
+    )
+
+
+def test_the_engine_is_the_recipes_and_single_in_one_process():
+    compute = load_recipe("llamba-8b").compute
+    assert compute.zero == 3
+    assert compute.activation_checkpointing
+    assert choose_engine(compute, World()) == "single"
+    assert choose_engine(compute, World(0, 8)) == "deepspeed"
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+
+    def engine(*overrides: str) -> str:
+        return choose_engine(apply_overrides(recipe, overrides).compute, World(0, 2))
+
+    assert engine("compute.engine=fsdp") == "fsdp"
+    assert engine("compute.engine=deepspeed", "compute.zero=0") == "deepspeed"
+    with pytest.raises(UsageError, match="works in one process, found 2"):
+        engine("compute.engine=single")
+    with pytest.raises(UsageError, match="expected it for deepspeed alone"):
+        engine("compute.engine=fsdp", "compute.zero=2")
+    with pytest.raises(UsageError, match="none or all"):
+        engine("compute.engine=fsdp", "compute.offload=optimizer")
+
+
+def test_what_changes_rounding_only_is_no_part_of_a_runs_identity():
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    free = ("engine=fsdp", "zero=1", "offload=all", "micro_batch_sequences=2", "activation_checkpointing=true")
+    for change in (*free, "threads=3", "device=auto", "deepspeed_config=x.json", "shard_teacher=true"):
+        assert comparable_text(apply_overrides(recipe, [f"compute.{change}"])) == comparable_text(recipe), change
+    for change in ("compute.precision=bf16", "seed=1", "stages.orient.batch_sequences=8", "optimizer.epsilon=1e-7"):
+        assert comparable_text(apply_overrides(recipe, [change])) != comparable_text(recipe), change
+
+
+def test_the_micro_batch_is_halved_until_it_fits(stretches):
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    stage = Reader()
+    tried: list[int] = []
+    run = stage.run
+
+    def crowded(batch: Any, runner: Any) -> Any:
+        tried.append(len(batch.input_ids))
+        if len(batch.input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(batch, runner)
+
+    stage.run = crowded  # type: ignore[method-assign]
+    batch = batch_at(stretches, 0, 8, seed=5)
+    before = torch.get_rng_state()
+    assert largest_that_fits(stage, batch, World(), CPU, lambda micro: engine_of(stage)) == 2  # type: ignore[arg-type]
+    assert tried == [8, 4, 2]
+    assert stage.module.weight.grad is None, "nothing is learned on the way"
+    assert torch.equal(torch.get_rng_state(), before)
+    stage.run = lambda batch, runner: crowded(SimpleNamespace(input_ids=range(9)), runner)  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_that_fits(stage, batch, World(), CPU, lambda micro: engine_of(stage))  # type: ignore[arg-type]
+    stage.name = "orient"
+    for wanted, size, found in (("auto", 2, 2), ("null", 1, 4), ("4", 4, 1), ("1", 2, 1)):
+        own = apply_overrides(recipe, [f"compute.micro_batch_sequences={wanted}"])
+        assert micro_batch_of(stage, own, stretches, World(0, size), CPU, lambda micro: engine_of(stage)) == found  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store() -> distributed.TCPStore:
+    return distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_the_first_error_is_said_and_gives_all_the_exit_code(store):
+    alarms = [Alarm(store.clone(), rank) for rank in range(3)]
+    said: list[int] = []
+    try:
+        alarms[0].require_peace()
+        assert alarms[1].settle(66, lambda: said.append(1)) == 66
+        with pytest.raises(OtherProcessError):
+            alarms[0].require_peace()
+        assert alarms[0].settle(75, lambda: said.append(0)) == 66
+        assert alarms[2].settle(66, lambda: said.append(2)) == 66
+        assert said == [1]
+    finally:
+        for alarm in alarms:
+            alarm.close()
+
+
+def test_the_others_wait_until_an_error_is_said(store):
+    alarms = [Alarm(store.clone(), rank) for rank in range(2)]
+    order: list[str] = []
+
+    def speak() -> None:
+        time.sleep(0.3)
+        order.append("said")
+
+    try:
+        first = threading.Thread(target=lambda: alarms[0].settle(74, speak))
+        first.start()
+        time.sleep(0.1)
+        assert alarms[1].settle(75, lambda: order.append("wrong")) == 74
+        order.append("left")
+        first.join()
+        assert order == ["said", "left"]
+    finally:
+        for alarm in alarms:
+            alarm.close()
+
+
+def test_what_a_dead_partner_leaves_behind_is_known():
+    assert is_lost(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer"))
+    assert is_lost(distributed.DistNetworkError("Failed to recv"))
+    assert not is_lost(RuntimeError("size mismatch"))
+    assert not is_lost(ValueError("Connection closed by peer"))
+    assert isinstance(lost(RuntimeError("x")), ProcessLostError)
+
+
+def test_exit_codes_of_a_launch():
+    said: list[str] = []
+
+    def code(*exit_codes: int, sent: tuple[int, ...] = ()) -> int:
+        failures: Any = [SimpleNamespace(exitcode=code, local_rank=rank) for rank, code in enumerate(exit_codes)]
+        return _exit_code(failures, 2, sent, lambda message, hint: said.append(message))
+
+    assert code(66, 66) == 66
+    assert code(143, -15, sent=(15,)) == 143
+    assert code(-9, 75) == 75
+    assert said == [], "a process was left to say it"
+    assert code(-9, -15) == 75
+    assert code(-2, -2, sent=(2, 2)) == 130
+    assert said == ["process 1 of 2 was killed by SIGKILL", "stopped by SIGINT"]
+
+
+def test_random_states_of_other_numbers_of_processes():
+    class Two(Part):
+        def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+            return [tensor, other]
+
+    before = torch.get_rng_state()
+    try:
+        other = torch.Generator().manual_seed(9).get_state()
+        torch.manual_seed(4)
+        saved = gather_random_state(Two(0, 2))
+        assert saved.keys() == {"cpu", "rank-1.cpu"}
+        own = torch.rand(3)
+        drawn = {}
+        for name, world in (("single", World()), ("main", Part(0, 2)), ("second", Part(1, 2)), ("third", Part(2, 4))):
+            for _ in range(2):
+                restore_random_state(world, saved)
+                again = torch.rand(3)
+                assert torch.equal(drawn.setdefault(name, again), again), "the same whenever it is continued"
+        assert torch.equal(drawn["single"], own)
+        assert torch.equal(drawn["main"], own)
+        assert torch.equal(drawn["second"], torch.rand(3, generator=torch.Generator().manual_seed(9)))
+        assert not torch.equal(drawn["third"], own)
+        with pytest.raises(CheckpointError):
+            restore_random_state(World(), {"rank-1.cpu": other})
+    finally:
+        torch.set_rng_state(before)
+
+
+def test_a_signal_between_two_looks_is_not_lost():
+    class Slow(World):
+        def largest(self, number: float) -> float:
+            stop.number = 15  # it comes while the processes agree that there was none
+            return number
+
+    stop = StopRequest()
+    assert not stop.agree(Slow())
+    assert stop.number == 15
+    assert stop.agree(World())
+
+
+def test_a_launchers_processes_and_ours_must_be_as_many(monkeypatch, tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(main, ["convert", "x", "--recipe", str(recipe), "--processes", "2"])
+    assert done.exit_code == 2
+    assert "found --processes 2 in one of 8 processes that a launcher has started" in done.stderr
+
+
+def test_settings_of_deepspeed_must_be_a_json_object(tmp_path):
+    from mohawkify.train.engines import _read_settings
+
+    for text, says in ((None, "there is no file"), ("{", "settings"), ("[]", "is not a JSON object")):
+        file = tmp_path / "settings.json"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(RecipeError, match=says):
+            _read_settings(str(file))
