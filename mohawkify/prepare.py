@@ -53,6 +53,8 @@ def prepare_text(
     with storage.run_lock(output):
         storage.ensure_writable(output)
         wanted = text.wanted
+        missing = [each for each in wanted.values() if not (output / each.key).exists()]
+        storage.require_space(output, sum(each.most_bytes for each in missing))
         text.training()
         text.held_out()
     corpora = {name: _facts(output / each.key) for name, each in wanted.items()}

@@ -178,7 +178,7 @@ def test_a_note_that_was_changed_is_refused(teacher: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(text.training()["train"].tokens, first.tokens)
 
 
-def test_inspect_shows_documents_with_their_completions(teacher: Path, tmp_path: Path) -> None:
+def test_conversations_prepared_inspected_and_converted(teacher: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(teacher, tmp_path / "chat")
     bytes_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     talks = [
@@ -195,6 +195,15 @@ def test_inspect_shows_documents_with_their_completions(teacher: Path, tmp_path:
     assert facts["completion_tokens"] < facts["tokens"]
     assert facts["shown"][0]["text"] == "<s><user>q0</s><assistant>⟦answer 0</s>⟧"
     assert "⟦answer 0</s>⟧" in run_well("data", "inspect", tmp_path / "prepared").stdout
+    whole, ahead = tmp_path / "run", tmp_path / "prepared"
+    run_well("convert", folder, *arguments[:2], *arguments[4:], "--output", whole, "--prepared", ahead)
+    completions, everything = (
+        run_well("convert", folder, *arguments[:2], "--set", each, "--output", tmp_path / f"run-{number}").stdout
+        for number, each in enumerate((source, source.replace("chat: talk", "chat: talk, loss: all")))
+    )
+    weights = [(Path(each.strip()) / "final" / "model.safetensors").read_bytes() for each in (completions, everything)]
+    assert weights[0] == (whole / "final" / "model.safetensors").read_bytes()
+    assert weights[0] != weights[1]
     moved = shutil.move(folder, tmp_path / "moved")
     assert "(the tokenizer is not at hand)" in run_well("data", "inspect", tmp_path / "prepared").stdout
     assert "⟦answer 0" in run_well("data", "inspect", tmp_path / "prepared", "--teacher", moved).stdout

@@ -92,6 +92,11 @@ class Wanted:
         """Whether it makes a difference which tokens are completions."""
         return any(source.chat is not None and source.loss == "completion" for source in self.sources)
 
+    @property
+    def most_bytes(self) -> int:
+        """What its tokens take on the disk if the text does not end before."""
+        return (self.num_tokens or 0) * (TOKEN_DTYPE.itemsize + self.is_masked)
+
     @cached_property
     def key(self) -> str:
         """A hash of sources, files (size and time of change), tokenizer and number of tokens."""

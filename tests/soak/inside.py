@@ -26,7 +26,7 @@ from tests import faults
 # Moments of a conversion by the function that begins them, as the caller finds it.
 EVENTS = {
     "loading": ("mohawkify.pipeline", "load_teacher"),
-    "tokenising": ("mohawkify.data.corpus", "encode_documents"),
+    "tokenising": ("mohawkify.data.encoders", "encode_documents"),
     "building": ("mohawkify.pipeline", "build_student"),
     "measuring": ("mohawkify.conversion", "measure_agreement"),
     "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
