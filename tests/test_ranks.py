@@ -32,7 +32,7 @@ data:
 stages:
   orient: {tokens: 256, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   align: {tokens: 256, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
-  distill: {tokens: 512, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
+  distill: {tokens: 512, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-4}
 compute: {precision: fp32, device: cpu, micro_batch_sequences: 1}
 evaluation: {tokens: 400, sequence_length: 32, batch_sequences: 2}
 checkpoint: {every_steps: 1, keep: 2}

@@ -84,7 +84,7 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
     problems += _contradictions(facts, user, zero)
     if problems:
         raise RecipeError(
-            f"{source or 'the DeepSpeed settings'} contradict the recipe: {'; '.join(problems)}",
+            f"{source or 'the DeepSpeed file'} contradicts the recipe: {'; '.join(problems)}",
             hint='change them there, or leave them to the recipe: take them out, or write "auto"',
         )
     decided = {
@@ -139,7 +139,7 @@ def _pairs(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> It
     yield "train_batch_size", user.get("train_batch_size"), facts.batch_sequences
     micro = facts.micro_batch_sequences
     yield "train_micro_batch_size_per_gpu", user.get("train_micro_batch_size_per_gpu"), micro
-    passes = facts.batch_sequences // (micro * facts.num_processes)
+    passes = -(-facts.batch_sequences // (micro * facts.num_processes))
     yield "gradient_accumulation_steps", user.get("gradient_accumulation_steps"), passes
     yield "gradient_clipping", user.get("gradient_clipping"), facts.optimizer.gradient_clip or 0.0
     autocast = user.get("torch_autocast")

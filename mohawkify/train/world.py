@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -143,6 +144,8 @@ class World(AbstractContextManager["World"]):
 
 def require_group() -> None:
     """Found a group of this one process where no launcher started several: DeepSpeed and FSDP2 always need one."""
+    # DeepSpeed and FSDP2 call collectives by names that torch 2.13 warns of, in every call.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)

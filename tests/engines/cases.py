@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -115,13 +117,20 @@ def accumulate(stage: Stage, engine: Engine, world: World, step: int) -> float:
     return world.sum({"loss": loss})["loss"]
 
 
-def run_stages(world: World, kind: str, family: str, folder: Path, num_steps: int) -> dict[str, list[list[float]]]:
+def several(world: World, kind: str, calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The answers of several of the functions below."""
+    return {name: function(world, kind, *args) for name, (function, *args) in calls.items()}
+
+
+def run_stages(
+    world: World, kind: str, family: str, folder: Path, num_steps: int, offload: str = "none"
+) -> dict[str, list[list[float]]]:
     """All three stages in a row over one student: losses and norms of every step."""
     pair = make_pair(family, folder)
     found = {}
     for name in STAGES:
         stage = make_stage(name, pair)
-        engine = make_engine(kind, stage, world)
+        engine = make_engine(kind, stage, world, offload=offload)
         found[name] = [take_step(stage, engine, world, step) for step in range(num_steps)]
         engine.close()
     return found
@@ -189,8 +198,8 @@ def meet_a_nan(world: World, kind: str, family: str, folder: Path) -> dict[str, 
     return {"norm": norm, "before": before, "after": after, "next": take_step(stage, engine, world, 2)}
 
 
-def lose_gradients(world: World, kind: str, family: str, folder: Path) -> None:
-    """Break the engine so that all layers but the last lose their gradients; the guard must notice."""
+def lose_gradients(world: World, kind: str, family: str, folder: Path) -> str:
+    """Break the engine so that all layers but the last lose their gradients; what the guard says of it."""
     stage = make_stage("align", make_pair(family, folder))
     engine: Any = make_engine(kind, stage, world)
     trained = list(stage.parameters())
@@ -203,7 +212,11 @@ def lose_gradients(world: World, kind: str, family: str, folder: Path) -> None:
         backward, layers = engine.backward, itertools.cycle((False, True))
         engine.backward = lambda loss: backward(loss) if next(layers) else None
     accumulate(stage, engine, world, 1)
-    require_gradients(engine, trained, world, "step 2")
+    try:
+        require_gradients(engine, trained, world, "step 2")
+    except NumericsError as error:
+        return error.message
+    return "nothing"
 
 
 def watch_motion(world: World, kind: str, family: str, folder: Path) -> str:
@@ -259,33 +272,42 @@ class DirectHead(Distill):
 def use_the_head(world: World, kind: str, family: str, folder: Path) -> list[list[float]]:
     stage = DirectHead(make_pair(family, folder), DistillRecipe(**STAGE))
     engine = make_engine(kind, stage, world)
-    return [take_step(stage, engine, world, step) for step in range(3)]
+    return [take_step(stage, engine, world, step) for step in range(2)]
 
 
-def in_half(world: World, kind: str, family: str, folder: Path, offload: str) -> list[list[float]]:
-    """Steps of stage 1 and 3 in bf16, or with an optimiser kept in the CPU's memory."""
+def in_half(world: World, kind: str, family: str, folder: Path) -> list[list[float]]:
+    """Steps of stages 1 and 3 in bf16."""
     pair = make_pair(family, folder)
     found = []
     for name in ("orient", "distill"):
         stage = make_stage(name, pair)
-        engine = make_engine(kind, stage, world, precision="fp32" if offload != "none" else "bf16", offload=offload)
+        engine = make_engine(kind, stage, world, precision="bf16")
         found += [take_step(stage, engine, world, step) for step in range(2)]
         engine.close()
     return found
 
 
+def stop_and_go_on(world: World, kind: str, family: str, folder: Path) -> tuple[Saved, Saved]:
+    """Stage 1 of three steps, and the same stopped after two; what both come to."""
+    _, _, whole = carry_on(world, kind, family, folder, "orient", None, 0, 3)
+    _, _, half = carry_on(world, kind, family, folder, "orient", None, 0, 2)
+    everywhere: list[Any] = [half]
+    distributed.broadcast_object_list(everywhere)  # only the main process has it
+    _, _, resumed = carry_on(world, kind, family, folder, "orient", everywhere[0], 2, 1)
+    return whole, resumed
+
+
 def with_sharded_teacher(world: World, kind: str, how: str, family: str, folder: Path) -> dict[str, list[list[float]]]:
-    """All stages with a teacher in parts, the attention of the last layer kept, as losses and norms."""
+    """A step of every stage with a teacher in parts; losses and norms, and how much of the teacher is here."""
     pair = make_pair(family, folder)
-    whole = dict(pair.teacher.named_parameters())
-    size = sum(parameter.numel() for parameter in whole.values())
+    size = sum(parameter.numel() for parameter in pair.teacher.parameters())
     if how != "whole":
         shard_teacher(pair.teacher, pair.spec.layers, how, CPU, world)  # type: ignore[arg-type]
     found = {}
     for name in STAGES:
         stage = make_stage(name, pair)
         engine = make_engine(kind, stage, world)
-        found[name] = [take_step(stage, engine, world, step) for step in range(2)]
+        found[name] = [take_step(stage, engine, world, 0)]
         engine.close()
     here = sum(local_numel(parameter) for parameter in pair.teacher.parameters())
     return {**found, "size": [[float(here), float(size)]]}
@@ -294,3 +316,38 @@ def with_sharded_teacher(world: World, kind: str, how: str, family: str, folder:
 def local_numel(parameter: Any) -> int:
     """How many numbers of a parameter this process holds."""
     return parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+
+
+LENGTH = 1024
+LONG = {"max_position_embeddings": LENGTH}
+_MALLOC_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+
+
+def peak_bytes(world: World, kind: str, teachers: dict[int, tuple[Path, dict[str, Any]]]) -> dict[str, tuple[int, ...]]:
+    """By how much a step of stages 1 and 2 exceeds the memory of what is there before it, for each teacher.
+
+    The step before it has made moments and buffers. Larger pieces of memory go back to the system as soon as they are
+    freed, so that what the system counts is what is in use.
+    """
+    ctypes.CDLL(None).mallopt(_MALLOC_MMAP_THRESHOLD, 65536)
+    batch = packed(length=LENGTH, batch=1)
+    found: dict[str, tuple[int, ...]] = {"orient": (), "align": ()}
+    for folder, changes in teachers.values():
+        pair = make_pair("llama", folder, **changes)
+        for name in found:
+            stage = make_stage(name, pair)
+            engine = make_engine(kind, stage, world)
+            for _ in range(2):
+                before = _memory("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+                with engine.accumulating():
+                    stage.run(batch, Runner(engine.backward, engine.call))
+                engine.step(RATE)
+            found[name] += (_memory("VmHWM") - before,)
+            engine.close()
+    return found
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
