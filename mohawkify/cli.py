@@ -79,27 +79,53 @@ def inspect(teacher: str, as_json: bool) -> None:
 @click.argument("teacher")
 @recipe_option
 @set_option
+@click.option("--gpu", metavar="NAME", help="Plan for H100, H200, A100 or 4090; by default for this machine.")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
+    default="auto",
+    show_default=True,
+    help="What spreads the training over GPUs; auto: nothing for one, DeepSpeed for several.",
+)
+@click.option("--zero", type=click.IntRange(0, 3), metavar="0-3", help="Stage of ZeRO with DeepSpeed; by default 3.")
+@click.option(
+    "--utilisation",
+    type=FiniteRange(min=0.001, max=1),
+    default=0.3,
+    show_default=True,
+    metavar="X",
+    help="Part of a GPU's peak arithmetic that is sustained: an assumption.",
+)
 @click.option(
     "--flops-per-second",
     type=FiniteRange(min=1, max=1e30),
     metavar="X",
-    help="Sustained speed of the whole machine, such as 4e14; by default one is assumed for the device.",
+    help="Sustained speed of everything together, such as 4e14, instead of an assumption.",
+)
+@click.option(
+    "--price-per-hour",
+    type=FiniteRange(min=0, max=1e9),
+    metavar="X",
+    help="What one GPU costs per hour, in your money; without it no cost is planned.",
+)
+@click.option(
+    "--output", type=FOLDER, metavar="DIR", help="Where the run will lie: compare the disk with what is free."
 )
 @as_json
-def plan(
-    teacher: str, recipe_name: str, overrides: tuple[str, ...], flops_per_second: float | None, as_json: bool
-) -> None:
-    """Dry run: steps, tokens, memory, disk, FLOPs, time.
+def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bool, **wanted: Any) -> None:
+    """Dry run: steps, FLOPs, memory, disk, time, cost.
 
-    Everything is worked out from configuration and recipe, memory and time as estimates. No weights are loaded;
-    TEACHER may be a config.json.
+    Everything is worked out from configuration and recipe; all but steps and tokens are estimates, explained in
+    docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
     recipe = chosen_recipe(recipe_name, overrides)
     with working():
         from mohawkify import pipeline
+        from mohawkify.cli_plan import plan_text
 
-        planned = pipeline.plan(teacher, recipe, flops_per_second=flops_per_second)
-    print_result(planned, cli_show.plan_text, as_json)
+        planned = pipeline.plan(teacher, recipe, **wanted, count=True)
+    print_result(planned, plan_text, as_json)
 
 
 @main.command()

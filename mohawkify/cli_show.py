@@ -83,7 +83,7 @@ def inspection_text(found: dict[str, Any]) -> str:
     headings = ("part", "attention", "learns in", "grafted away", "new mixer", "copied")
     return "\n".join(
         [
-            f"{teacher['source']}: {found['family']}, {_parameters(teacher)}",
+            f"{teacher['source']}: {found['family']}, {count_parameters(teacher)}",
             f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads "
             f"of {teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
             f"vocabulary {teacher['vocabulary_size']:,}, made for up to {teacher['max_positions']:,} tokens"
@@ -98,7 +98,7 @@ def inspection_text(found: dict[str, Any]) -> str:
     )
 
 
-def _parameters(teacher: dict[str, Any]) -> str:
+def count_parameters(teacher: dict[str, Any]) -> str:
     """How many there are and, where a router chooses among experts, how many one token meets."""
     everything, active = teacher["num_parameters"], teacher["active_parameters"]
     return f"{everything:,} parameters" + (f", {active:,} of them for one token" if active < everything else "")
@@ -113,53 +113,6 @@ def _learning(part: dict[str, Any]) -> str:
 
 def _count(number: int) -> str:
     return f"{number:,}" if number else "-"
-
-
-def plan_text(planned: dict[str, Any]) -> str:
-    """The table of `mohawkify plan`."""
-    teacher, student, disk = planned["teacher"], planned["student"], planned["disk_bytes"]
-    rows = [
-        (
-            name,
-            short_number(row["tokens"]),
-            f"{row['steps']:,}",
-            f"{row['batch_sequences']} x {row['sequence_length']:,}",
-            f"{row['learning_rate']:g}",
-            short_number(row["trainable_parameters"]),
-            short_bytes(row["memory_bytes"]),
-            f"{row['flops']:.2g}",
-            short_time(row["seconds"]),
-        )
-        for name, row in planned["stages"].items()
-    ]
-    total = (
-        "total",
-        short_number(planned["tokens"]),
-        f"{planned['steps']:,}",
-        "",
-        "",
-        "",
-        short_bytes(planned["peak_memory_bytes"]),
-        f"{planned['flops']:.2g}",
-        short_time(planned["seconds"]),
-    )
-    headings = ("stage", "tokens", "steps", "largest batch", "learning rate", "trainable", "memory", "FLOPs", "time")
-    return "\n".join(
-        [
-            f"recipe {planned['recipe']} on {planned['device']}",
-            f"teacher  {teacher['source']}: {teacher['model_type']}, {_parameters(teacher)}",
-            f"student  {student['name']}: {student['num_parameters']:,} parameters, "
-            f"{student['mixer_parameters']:,} of them in {len(student['grafted_layers'])} mixers",
-            "",
-            table(headings, [*rows, total]),
-            "",
-            f"disk: {short_bytes(sum(disk.values()))} (checkpoints {short_bytes(disk['checkpoints'])}, student "
-            f"{short_bytes(disk['final'])}, tokens {short_bytes(disk['tokens'])})",
-            f"Memory, FLOPs and time are estimates; the time assumes {planned['assumed_flops_per_second']:.2g} FLOP/s "
-            "(--flops-per-second gives another figure).",
-            *(f"warning: {warning}" for warning in planned["warnings"]),
-        ]
-    )
 
 
 def doctor_text(found: dict[str, Any]) -> str:

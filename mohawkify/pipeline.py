@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -20,11 +21,14 @@ from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
-from mohawkify.plan import make_plan
+from mohawkify.plan import Machine, layout_of, make_plan
+from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
+from mohawkify.plan_memory import Footprint
 from mohawkify.recipe import Recipe, comparable_text, dump_recipe
 from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
+from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student
 from mohawkify.student.save import save_student
 from mohawkify.teacher.finishing import (
@@ -63,13 +67,88 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def plan(source: str, recipe: Recipe, *, flops_per_second: float | None = None) -> dict[str, Any]:
-    """Plan a conversion from the teacher's config.json alone; no weights are read."""
+def plan(
+    source: str,
+    recipe: Recipe,
+    *,
+    flops_per_second: float | None = None,
+    gpu: str | None = None,
+    num_gpus: int = 1,
+    engine: str = "auto",
+    zero: int | None = None,
+    utilisation: float = UTILISATION,
+    price_per_hour: float | None = None,
+    output: Path | None = None,
+    count: bool = False,
+) -> dict[str, Any]:
+    """Plan a conversion from the teacher's config.json alone; no weights are read.
+
+    Args:
+        source: the teacher: a Hub id, a folder or a config.json.
+        recipe: the resolved recipe.
+        flops_per_second: the sustained speed of everything together; None assumes one.
+        gpu: the kind of GPU to plan for; None plans for the machine at hand.
+        num_gpus: how many share the work.
+        engine: ``auto``, ``single``, ``deepspeed`` or ``fsdp``.
+        zero: ZeRO's stage, with DeepSpeed; None for 3.
+        utilisation: part of a GPU's peak arithmetic that is sustained.
+        price_per_hour: of one GPU; None plans no cost.
+        output: where the run will lie, to compare with its free space; None compares nothing.
+        count: whether to count activations with the family's own code, which takes seconds, or by a rule of thumb.
+
+    Raises:
+        UsageError: an unknown GPU, or a batch that so many cannot share.
+    """
     inspection = inspect_teacher(source)
     student = _design(source, inspection, recipe)
     wanted = recipe.compute.device
-    device = choose_device("auto").type if wanted == "auto" else wanted
-    return make_plan(inspection.spec, student, recipe, flops_per_second=flops_per_second, device=device)
+    device = "cuda" if gpu is not None else choose_device("auto").type if wanted == "auto" else wanted
+    layout = layout_of(recipe, engine=engine, zero=zero, num_gpus=num_gpus, on_gpu=device == "cuda")
+    machine = Machine(
+        device=device,
+        gpu=_gpu_at_hand(device) if gpu is None else find_gpu(gpu),
+        flops_per_second=flops_per_second,
+        utilisation=utilisation,
+        price_per_hour=price_per_hour,
+        memory_bytes=_memory_bytes(),
+        free_bytes=None if output is None else storage.free_bytes(output),
+    )
+    footprint = _footprint(inspection, student, recipe) if count else None
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+
+
+def _expected(inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str) -> dict[str, Any]:
+    """The plan that goes into a run; without a GPU, seconds of counting would be felt."""
+    machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
+    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=1, on_gpu=device == "cuda")
+    footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+
+
+def _makes_whole_logits(inspection: Inspection) -> bool:
+    return inspection.adapter.logits.unknown is not None
+
+
+def _memory_bytes() -> int | None:
+    """The memory of this machine, where the system says."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu_at_hand(device: str) -> Gpu | None:
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(0)
+    return gpu_at_hand(facts.name, facts.total_memory)
+
+
+def _footprint(inspection: Inspection, student: StudentSpec, recipe: Recipe) -> Footprint | None:
+    """Activations counted by the family's own code; None where it cannot run without numbers: routers need them."""
+    if inspection.spec.active_parameters < inspection.spec.num_parameters:
+        return None
+    return count_footprint(inspection.config, inspection.adapter, student, recipe)
 
 
 def convert(
@@ -237,7 +316,7 @@ def _open(
     storage.sweep_temporaries(run.path)
     storage.sweep_temporaries(run.checkpoints)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-    planned = make_plan(inspection.spec, student, recipe, flops_per_second=None, device=device.type)
+    planned = _expected(inspection, student, recipe, device.type)
     if not run.checkpoints.is_dir():
         storage.require_space(run.path, sum(planned["disk_bytes"].values()))
     storage.write_json(run.plan_file, planned)

@@ -1,25 +1,81 @@
-"""What a conversion will take, from the teacher's configuration alone: steps, FLOPs, memory, disk, time. Estimates."""
+"""What a conversion will take, from the teacher's configuration alone: steps, FLOPs, memory, disk, time, money.
+
+Steps and tokens are what training will do; all else is an estimate, and docs/plan.md says what each assumes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
+from math import log2
+from pathlib import PurePath
 from typing import Any
 
+from mohawkify.errors import UsageError
+from mohawkify.plan_gpus import UTILISATION, Gpu
+from mohawkify.plan_memory import (
+    FP32,
+    MOMENTS,
+    PARTS,
+    STAGES,
+    Footprint,
+    Layout,
+    Sizes,
+    largest_micro_batch,
+    memory_parts,
+    remedies,
+    rule_of_thumb,
+    sizes_of,
+)
 from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
 
-STAGES = ("orient", "align", "distill")
-FP32_BYTES = 4
-ADAM_BYTES = 8  # two float32 moments
-# Numbers kept per token, layer and model width between forward and backward: measured to be 30-40 on small Llamas.
-ACTIVATIONS_PER_WIDTH = 34
-BAND_NUMBERS, FEWEST_ROWS = 1 << 22, 16  # of ops/orient_tiles.py
-LOGIT_COPIES = 5  # both logits in float32, two log-softmaxes, a gradient
-# One assumption on speed per device, used when the user gives none: what such machines sustain in training.
-ASSUMED_FLOPS_PER_SECOND = {"cuda": 4.0e14, "mps": 4.0e12, "cpu": 3.0e10}
+# Sustained speed where no GPU is named and none of a known name is at hand: a guess of the size, no more.
+ASSUMED_FLOPS_PER_SECOND = {"cuda": 1.0e14, "mps": 4.0e12, "cpu": 3.0e10}
+UPDATE_BYTES = 28  # per parameter: weight, gradient and two moments are read, weight and moments written
+MIXER_ONLY = ("mixer",)
+# Bits per number of an export; a quantised one has a scale and an offset in 16 bits for every 64 numbers.
+EXPORT_BITS = {"hf": 16.0, "mlx": 16.0, "mlx-q8": 8.5, "mlx-q4": 4.5}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a conversion is planned for.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``mps``.
+        gpu: the kind of GPU, where one is named or at hand.
+        flops_per_second: sustained speed of everything together; None assumes one.
+        utilisation: part of a GPU's peak arithmetic that is sustained, where no speed is given.
+        price_per_hour: of one GPU, in whatever money; None plans no cost.
+        memory_bytes: of the machine without a GPU, where it is known.
+        free_bytes: free space where the run will lie, where it is known.
+    """
+
+    device: str
+    gpu: Gpu | None = None
+    flops_per_second: float | None = None
+    utilisation: float = UTILISATION
+    price_per_hour: float | None = None
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """FLOPs of one token, of the teacher and of the student."""
+
+    teacher: float
+    student: float
 
 
 def make_plan(
-    teacher: TeacherSpec, student: StudentSpec, recipe: Recipe, *, flops_per_second: float | None, device: str
+    teacher: TeacherSpec,
+    student: StudentSpec,
+    recipe: Recipe,
+    machine: Machine,
+    layout: Layout,
+    footprint: Footprint | None = None,
+    whole_logits: bool = False,
 ) -> dict[str, Any]:
     """Work out the plan.
 
@@ -27,36 +83,320 @@ def make_plan(
         teacher: the teacher's facts.
         student: the student's facts.
         recipe: budgets and batches.
-        flops_per_second: the sustained speed of the whole machine; None assumes one for the device.
-        device: ``cpu``, ``cuda`` or ``mps``.
+        machine: speed, memory, price.
+        layout: how training is spread over GPUs; from `layout_of`.
+        footprint: what one sequence takes in a layer; None takes the rule of thumb.
+        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
 
     Returns:
-        A JSON object: teacher and student sizes, a row per stage, memory, disk, FLOPs and time. Bytes, FLOPs, seconds.
+        A JSON object: teacher and student, a row per phase and per stage, memory by part, whether it fits and what to
+        change, disk, FLOPs, time, cost. Bytes, FLOPs, seconds.
     """
-    speed = flops_per_second or ASSUMED_FLOPS_PER_SECOND[device]
-    rows = {name: _stage(name, getattr(recipe.stages, name), teacher, student, recipe, speed) for name in STAGES}
-    checkpoint = student.num_parameters * FP32_BYTES + rows["distill"]["trainable_parameters"] * ADAM_BYTES
-    tokens = sum(row["tokens"] for row in rows.values())
-    longest = max(recipe.evaluation.sequence_length, *(row["sequence_length"] for row in rows.values()))
+    counted = footprint or rule_of_thumb(
+        teacher, student, layout.precision, {name: longest(getattr(recipe.stages, name)) for name in STAGES}
+    )
+    speed = _speed(machine, layout)
+    rows, phases, all_sizes = {}, [], {}
+    for name in STAGES:
+        stage: StageRecipe = getattr(recipe.stages, name)
+        trained = trained_parameters(name, stage, teacher, student)
+        all_sizes[name] = sizes_of(name, longest(stage), teacher, student, trained, whole_logits)
+        own = _phases(name, stage, teacher, student, trained, recipe, machine, layout, speed)
+        phases += own
+        rows[name] = _stage(name, stage, recipe, machine, layout, all_sizes[name], counted, own)
+    checkpoint = student.num_parameters * FP32 + rows["distill"]["trainable_parameters"] * MOMENTS
+    totals = {key: sum(row[key] for row in rows.values()) for key in ("tokens", "steps", "flops", "seconds")}
+    disk = {
+        "checkpoints": (recipe.checkpoint.keep + 1) * checkpoint,
+        "final": student.num_parameters * FP32,
+        "tokens": totals["tokens"] * FP32,
+    }
+    used = {name: size for name, size in all_sizes.items() if rows[name]["steps"]}
     return {
         "teacher": teacher.to_json(),
         "student": student.to_json(),
         "recipe": recipe.name,
-        "device": device,
+        "device": machine.device,
+        "layout": asdict(layout),
+        "gpu": None if machine.gpu is None else asdict(machine.gpu),
+        "phases": phases,
         "stages": rows,
-        "tokens": tokens,
-        "steps": sum(row["steps"] for row in rows.values()),
-        "flops": sum(row["flops"] for row in rows.values()),
+        **totals,
+        "teacher_flops": sum(row["teacher_flops"] for row in rows.values()),
+        "student_flops": sum(row["student_flops"] for row in rows.values()),
         "assumed_flops_per_second": speed,
-        "seconds": sum(row["seconds"] for row in rows.values()),
+        "utilisation": machine.utilisation,
+        "price_per_hour": machine.price_per_hour,
+        "cost": _cost(totals["seconds"], machine, layout),
         "peak_memory_bytes": max(row["memory_bytes"] for row in rows.values()),
-        "disk_bytes": {
-            "checkpoints": (recipe.checkpoint.keep + 1) * checkpoint,
-            "final": student.num_parameters * FP32_BYTES,
-            "tokens": tokens * FP32_BYTES,
-        },
-        "warnings": [*_warnings(teacher, longest), *early_endings(recipe)],
+        "activations_counted": counted.counted,
+        "fit": _fit(machine, layout, used, counted, recipe),
+        "disk_bytes": disk,
+        "export_bytes": {name: int(student.num_parameters * bits / 8) for name, bits in EXPORT_BITS.items()},
+        "free_bytes": machine.free_bytes,
+        "warnings": [*_warnings(teacher, recipe, machine, rows, disk), *early_endings(recipe)],
     }
+
+
+def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, on_gpu: bool) -> Layout:
+    """How a recipe is laid out over GPUs.
+
+    Args:
+        recipe: precision, micro-batch and checkpointing.
+        engine: ``auto`` (one process for one GPU, else DeepSpeed), ``single``, ``deepspeed`` or ``fsdp``.
+        zero: ZeRO's stage; None for 3.
+        num_gpus: GPUs that share the work.
+        on_gpu: whether there is a GPU at all.
+
+    Raises:
+        UsageError: a batch cannot be shared out, or one process should use several GPUs.
+    """
+    if engine == "auto":
+        engine = "single" if num_gpus == 1 else "deepspeed"
+    if engine == "single" and num_gpus > 1:
+        raise UsageError(f"--engine single: found {num_gpus} GPUs, expected 1", hint="use deepspeed or fsdp")
+    micro, chosen = 0, recipe.compute.micro_batch_sequences
+    for name in STAGES:
+        stage: StageRecipe = getattr(recipe.stages, name)
+        if stage.batch_sequences % num_gpus:
+            raise UsageError(
+                f"--gpus: found {num_gpus}, expected a divisor of stages.{name}.batch_sequences,"
+                f" {stage.batch_sequences}"
+            )
+        micro = max(micro, _micro(stage, chosen if isinstance(chosen, int) else None, num_gpus))
+    return Layout(
+        engine=engine,
+        zero=(3 if zero is None else zero) if engine == "deepspeed" else 0,
+        num_gpus=num_gpus,
+        precision=recipe.compute.precision,
+        micro_batch=micro,
+        checkpointing=recipe.compute.activation_checkpointing,
+        on_gpu=on_gpu,
+    )
+
+
+def longest(stage: StageRecipe) -> int:
+    """The greatest sequence length of a stage."""
+    return max((segment.sequence_length for segment in stage.segments()), default=stage.sequence_length)
+
+
+def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> dict[str, int]:
+    """How many parameters a stage trains, by part; norms count with the MLPs."""
+    head = 0 if teacher.tied else teacher.head_parameters
+    if name == "orient":
+        heads, state = student.num_heads, student.state_width
+        per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_width + 1)
+        per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
+        return {"mixer": per_layer * len(student.grafted_layers)}
+    parts = getattr(stage, "train")  # noqa: B009 - only align and distill have it
+    if name == "align" and getattr(stage, "target", None) == "mixer":
+        parts = MIXER_ONLY
+    blocks = student.num_parameters - teacher.embedding_parameters - head - student.mixer_parameters
+    if name == "align":
+        blocks = blocks * len(student.grafted_layers) // teacher.num_layers
+    sizes = {
+        "mixer": student.mixer_parameters,
+        "mlp": blocks,
+        "norm": 0,
+        "embedding": teacher.embedding_parameters,
+        "head": head,
+    }
+    return {part: sizes[part] for part in parts}
+
+
+def _micro(stage: StageRecipe, wanted: int | None, num_gpus: int) -> int:
+    """Sequences of one forward pass on one GPU: what the recipe says, as far as one GPU's share of the batch goes."""
+    share = stage.batch_sequences // num_gpus
+    return min(wanted or share, share)
+
+
+def _speed(machine: Machine, layout: Layout) -> float:
+    if machine.flops_per_second is not None:
+        return machine.flops_per_second
+    gpu = machine.gpu
+    peak = None if gpu is None else gpu.flops_per_second if layout.precision == "bf16" else gpu.fp32_flops_per_second
+    if peak is None:
+        return ASSUMED_FLOPS_PER_SECOND[machine.device] * layout.num_gpus
+    return peak * machine.utilisation * layout.num_gpus
+
+
+def _cost(seconds: float, machine: Machine, layout: Layout) -> float | None:
+    if machine.price_per_hour is None:
+        return None
+    return seconds / 3600 * layout.num_gpus * machine.price_per_hour
+
+
+def _phases(
+    name: str,
+    stage: StageRecipe,
+    teacher: TeacherSpec,
+    student: StudentSpec,
+    trained: dict[str, int],
+    recipe: Recipe,
+    machine: Machine,
+    layout: Layout,
+    speed: float,
+) -> list[dict[str, Any]]:
+    """A row per run of steps over the same text at the same length."""
+    finish = stage.finish.tokens if stage.finish else 0
+    budgets = {"train": stage.tokens - finish, "finish": finish}
+    bandwidth = None if machine.gpu is None else machine.gpu.bytes_per_second
+    first, rows = 0, []
+    for segment in stage.segments():
+        tokens_per_step = stage.batch_sequences * segment.sequence_length
+        tokens = segment.num_steps * tokens_per_step
+        work = _work(name, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
+        seconds = tokens * (work.teacher + work.student) / speed
+        if bandwidth is not None:
+            shards = 1 if layout.engine == "single" else layout.num_gpus
+            seconds += segment.num_steps * UPDATE_BYTES * sum(trained.values()) / shards / bandwidth
+        micro = _micro(stage, layout.micro_batch, layout.num_gpus)
+        rows.append(
+            {
+                "stage": name,
+                "text": segment.data,
+                "budget_tokens": budgets[segment.data],
+                "tokens": tokens,
+                "first_step": first + 1,
+                "steps": segment.num_steps,
+                "sequence_length": segment.sequence_length,
+                "batch_sequences": stage.batch_sequences,
+                "tokens_per_step": tokens_per_step,
+                "micro_batch_sequences": micro,
+                "accumulation": stage.batch_sequences // (micro * layout.num_gpus),
+                "teacher_flops": tokens * work.teacher,
+                "student_flops": tokens * work.student,
+                "seconds": seconds,
+                "cost": _cost(seconds, machine, layout),
+            }
+        )
+        first += segment.num_steps
+    return rows
+
+
+def _stage(
+    name: str,
+    stage: StageRecipe,
+    recipe: Recipe,
+    machine: Machine,
+    layout: Layout,
+    sizes: Sizes,
+    footprint: Footprint,
+    phases: list[dict[str, Any]],
+) -> dict[str, Any]:
+    num_steps, schedule = stage.num_steps, recipe.schedule
+    warmup, decay = round(schedule.warmup * num_steps), round(schedule.decay * num_steps)
+    sums = {key: sum(row[key] for row in phases) for key in ("tokens", "teacher_flops", "student_flops", "seconds")}
+    own = replace(layout, micro_batch=_micro(stage, layout.micro_batch, layout.num_gpus))
+    memory = memory_parts(sizes, own, footprint) if phases else dict.fromkeys(PARTS, 0)
+    return {
+        **sums,
+        "budget_tokens": stage.tokens,
+        "steps": num_steps,
+        "warmup_steps": warmup,
+        "stable_steps": num_steps - warmup - decay,
+        "decay_steps": decay,
+        "learning_rate": stage.learning_rate,
+        "floor": schedule.floor,
+        "sequence_length": sizes.length,
+        "batch_sequences": stage.batch_sequences,
+        "trainable_parameters": sizes.trained,
+        "flops": sums["teacher_flops"] + sums["student_flops"],
+        "cost": _cost(sums["seconds"], machine, layout),
+        "memory": memory,
+        "memory_bytes": sum(memory.values()),
+        "largest_micro_batch": (
+            largest_micro_batch(sizes, layout, footprint, machine.gpu.usable_bytes, stage.batch_sequences)
+            if machine.gpu is not None
+            else None
+        ),
+    }
+
+
+def _work(
+    name: str,
+    stage: StageRecipe,
+    length: int,
+    teacher: TeacherSpec,
+    student: StudentSpec,
+    trained: dict[str, int],
+    checkpointing: bool,
+) -> _Work:
+    """FLOPs per token: 2 for every weight that it meets, forward, for the input's gradient and for the weight's.
+
+    Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
+    """
+    heads, width, state = student.num_heads, student.head_width, student.state_width
+    num_grafted = len(student.grafted_layers)
+    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    idle = teacher.num_parameters - teacher.active_parameters
+    attended = [_mean_context(length, teacher, kind) for kind in teacher.layer_types]
+    trunk = 2.0 * (teacher.active_parameters - ends) + 4.0 * heads * width * sum(attended)
+    if name == "orient":
+        # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
+        bands = float(length * heads * (width + 3 * state))
+        return _Work(trunk, 4.0 * sum(trained.values()) + bands * num_grafted)
+    chunk = min(max(2 ** round(log2(width * state) / 2), 32), 128, length)
+    scan = 2.0 * heads * (chunk * (state + width) + 2 * state * width) * num_grafted
+    if name == "align" and getattr(stage, "target", None) == "mixer":
+        mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted
+        return _Work(trunk, mixers + scan + mixers + outputs + 2 * scan)
+    share = num_grafted / teacher.num_layers if name == "align" else 1.0
+    body = 2.0 * (student.num_parameters - idle - ends) * share
+    learning = sum(size for part, size in trained.items() if part not in ("embedding", "head"))
+    weights = 2.0 * (learning - (idle * share if "mlp" in trained else 0))
+    student_work = body + scan + (body + 2 * scan) + weights + (body + scan if checkpointing else 0.0)
+    if name == "align":
+        return _Work(trunk, student_work)
+    kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.grafted_layers)
+    head = 2.0 * teacher.head_parameters
+    head_learns = "head" in trained or (teacher.tied and "embedding" in trained)
+    return _Work(trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2))
+
+
+def _mean_context(length: int, teacher: TeacherSpec, kind: str) -> float:
+    """How many tokens a token looks at, on average over a sequence."""
+    window = teacher.sliding_window if kind == "sliding_attention" else None
+    if window is None or window >= length:
+        return (length + 1) / 2
+    return window - window * (window - 1) / (2 * length)
+
+
+def _fit(
+    machine: Machine, layout: Layout, sizes: dict[str, Sizes], footprint: Footprint, recipe: Recipe
+) -> dict[str, Any] | None:
+    """Whether the fullest moment fits the GPU, and what could be changed where it does not."""
+    if machine.gpu is None:
+        return None
+    usable = machine.gpu.usable_bytes
+
+    def peak(changed: Layout) -> int:
+        peaks = []
+        for name, size in sizes.items():
+            stage = getattr(recipe.stages, name)
+            own = replace(changed, micro_batch=_micro(stage, changed.micro_batch, changed.num_gpus))
+            peaks.append(sum(memory_parts(size, own, footprint).values()))
+        return max(peaks, default=0)
+
+    found: dict[str, Any] = {"usable_bytes": usable, "peak_bytes": peak(layout), "fits": peak(layout) <= usable}
+    if found["fits"]:
+        return {**found, "changes": [], "together": None}
+    shareable = min((getattr(recipe.stages, name).batch_sequences for name in sizes), default=1)
+    possible = [each for each in remedies(layout) if shareable % each.layout.num_gpus == 0]
+    possible = [each for each in possible if peak(each.layout) < found["peak_bytes"]]
+    found["changes"] = [
+        {"change": each.words, "peak_bytes": peak(each.layout), "fits": peak(each.layout) <= usable}
+        for each in possible
+    ]
+    if any(each["fits"] for each in found["changes"]):
+        return {**found, "together": None}
+    current, applied = layout, dict[str, str]()
+    for each in possible:
+        changed = replace(current, **each.fields(layout))
+        if peak(current) > usable and peak(changed) < peak(current):
+            current, applied[each.kind] = changed, each.words
+    together = {"changes": list(applied.values()), "peak_bytes": peak(current), "fits": peak(current) <= usable}
+    return {**found, "together": together}
 
 
 def early_endings(recipe: Recipe) -> list[str]:
@@ -69,91 +409,29 @@ def early_endings(recipe: Recipe) -> list[str]:
     ]
 
 
-def _warnings(teacher: TeacherSpec, longest: int) -> list[str]:
-    if longest <= teacher.max_positions:
-        return []
-    return [f"sequences of {longest} tokens are longer than the teacher was made for ({teacher.max_positions})"]
+def _warnings(
+    teacher: TeacherSpec, recipe: Recipe, machine: Machine, rows: dict[str, Any], disk: dict[str, int]
+) -> list[str]:
+    found = []
+    made_for = recipe.teacher
+    if made_for is not None and _model_name(made_for) != _model_name(teacher.source):
+        found.append(f"the recipe was made for {made_for}, not for {teacher.source}")
+    longest_sequence = max(recipe.evaluation.sequence_length, *(row["sequence_length"] for row in rows.values()))
+    if longest_sequence > teacher.max_positions:
+        found.append(
+            f"sequences of {longest_sequence} tokens are longer than the teacher was made for ({teacher.max_positions})"
+        )
+    peak = max(row["memory_bytes"] for row in rows.values())
+    if machine.gpu is None and machine.memory_bytes is not None and peak > machine.memory_bytes:
+        found.append(f"{peak:,} bytes are needed, and this machine has {machine.memory_bytes:,}")
+    needed = sum(disk.values())
+    if machine.free_bytes is not None and needed > machine.free_bytes:
+        found.append(f"{needed:,} bytes of disk are needed, and {machine.free_bytes:,} are free")
+    return found
 
 
-def _stage(
-    name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec, recipe: Recipe, speed: float
-) -> dict[str, Any]:
-    segments = stage.segments()
-    tokens = sum(s.num_steps * s.sequence_length * stage.batch_sequences for s in segments)
-    trainable = _trainable(name, stage, teacher, student)
-    length = max((s.sequence_length for s in segments), default=stage.sequence_length)
-    flops = tokens * _flops_per_token(name, length, teacher, student, trainable, recipe)
-    return {
-        "tokens": tokens,
-        "steps": stage.num_steps,
-        "sequence_length": length,
-        "batch_sequences": stage.batch_sequences,
-        "learning_rate": stage.learning_rate,
-        "trainable_parameters": trainable,
-        "flops": flops,
-        "seconds": flops / speed,
-        "memory_bytes": _memory(name, length, stage, teacher, student, trainable, recipe) if segments else 0,
-    }
-
-
-def _trainable(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> int:
-    embedding, head = teacher.embedding_parameters, 0 if teacher.tied else teacher.head_parameters
-    if name == "orient":
-        heads, state = student.num_heads, student.state_width
-        per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_width + 1)
-        per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
-        return per_layer * len(student.grafted_layers)
-    parts = getattr(stage, "train")  # noqa: B009 - only align and distill have it
-    if name == "align" and getattr(stage, "target", None) == "mixer":
-        parts = ("mixer",)
-    blocks = student.num_parameters - embedding - head - student.mixer_parameters
-    if name == "align":
-        blocks = blocks * len(student.grafted_layers) // teacher.num_layers
-    sizes = {"mixer": student.mixer_parameters, "mlp": blocks, "norm": 0, "embedding": embedding, "head": head}
-    return sum(sizes[part] for part in parts)
-
-
-def _flops_per_token(
-    name: str, length: int, teacher: TeacherSpec, student: StudentSpec, trainable: int, recipe: Recipe
-) -> float:
-    """Two FLOPs per active weight and token forward, four backward; attention and mixing matrices by their length."""
-    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
-    idle = teacher.num_parameters - teacher.active_parameters
-    matrix = 2.0 * length * student.num_heads * (2 * teacher.head_width) * 0.5
-    trunk = 2.0 * (teacher.active_parameters - ends) + matrix * teacher.num_layers
-    if name == "orient":
-        pair = 2.0 * length * student.num_heads * (student.state_width + teacher.head_width)
-        return trunk + 6.0 * trainable + 3.0 * pair * len(student.grafted_layers)
-    scan = 2.0 * student.num_heads * student.head_width * student.state_width * 3 * len(student.grafted_layers)
-    passes = 4.0 if recipe.compute.activation_checkpointing else 3.0
-    body = 2.0 * (student.num_parameters - idle - ends) + scan
-    if name == "align":
-        return trunk + passes * body
-    return trunk + passes * body + 2.0 * teacher.head_parameters * 4.0
-
-
-def _memory(
-    name: str,
-    length: int,
-    stage: StageRecipe,
-    teacher: TeacherSpec,
-    student: StudentSpec,
-    trainable: int,
-    recipe: Recipe,
-) -> int:
-    number = 2 if recipe.compute.precision == "bf16" else FP32_BYTES
-    chosen = recipe.compute.micro_batch_sequences
-    micro = chosen if isinstance(chosen, int) else stage.batch_sequences
-    weights = teacher.num_parameters * number + student.num_parameters * FP32_BYTES
-    learning = trainable * (FP32_BYTES + ADAM_BYTES)
-    layer = micro * length * teacher.hidden_size * ACTIVATIONS_PER_WIDTH * number
-    if name == "orient":
-        # A band of rows of each matrix with its temporaries, in float32, and the mask that attention sees.
-        band = max(BAND_NUMBERS, FEWEST_ROWS * micro * student.num_heads * length)
-        return weights + learning + 8 * band * FP32_BYTES + micro * length * length
-    if name == "align":
-        return weights + learning + layer
-    kept = micro * length * teacher.hidden_size * number * teacher.num_layers
-    activations = kept + layer if recipe.compute.activation_checkpointing else layer * teacher.num_layers
-    logits = LOGIT_COPIES * micro * length * teacher.vocabulary_size * FP32_BYTES
-    return weights + learning + activations + logits
+def _model_name(source: str) -> str:
+    """The last part of a Hub id or a path; a config.json has the name of its folder."""
+    path = PurePath(source)
+    name = path.parent.name if path.name == "config.json" else path.name
+    return name.removesuffix(".json").lower()

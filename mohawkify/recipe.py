@@ -261,9 +261,7 @@ class Recipe(Section):
     def _stages_fit(self) -> Self:
         finish = self.stages.distill.finish
         if self.compute.shard_teacher and finish is not None and finish.teacher_bits is not None:
-            conflict(
-                ("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none"
-            )
+            conflict(("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none")
         micro = self.compute.micro_batch_sequences
         for name in StagesRecipe.model_fields:
             stage: StageRecipe = getattr(self.stages, name)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mohawkify import pipeline, storage
 from mohawkify.cli_inspect import inspect_source
-from mohawkify.cli_show import inspection_text, plan_text, short_time
+from mohawkify.cli_plan import plan_text
+from mohawkify.cli_show import inspection_text, short_time
 from mohawkify.demo import split_stories
 from mohawkify.errors import MissingExtraError
 from mohawkify.evaluate.report import console_table

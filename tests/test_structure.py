@@ -37,7 +37,8 @@ RANKS = (
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan"),
+    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
+    ("plan",),
     ("family_docs",),
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
@@ -51,7 +52,7 @@ RANKS = (
     ("conversion", "prepare"),
     ("pipeline", "teach"),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("cli_options", "cli_ranks"),
+    ("cli_options", "cli_ranks", "cli_plan"),
     ("cli_data", "showcase"),
     ("cli_teach",),
     ("cli",),
@@ -100,7 +101,19 @@ WRITING_CALLS = {
     *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
 }
 
-LIGHT_MODULES = ("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe", "storage", "checkpoint", "run", "cli")
+LIGHT_MODULES = (
+    "errors",
+    "spec",
+    "adapter",
+    "shelf",
+    "strict_yaml",
+    "recipe",
+    "storage",
+    "checkpoint",
+    "run",
+    "plan",
+    "cli",
+)
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 
 
