@@ -197,7 +197,7 @@ def _write_missing(
     stop: StopRequest,
 ) -> None:
     """Write this process's share of the shards that are not there yet."""
-    missing = logits.missing()
+    missing = world.by_main(logits.missing)  # one list for all: the first process may be writing before the last looks
     if not missing:
         report(f"{logits.folder} is already finished")
         return

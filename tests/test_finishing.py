@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mohawkify.errors import CheckpointError, DataError, TeacherError, UsageError
 from mohawkify.pipeline import convert
-from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
+from mohawkify.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 from mohawkify.run import RunFolder
 from mohawkify.storage import read_lines
 from mohawkify.train.progress import StageProgress
@@ -212,6 +212,48 @@ def test_a_position_that_a_stranger_wrote_is_refused(first, tmp_path, monkeypatc
         state = {**saved.state, "position": {**saved.state["position"], key: value}}
         with pytest.raises(CheckpointError, match="does not say where its run stood"):
             conversion._read_position(checkpoint.Checkpoint(saved.path, saved.global_step, state))
+
+
+STORIES = [
+    "stages.orient.tokens=0",
+    "stages.align.tokens=0",
+    "stages.distill.tokens=8k",
+    "stages.distill.sequence_length=128",
+    "stages.distill.finish={tokens: 6k, sequence_length: 128}",
+    "data.finish=[{path: teacher:../text/tinystories.txt}]",
+    "evaluation={tokens: 3k, sequence_length: 512, batch_sequences: 8}",
+]
+
+
+@pytest.mark.slow
+def test_offline_equals_online_finishing_on_a_real_teacher(stories_teacher, tmp_path):
+    """The real one finished by itself with noise in its weights; docs/log.md has the long form."""
+    noisy = copy_of(stories_teacher, tmp_path / "noisy")
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if tensor.dim() > 1
+        else tensor
+        for name, tensor in load_file(noisy / "model.safetensors").items()
+    }
+    save_file(weights, noisy / "model.safetensors", {"format": "pt"})
+    recipe = apply_overrides(load_recipe("stories"), STORIES)
+    settings = [part for setting in STORIES for part in ("--set", setting)]
+    teach = ("teach", noisy, "--for", stories_teacher, "--recipe", "stories", *settings)
+    runs = {"first": [], "online": [f"stages.distill.finish.teacher={noisy}"]}
+    runs["another order"] = [*runs["online"], "seed=1"]
+    for top_k in (64, 512):
+        folder = tmp_path / f"logits-{top_k}"
+        run_well(*teach, "--top-k", top_k, "--output", folder)
+        runs[f"k={top_k}"] = [f"stages.distill.finish.logits={folder}"]
+    kl = {}
+    for name, changes in runs.items():
+        run = start(stories_teacher, apply_overrides(recipe, changes), tmp_path / name)
+        kl[name] = run.results()["stages"]["distill"]["kl"]
+    noise = abs(kl["another order"] - kl["online"])
+    assert abs(kl["online"] - kl["first"]) > 0.1
+    assert abs(kl["k=64"] - kl["online"]) < 0.2 * noise
+    assert abs(kl["k=512"] - kl["online"]) < 0.02 * noise
 
 
 @pytest.mark.parametrize("bits", [8, 4])
