@@ -118,14 +118,20 @@ class DeepSpeedEngine:
     def accumulating(self) -> Iterator[None]:
         """Encloses the passes of one step; at its end the gradients of all processes are added up."""
         self._num_backwards = 0
-        if self.zero == 3 and not self._offloads:
-            # Gradients are copied into this buffer by a step's first backward and added by later ones. It is never
-            # cleared, so what only a later one reaches would be added to the step before.
-            self.zero_optimizer.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         with self._gathering_gradients():
             yield
         if self.zero == 0:
             self.engine.allreduce_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Clear ZeRO-3's buffer of gradients, which DeepSpeed never does.
+
+        A step's first backward pass copies into it and later ones add to it: what only a later one reaches would be
+        added to the step before, and what none reaches would be that step's again.
+        """
+        if self.zero == 3 and not self._offloads:
+            self.zero_optimizer.grad_partitions_flat_buffer.zero_()
 
     @property
     def _offloads(self) -> bool:

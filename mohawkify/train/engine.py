@@ -98,6 +98,8 @@ class LocalEngine:
     ) -> None:
         self.student, self.trained = student, trained
         self._named = dict(student.named_parameters())
+        for name, parameter in self._named.items():  # or frozen ones would pile up gradients that nobody uses
+            parameter.requires_grad_(name in trained)
         self.gradient_clip = optimizer.gradient_clip
         self.precision, self.device = precision, device
         self.adamw = make_adamw(trained, optimizer)
@@ -171,4 +173,5 @@ class LocalEngine:
             self.adamw.state[parameter][kind] = value.to(device)
 
     def close(self) -> None:
-        """Nothing to do: the parameters were never anything else."""
+        """Let every parameter learn again."""
+        self.student.requires_grad_(True)

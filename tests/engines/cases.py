@@ -219,6 +219,14 @@ def lose_gradients(world: World, kind: str, family: str, folder: Path) -> str:
     return "nothing"
 
 
+def keep_gradients(world: World, kind: str, family: str, folder: Path) -> list[list[float]]:
+    """Stage 2 with ZeRO-3's buffer of gradients left as DeepSpeed leaves it: every layer moves, but wrongly."""
+    stage = make_stage("align", make_pair(family, folder))
+    engine: Any = make_engine(kind, stage, world)
+    engine._forget_gradients = lambda: None
+    return [take_step(stage, engine, world, step) for step in range(3)]
+
+
 def watch_motion(world: World, kind: str, family: str, folder: Path) -> str:
     """Every weight moves in two steps; without a step none does, which all processes say."""
     pair = make_pair(family, folder)

@@ -15,7 +15,7 @@ import torch.distributed as distributed
 from mohawkify.errors import MohawkifyError
 from mohawkify.train.world import World, join_world
 
-SECONDS = 60  # for one group of processes; they take a few
+SECONDS = 240  # for one group of processes; alone on a machine the longest takes about 10
 
 
 def run_processes(function: Callable[..., Any], num_processes: int, *args: Any) -> list[Any]:

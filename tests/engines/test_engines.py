@@ -109,6 +109,16 @@ def test_the_guard_notices_gradients_that_get_lost(kind, found):
         assert re.match(r"model\.layers\.0\..* has no gradient at step 2", message)
 
 
+def test_what_the_guard_cannot_see_the_comparison_does(folders):
+    taken = run_processes(cases.keep_gradients, 2, "zero-3", "llama", folders["llama"])[0]
+    pair = cases.make_pair("llama", folders["llama"])
+    stage = cases.make_stage("align", pair)
+    engine = cases.make_engine("single", stage, World())
+    expected = [cases.take_step(stage, engine, World(), step) for step in range(3)]
+    assert taken[0] == pytest.approx(expected[0], rel=1e-5)
+    assert taken[2][1] > 1.01 * expected[2][1], "gradients of the step before are added"
+
+
 @pytest.mark.parametrize("kind", cases.ENGINES)
 def test_motion_is_watched_in_parts(kind, found):
     assert found(kind)["motion"] == ["no weight has changed by step 3 since the last look"] * 2
@@ -160,5 +170,5 @@ def test_memory_of_layerwise_stages_does_not_grow_with_layers(kind, tmp_path):
         teachers[num_layers] = save_teacher(cases.make_teacher("llama", **changes), tmp_path / str(num_layers)), changes
     (peaks,) = run_processes(cases.peak_bytes, 1, kind, teachers)
     for stage, (few, many) in peaks.items():
-        assert few > 10e6, "too little to tell activations from gradients"
+        assert few > 5e6, "too little to tell activations from gradients"
         assert many < 1.25 * few, f"{stage}: {few / 1e6:.1f} MB with 4 layers, {many / 1e6:.1f} MB with 16"
