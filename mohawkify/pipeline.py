@@ -117,10 +117,12 @@ def plan(
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
 
 
-def _expected(inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str) -> dict[str, Any]:
+def _expected(
+    inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
+) -> dict[str, Any]:
     """The plan that goes into a run; without a GPU, seconds of counting would be felt."""
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
-    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=1, on_gpu=device == "cuda")
+    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
     footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
 
@@ -242,7 +244,7 @@ def _convert(
         try:
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
-            identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device))
+            identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
             if identity is None:
                 report(f"{run.path} is already finished")
                 return run
@@ -302,6 +304,7 @@ def _open(
     teacher: dict[str, Any],
     resume: str,
     device: torch.device,
+    world: World,
 ) -> str | None:
     """Make the run's folder ready.
 
@@ -316,7 +319,7 @@ def _open(
     storage.sweep_temporaries(run.path)
     storage.sweep_temporaries(run.checkpoints)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-    planned = _expected(inspection, student, recipe, device.type)
+    planned = _expected(inspection, student, recipe, device.type, world.size)
     if not run.checkpoints.is_dir():
         storage.require_space(run.path, sum(planned["disk_bytes"].values()))
     storage.write_json(run.plan_file, planned)

@@ -143,19 +143,23 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
 
     Args:
         recipe: precision, micro-batch and checkpointing.
-        engine: ``auto`` (one process for one GPU, else DeepSpeed), ``single``, ``deepspeed`` or ``fsdp``.
-        zero: ZeRO's stage; None for 3.
+        engine: ``single``, ``deepspeed`` or ``fsdp``; ``auto`` for the recipe's, and where that is ``auto`` too for one
+            process on one GPU, else DeepSpeed.
+        zero: ZeRO's stage; None for the recipe's, or 3.
         num_gpus: GPUs that share the work.
         on_gpu: whether there is a GPU at all.
 
     Raises:
         UsageError: a batch cannot be shared out, or one process should use several GPUs.
     """
+    compute = recipe.compute
+    engine = compute.engine if engine == "auto" else engine
+    zero = compute.zero if zero is None else zero
     if engine == "auto":
         engine = "single" if num_gpus == 1 else "deepspeed"
     if engine == "single" and num_gpus > 1:
         raise UsageError(f"--engine single: found {num_gpus} GPUs, expected 1", hint="use deepspeed or fsdp")
-    micro, chosen = 0, recipe.compute.micro_batch_sequences
+    micro = 0
     for name in STAGES:
         stage: StageRecipe = getattr(recipe.stages, name)
         if stage.batch_sequences % num_gpus:
@@ -163,14 +167,15 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
                 f"--gpus: found {num_gpus}, expected a divisor of stages.{name}.batch_sequences,"
                 f" {stage.batch_sequences}"
             )
-        micro = max(micro, _micro(stage, chosen if isinstance(chosen, int) else None, num_gpus))
+        micro = max(micro, _micro(stage, compute.micro_batch_sequences, num_gpus))
     return Layout(
         engine=engine,
         zero=(3 if zero is None else zero) if engine == "deepspeed" else 0,
         num_gpus=num_gpus,
-        precision=recipe.compute.precision,
+        offload="none" if engine == "single" else compute.offload or "none",
+        precision=compute.precision,
         micro_batch=micro,
-        checkpointing=recipe.compute.activation_checkpointing,
+        checkpointing=compute.activation_checkpointing,
         on_gpu=on_gpu,
     )
 
@@ -204,10 +209,13 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
     return {part: sizes[part] for part in parts}
 
 
-def _micro(stage: StageRecipe, wanted: int | None, num_gpus: int) -> int:
-    """Sequences of one forward pass on one GPU: what the recipe says, as far as one GPU's share of the batch goes."""
+def _micro(stage: StageRecipe, wanted: int | str | None, num_gpus: int) -> int:
+    """Sequences of one forward pass on one GPU: what the recipe says, as far as one GPU's share of the batch goes.
+
+    For ``auto``, which a run finds out by trying, it is the whole share.
+    """
     share = stage.batch_sequences // num_gpus
-    return min(wanted or share, share)
+    return min(wanted, share) if isinstance(wanted, int) else share
 
 
 def _speed(machine: Machine, layout: Layout) -> float:

@@ -30,7 +30,7 @@ EVENTS = {
     "building": ("mohawkify.pipeline", "build_student"),
     "measuring": ("mohawkify.conversion", "measure_agreement"),
     "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
-    "micro-batch": ("mohawkify.train.loop", "Batch"),
+    "micro-batch": ("mohawkify.train.loop", "Runner"),
     "update": ("mohawkify.train.engine.LocalEngine", "step"),
     "logging": ("mohawkify.storage", "append_line"),
     "saving": ("mohawkify.checkpoint", "save_checkpoint"),
