@@ -121,6 +121,7 @@ def doctor_text(found: dict[str, Any]) -> str:
         (package["name"], package["installed"] or "missing", package["wanted"] or "any") for package in found["base"]
     ]
     extras = [(name, _extra_state(extra), extra["brings"]) for name, extra in found["extras"].items()]
+    kernels = [(each["name"], each["problem"] or "usable", ", ".join(each["operators"])) for each in found["kernels"]]
     commands = [
         f"to install {name}: {extra['install']}"
         for name, extra in found["extras"].items()
@@ -134,6 +135,8 @@ def doctor_text(found: dict[str, Any]) -> str:
             table(("package", "installed", "wanted"), packages, left=3),
             "",
             table(("extra", "state", "brings"), extras, left=3),
+            "",
+            table(("kernels", "state", "for"), kernels, left=3),
             "",
             *commands,
         ]

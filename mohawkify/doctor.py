@@ -30,8 +30,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         A JSON object: versions, ``devices`` in words, ``base`` with every required package, ``extras`` by name with
-        their packages, what they bring, whether they are complete and the command that installs them, and ``healthy``:
-        whether the base is complete.
+        their packages, what they bring, whether they are complete and the command that installs them, ``kernels`` with
+        the implementations of the operators and why they cannot be used here, and ``healthy``: whether the base is
+        complete.
     """
     requirements = [Requirement(text) for text in metadata.requires(NAME) or []]
     base = [_package(each) for each in requirements if _applies(each, "")]
@@ -43,6 +44,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "base": base,
         "extras": {name: _extra(name, requirements) for name in names},
+        "kernels": _kernels(),
         "healthy": all(package["fits"] for package in base),
     }
 
@@ -70,6 +72,20 @@ def _package(requirement: Requirement) -> dict[str, Any]:
         installed = None
     fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
     return {"name": requirement.name, "installed": installed, "wanted": str(requirement.specifier), "fits": fits}
+
+
+def _kernels() -> list[dict[str, Any]]:
+    try:
+        import torch
+
+        from mohawkify.ops.backend import implementations
+    except (ImportError, OSError):  # `_devices` says so
+        return []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        {"name": name, "operators": list(operators), "problem": problem}
+        for name, operators, problem in implementations(device)
+    ]
 
 
 def _devices() -> list[str]:

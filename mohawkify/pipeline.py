@@ -21,6 +21,7 @@ from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.plan_memory import Footprint
@@ -29,7 +30,7 @@ from mohawkify.run import RUNS, RunFolder, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
-from mohawkify.student.build import build_student, checkpoint_activations, design_student
+from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student
 from mohawkify.teacher.finishing import (
     Finishing,
@@ -232,6 +233,7 @@ def _convert(
     inspection = world.main_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
+    backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     folder = world.main_first(lambda: find_folder(source))
@@ -398,7 +400,8 @@ def _prepare(
     if isinstance(finishing, TeacherLogits):
         last = stage_stretches(recipe, corpora)["distill"][-1]  # the finish, which has tokens
         require_fitting_text(finishing, last, recipe.stages.distill.batch_sequences, recipe.seed)
-    pair = Pair(teacher, student, spec, inspection.adapter)
+    use_kernels(student, recipe.compute.kernels)
+    pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
     conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report)
     conversion.finishing = finishing
 

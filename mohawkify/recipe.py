@@ -214,6 +214,10 @@ class ComputeRecipe(Section):
         default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
+    kernels: Literal["auto", "torch", "triton", "fla", "mamba-ssm"] = Field(
+        default="auto",
+        description="implementation of scan and stage 1 on CUDA devices; auto: Triton, and plain torch elsewhere",
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads; null: torch decides"
     )

@@ -62,6 +62,8 @@ RANKS = (
 # Who may import a package that is optional, or that only one corner of the code should know.
 FENCES = {
     "triton": "ops/triton_*",
+    "fla": "ops/scan_libraries.py",
+    "mamba_ssm": "ops/scan_libraries.py",
     "mlx": "export/mlx*",
     "mlx_lm": "export/mlx*",
     "lm_eval": "evaluate/harness.py",

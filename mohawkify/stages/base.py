@@ -44,12 +44,14 @@ class Pair:
         student: the student.
         spec: its facts.
         adapter: the family of the student and of the first teacher.
+        kernels: the recipe's ``compute.kernels``.
     """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     spec: StudentSpec
     adapter: Adapter
+    kernels: str = "auto"
     teacher_adapter: Adapter = field(init=False)
 
     def __post_init__(self) -> None:

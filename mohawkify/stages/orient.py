@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
+from mohawkify.ops.backend import orient_loss
 from mohawkify.ops.orient_loss import MixingMatrix
-from mohawkify.ops.orient_tiles import orient_loss
 from mohawkify.stages.base import Runner, Stage, run_trunk
 from mohawkify.stages.parameters import mixers_by_layer, mixing_parameters
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
@@ -39,7 +39,7 @@ class Orient(Stage):
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
             parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, starts_bl)
-            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, starts_bl)
+            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, starts_bl, pair.kernels)
             runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)

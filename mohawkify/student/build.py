@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import RecipeError
+from mohawkify.ops import backend
 from mohawkify.recipe import StudentRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
 from mohawkify.student.grafting import find_layers, student_classes
@@ -21,6 +23,9 @@ from mohawkify.student.transfer import copy_kept_weights, start_as_published, st
 NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 # Keys of a configuration that name the teacher's class or the file it came from, not the architecture.
 NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
+
+# The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
+DiscreteMamba2.scan = staticmethod(backend.scan)
 
 
 def classes_for(adapter: Adapter) -> tuple[Any, Any]:
@@ -134,6 +139,12 @@ def build_student(
     else:
         start_as_published(student, spec.layers, spec.attention, spec.grafted_layers)
     return student.to(teacher.device).eval()
+
+
+def use_kernels(student: nn.Module, kernels: str) -> None:
+    """Let a student's mixers scan by the implementation of a recipe's ``compute.kernels``; see `ops.backend`."""
+    for mixer in mixers_of(student):
+        mixer.scan = partial(backend.scan, kernels=kernels)
 
 
 def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:

@@ -5,6 +5,7 @@ Shapes: b batch, l length, d model width, h heads, p head width, n state width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,9 @@ class DiscreteMamba2(nn.Module):
 
     Source: Llamba (arXiv 2502.14458), section 3; Discrete Mamba-2 of MOHAWK (arXiv 2408.10189), section 3.2.
     """
+
+    # The plain scan; `mohawkify.student.build` puts the one here that chooses by device.
+    scan: Callable[..., tuple[Tensor, Tensor]] = staticmethod(scan_chunked)
 
     def __init__(
         self,
@@ -220,7 +224,7 @@ class DiscreteMamba2(nn.Module):
             log_decay_blh = log_decay_blh * keep_bl.unsqueeze(-1)
         x_blhp = self._heads(x_blf, self.head_width)
         b_blhn, c_blhn = self._heads(b_blf, self.state_width), self._heads(c_blf, self.state_width)
-        scan = scan_recurrent if hidden_bld.shape[1] == 1 else scan_chunked
+        scan = scan_recurrent if hidden_bld.shape[1] == 1 else self.scan
         y_blhp, state_bhpn = scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
         y_blhp = y_blhp + self.d.to(y_blhp.dtype).unsqueeze(-1) * x_blhp
         gate_blf = F.silu(self.z_proj(hidden_bld) + self.z_bias)

@@ -1,0 +1,125 @@
+"""Which implementation of an operator is chosen, and what is said about the others."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from mohawkify.errors import MissingExtraError, UsageError
+from mohawkify.ops import backend, scan
+from mohawkify.recipe import apply_overrides, load_recipe
+from mohawkify.student.build import use_kernels
+from mohawkify.student.mixer import DiscreteMamba2
+from tests.commands import run, run_well
+from tests.tiny import tiny_pair
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend what is installed and what the GPU can do; these are facts of the machine, not what is judged here."""
+
+    def pretend(*installed: str, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(backend, "find_spec", lambda name: object() if name in installed else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    backend._cuda_backend.cache_clear()
+    backend._say_once.cache_clear()
+    yield pretend
+    backend._cuda_backend.cache_clear()
+    backend._say_once.cache_clear()
+
+
+def test_plain_torch_away_from_gpus_whatever_is_asked_for():
+    for kernels in ("auto", "torch", "triton", "fla", "mamba-ssm"):
+        found = backend.backend("scan", CPU, torch.float32, kernels)
+        assert found.name == "torch"
+        assert found.reason == "asked for" if kernels == "torch" else "cpu" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernels", "installed", "expected"),
+    [
+        ("scan", "auto", ("triton", "fla", "mamba_ssm"), "triton"),
+        ("scan", "fla", ("triton", "fla"), "fla"),
+        ("scan", "mamba-ssm", ("triton", "mamba_ssm"), "mamba-ssm"),
+        ("scan", "mamba-ssm", ("triton",), "triton"),
+        ("scan", "auto", (), "torch"),
+        ("scan", "torch", ("triton",), "torch"),
+        ("orient_loss", "fla", ("triton", "fla"), "triton"),
+        ("orient_loss", "triton", ("triton",), "triton"),
+    ],
+)
+def test_the_choice_on_a_gpu(machine, operator, kernels, installed, expected):
+    machine(*installed)
+    assert backend.backend(operator, CUDA, torch.bfloat16, kernels).name == expected
+
+
+def test_the_reason_says_what_is_missing(machine):
+    machine()
+    assert 'pip install "mohawkify[cuda]"' in backend.backend("scan", CUDA, torch.bfloat16).reason
+    machine("triton", capability=(7, 5))
+    assert "7.5" in backend.backend("scan", CUDA, torch.bfloat16).reason
+    machine("triton")
+    assert "float64" in backend.backend("scan", CUDA, torch.float64).reason
+    assert "512" in backend.backend("scan", CUDA, torch.float32, width=512).reason
+
+
+def test_a_slower_replacement_is_announced_once(machine):
+    machine()
+    with pytest.warns(RuntimeWarning, match="scan: torch instead of auto on cuda:0: triton is not installed"):
+        assert backend._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
+
+
+def test_a_choice_that_cannot_be_met_is_refused(machine):
+    backend.require("auto", CPU)
+    backend.require("torch", CPU)
+    with pytest.raises(UsageError, match="found triton on the device cpu"):
+        backend.require("triton", CPU)
+    machine("triton")
+    backend.require("triton", CUDA)
+    with pytest.raises(MissingExtraError, match="fla"):
+        backend.require("fla", CUDA)
+    machine("triton", capability=(7, 5))
+    with pytest.raises(UsageError, match=r"7\.5"):
+        backend.require("triton", CUDA)
+
+
+def test_a_conversion_refuses_kernels_it_cannot_use(tmp_path):
+    settings = ("--set", "compute.kernels=triton", "--set", "compute.device=cpu")
+    refused = run("convert", "demo", "--recipe", "demo", *settings, "--output", tmp_path / "run")
+    assert refused.exit_code == UsageError.exit_code
+    assert "compute.kernels: found triton on the device cpu, expected a CUDA device" in refused.stderr
+    assert apply_overrides(load_recipe("demo"), ["compute.kernels=torch"]).compute.kernels == "torch"
+
+
+def test_mixers_scan_through_the_choice(tmp_path):
+    assert DiscreteMamba2.scan is backend.scan
+    pair = tiny_pair("llama", tmp_path)
+    tokens = torch.arange(40).view(2, 20) % 97
+    with torch.no_grad():
+        before = pair.student(tokens).logits
+        use_kernels(pair.student, "torch")
+        assert torch.equal(pair.student(tokens).logits, before)
+
+
+def test_the_plain_scan_is_what_runs_on_a_cpu():
+    x, b, c = (torch.randn(1, 9, 2, 4) for _ in range(3))
+    log_decay = -torch.rand(1, 9, 2)
+    for one, other in zip(backend.scan(x, b, c, log_decay), scan.scan_chunked(x, b, c, log_decay), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_doctor_lists_the_kernels():
+    found = json.loads(run_well("doctor", "--json").stdout)["kernels"]
+    assert [each["name"] for each in found] == ["torch", "triton", "fla", "mamba-ssm"]
+    assert found[0]["problem"] is None
+    assert all(each["problem"] or torch.cuda.is_available() for each in found[1:])
+    assert "kernels" in run_well("doctor").stdout
