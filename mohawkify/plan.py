@@ -143,8 +143,8 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
 
     Args:
         recipe: precision, micro-batch and checkpointing.
-        engine: ``single``, ``deepspeed`` or ``fsdp``; ``auto`` for the recipe's, and where that is ``auto`` too for one
-            process on one GPU, else DeepSpeed.
+        engine: ``single``, ``deepspeed`` or ``fsdp``; ``auto`` for the recipe's. Where that is ``auto`` too, one GPU
+            means one process, and several mean DeepSpeed.
         zero: ZeRO's stage; None for the recipe's, or 3.
         num_gpus: GPUs that share the work.
         on_gpu: whether there is a GPU at all.

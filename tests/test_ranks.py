@@ -177,7 +177,7 @@ def test_fsdp_with_a_teacher_that_is_spread_too(workshop):
 def test_zero_1_after_an_error_in_one_process(workshop):
     (workshop.folder / "site").mkdir()
     (workshop.folder / "site" / "sitecustomize.py").write_text(BREAK_RANK_1)
-    options = ("--processes", "2", "--engine", "deepspeed", "--zero", "1")
+    options = ("--processes", "2", "--engine", "deepspeed", "--zero", "1", "--set", "compute.data_workers=0")
     code, output, errors = ended(workshop.start("zero-1", *options, PYTHONPATH=str(workshop.folder / "site")))
     assert code == 66, errors
     assert output == ""

@@ -17,6 +17,7 @@ from torch import nn
 
 from mohawkify.cli import main
 from mohawkify.data.corpus import Corpus
+from mohawkify.data.reading import Stretch, batch_at
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, UsageError
 from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
 from mohawkify.train import loop
@@ -24,7 +25,6 @@ from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
 from mohawkify.train.engine import LocalEngine
 from mohawkify.train.engines import choose_engine, require_even_shares
 from mohawkify.train.launch import _exit_code, find_place, first_host
-from mohawkify.train.loop import Stretch, batch_at
 from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
 from mohawkify.train.random_state import gather_random_state, restore_random_state
 from mohawkify.train.stop import StopRequest
