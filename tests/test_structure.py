@@ -85,9 +85,8 @@ FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 # storage.atomic_directory; the last line's belong to the developers' script that made the demo teacher, and to no run.
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
-    "data/teacher_logits.py:_write_records",
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
-    *("export/export.py:export_run", "export/mlx.py:write_mlx"),
+    *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
 }
 WRITING_METHODS = {
