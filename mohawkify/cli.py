@@ -23,17 +23,21 @@ from mohawkify.cli_options import (
     FiniteRange,
     as_json,
     chosen_recipe,
+    own_text,
     print_result,
+    processes_option,
     recipe_names_beginning,
     recipe_option,
     say,
     set_option,
     working,
 )
+from mohawkify.cli_teach import teach
 from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
+
 teacher_moved = click.option(
     "--teacher",
     "teacher_source",
@@ -137,12 +141,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
 )
 @click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
 @prepared_option
-@click.option(
-    "--processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
-)
+@processes_option
 @click.option(
     "--engine",
     type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
@@ -178,6 +177,19 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     metavar="SECONDS",
     help="Where the disk is full at a checkpoint, wait so long for space before giving up.",
 )
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    multiple=True,
+    help="Send the figures to a tracker as well. May be given again.",
+)
+@click.option(
+    "--track-project",
+    default="mohawkify",
+    show_default=True,
+    metavar="NAME",
+    help="The project in which trackers show the run.",
+)
 def convert(
     teacher: str,
     recipe_name: str,
@@ -194,6 +206,8 @@ def convert(
     patience: float,
     disk_wait: float,
     prepared: Path,
+    track: tuple[str, ...],
+    track_project: str,
 ) -> None:
     """Turn a teacher into a student, in three stages.
 
@@ -202,7 +216,7 @@ def convert(
     """
     wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
     compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
-    recipe = chosen_recipe(recipe_name, (*_own_text(data, validation), *compute, *overrides))
+    recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
     with working():
         from mohawkify.cli_ranks import joined, start_processes
 
@@ -220,20 +234,14 @@ def convert(
                 disk_wait=disk_wait,
                 world=world,
                 prepared=prepared,
+                track=track,
+                track_project=track_project,
             )
     if world.is_main:
         click.echo(str(run.path))
 
 
-def _own_text(data: str | None, validation: str | None) -> list[str]:
-    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
-    sources: dict[str, list[dict[str, str]]] = {}
-    if data is not None:
-        sources = {"train": [{"path": data}], "validation": []}
-    if validation is not None:
-        sources["validation"] = [{"path": validation}]
-    # JSON is YAML: a path stays one value whatever signs are in it.
-    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
+main.add_command(teach)
 
 
 @main.command("eval")

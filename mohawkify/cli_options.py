@@ -41,6 +41,12 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
 )
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
+)
 
 
 class FiniteRange(click.FloatRange):
@@ -59,6 +65,17 @@ def chosen_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
     from mohawkify.recipe import apply_overrides, load_recipe
 
     return apply_overrides(load_recipe(name), overrides)
+
+
+def own_text(data: str | None, validation: str | None) -> list[str]:
+    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
+    sources: dict[str, list[dict[str, str]]] = {}
+    if data is not None:
+        sources = {"train": [{"path": data}], "validation": []}
+    if validation is not None:
+        sources["validation"] = [{"path": validation}]
+    # JSON is YAML: a path stays one value whatever signs are in it.
+    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
 
 
 def working() -> AbstractContextManager[TextIO]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mohawkify import checkpoint, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
 from mohawkify.data.reading import Stretch
 from mohawkify.data.selection import stage_recipes, stage_stretches
+from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
 from mohawkify.plan import STAGES
@@ -26,13 +29,16 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Stage
 from mohawkify.stages.distill import Distill
 from mohawkify.stages.orient import Orient
+from mohawkify.teacher.finishing import Finishing, OtherTeacher
 from mohawkify.train.engine import Engine
 from mohawkify.train.engines import build_engine
 from mohawkify.train.loop import StepReport, run_stage
 from mohawkify.train.micro_batch import micro_batch_of
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.random_state import gather_random_state, restore_random_state
+from mohawkify.train.saturation import Phases, SaturationWatch
 from mohawkify.train.stop import StopRequest
+from mohawkify.train.track import Tracking
 from mohawkify.train.watch import HangWatch, LossWatch
 from mohawkify.train.world import World
 
@@ -47,11 +53,13 @@ class Position:
 
     Args:
         stage: the stage under way.
-        stage_step: optimiser steps taken in it.
+        stage_step: optimiser steps of its plan that are behind it.
         global_step: optimiser steps taken in all.
         tokens: tokens read in all.
         seconds: training time of each stage so far, by name.
         losses: running mean and variance of the stage's loss.
+        saturation: what is known of the phase's loss.
+        left_out: planned steps of the stage that saturated phases did not take, by text.
     """
 
     stage: str
@@ -60,6 +68,8 @@ class Position:
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     losses: LossWatch = field(default_factory=LossWatch)
+    saturation: SaturationWatch = field(default_factory=SaturationWatch)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +91,10 @@ class Conversion:
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends; 0 for never.
         disk_wait: seconds to wait for space where the disk is full.
+        finishing: what teaches the end of stage 3, if it is not the first teacher.
+        load_first: loads the first teacher again, after another has taken its place.
+        load_other: loads another one.
+        start_tracking: begins what sends figures to trackers, given the steps taken so far; None where nothing does.
     """
 
     run: RunFolder
@@ -94,6 +108,12 @@ class Conversion:
     report: Report
     patience: float = 0.0
     disk_wait: float = 0.0
+    finishing: Finishing | None = None
+    load_first: Callable[[], PreTrainedModel] | None = None
+    load_other: Callable[[OtherTeacher], PreTrainedModel] | None = None
+    start_tracking: Callable[[int], Tracking] | None = None
+    _is_finishing: bool = field(default=False, init=False)
+    _tracking: Tracking | None = field(default=None, init=False)
 
     def train(self, stop: StopRequest) -> None:
         """Run all stages from wherever the folder's newest valid checkpoint is.
@@ -103,7 +123,16 @@ class Conversion:
             CheckpointError: the checkpoint belongs to another recipe, teacher or text.
             NumericsError: a loss or gradient is not finite.
         """
+        try:
+            self._train(stop)
+        finally:
+            if self._tracking is not None:
+                self._tracking.close()
+
+    def _train(self, stop: StopRequest) -> None:
         saved = self._newest_checkpoint()
+        if self.start_tracking is not None:
+            self._tracking = self.start_tracking(0 if saved is None else saved.global_step)
         if saved is None:
             position = Position(stage="")
             if "init" not in self._measured():
@@ -117,6 +146,7 @@ class Conversion:
                 continue
             if position.stage != name:
                 position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
+                position.saturation, position.left_out = SaturationWatch(), {}
             engine, micro_batch = self._engine(stages[name], stretches[name])
             if saved is not None:
                 engine.load_parameters(checkpoint.load_tensors(saved, "model"))
@@ -169,10 +199,11 @@ class Conversion:
         stop: StopRequest,
     ) -> None:
         stage_recipe = stage_recipes(self.recipe)[stage.name]
-        num_steps = sum(stretch.num_steps for stretch in stretches)
-        batch = stage_recipe.batch_sequences
-        num_tokens = _tokens_before(stretches, num_steps, batch)
-        done_tokens = _tokens_before(stretches, position.stage_step, batch)
+        phases = Phases(stage_recipe, self.recipe.schedule)
+        num_steps = phases.num_steps
+        num_tokens = sum(row["tokens"] for row in phases.outcome(position.left_out))
+        left_out = phases.tokens_between(0, num_steps) - num_tokens
+        done_tokens = phases.tokens_between(0, position.stage_step) - left_out
         trained = stage.parameters()
         frozen = [name for name, _ in self.pair.student.named_parameters() if name not in trained]
         saved_step = position.global_step
@@ -183,44 +214,84 @@ class Conversion:
 
             def on_micro_batch() -> None:
                 hang.beat()
+                self._choose_teacher(stage, phases.segment_at(position.stage_step).data)
                 if stop.agree(self.world):
                     if position.global_step > saved_step:
                         self._save(engine, position, stop, hang)
                     stop.obey(f"after step {position.stage_step:,} of stage {stage.name}, which is saved")
 
-            def on_step(step: StepReport) -> None:
+            def on_step(step: StepReport) -> bool:
                 nonlocal saved_step
                 hang.beat()
                 position.stage_step = step.step
                 position.global_step += 1
                 position.tokens += step.tokens
                 position.seconds[stage.name] = position.seconds.get(stage.name, 0.0) + step.seconds
-                self._log(step, position)
+                jump = phases.jump(step.step, step.figures, position.saturation)
+                self._log(step, position, jump)
                 progress.update(step)
+                if jump is not None:
+                    progress.leave_out(phases.tokens_between(step.step, jump[0]))
+                    self._leave_out(phases, position, *jump)
                 is_stopping = stop.agree(self.world)
-                if is_stopping or step.step == num_steps or step.step % self.recipe.checkpoint.every_steps == 0:
+                is_over = position.stage_step == num_steps
+                if is_stopping or is_over or step.step % self.recipe.checkpoint.every_steps == 0:
                     self._save(engine, position, stop, hang)
                     saved_step = position.global_step
                     hang.beat()
                 if is_stopping:
                     stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
+                return jump is not None
 
-            run_stage(
-                stage,
-                engine,
-                stretches,
-                stage_recipe,
-                self.recipe,
-                world=self.world,
-                device=self.device,
-                micro_batch=micro_batch,
-                first_step=position.stage_step,
-                frozen=frozen,
-                on_micro_batch=on_micro_batch,
-                on_step=on_step,
-            )
+            while position.stage_step < num_steps:
+                run_stage(
+                    stage,
+                    engine,
+                    stretches,
+                    stage_recipe,
+                    self.recipe,
+                    world=self.world,
+                    device=self.device,
+                    micro_batch=micro_batch,
+                    first_step=position.stage_step,
+                    frozen=frozen,
+                    on_micro_batch=on_micro_batch,
+                    on_step=on_step,
+                )
 
-    def _log(self, step: StepReport, position: Position) -> None:
+    def _choose_teacher(self, stage: Stage, data: str) -> None:
+        """Let the right one teach: the first, or at the end of stage 3 the one that finishes, loaded only then."""
+        if not isinstance(stage, Distill):
+            return
+        is_finish = data == "finish"
+        if isinstance(self.finishing, TeacherLogits):
+            stage.logits = self.finishing if is_finish else None
+        elif self.finishing is not None and is_finish and not self._is_finishing:
+            assert self.load_other is not None
+            self.report(f"{self.finishing.name} finishes the run: loading it")
+            self.pair.replace_teacher(partial(self.load_other, self.finishing), self.finishing.adapter)
+            self._is_finishing = True
+
+    def _bring_back_first(self) -> None:
+        """Load the first teacher again: it is what every measurement of the run compares with."""
+        if self._is_finishing:
+            assert self.load_first is not None
+            self.pair.replace_teacher(self.load_first, self.pair.adapter)
+            self._is_finishing = False
+
+    def _leave_out(self, phases: Phases, position: Position, border: int, improvement: float) -> None:
+        """Go on where a saturated phase ends."""
+        saturation, step = phases.saturation, position.stage_step
+        assert saturation is not None
+        data = phases.segment_at(step).data
+        position.left_out[data] = position.left_out.get(data, 0) + border - step
+        position.stage_step = border
+        self.report(
+            f"stage {position.stage} has saturated on {data} text at step {step:,}: within {saturation.window:,} tokens"
+            f" the loss fell by {improvement:.2%}, expected {saturation.threshold:.2%}; going on after step {border:,}"
+        )
+
+    def _log(self, step: StepReport, position: Position, jump: tuple[int, float] | None) -> None:
         leap = position.losses.see(step.figures["loss"])
         if not self.world.is_main:
             return
@@ -240,8 +311,12 @@ class Conversion:
             "gradient_norm": step.gradient_norm,
             "seconds": step.seconds,
             **({} if leap is None else {"spike": leap}),
+            **({} if jump is None else {"saturated": jump[1]}),
         }
         storage.append_line(self.run.metrics_file, record)
+        if self._tracking is not None:
+            figures = {f"{position.stage}/{name}": value for name, value in record.items() if name != "global_step"}
+            self._tracking.log(figures, position.global_step)
 
     def _save(self, engine: Engine, position: Position, stop: StopRequest, hang: HangWatch) -> None:
         model, optimizer, random = engine.parameters(), engine.state(), gather_random_state(self.world)
@@ -301,6 +376,7 @@ class Conversion:
 
     def _measure(self, name: str, position: Position, stop: StopRequest) -> None:
         """Compare student and teacher on held-out text, of which each process reads a part, and record the figures."""
+        self._bring_back_first()
         batches = list(evaluation_batches(self.held_out, self.recipe.evaluation.batch_sequences))
         while len(batches) % self.world.size:  # a teacher that is spread over the processes is called by all of them
             batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
@@ -329,24 +405,41 @@ class Conversion:
                 "kl": found.kl,
                 "top1": found.top1,
                 "seconds": position.seconds.get(name, 0.0),
+                **({} if name == "init" else {"phases": self._phases(name, position)}),
             }
             self.run.write_results(results)
 
         self.world.by_main(record)
+        if self._tracking is not None:
+            figures = {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1}
+            self._tracking.log({f"held-out/{key}": value for key, value in figures.items()}, position.global_step)
         self.report(
             f"after {name}: KL {found.kl:.4f} nats/token, top-1 {found.top1:.4f}, "
             f"perplexity {found.perplexity:.3f} (teacher {found.teacher_perplexity:.3f})"
         )
         stop.obey(f"after measuring {name}")
 
+    def _phases(self, name: str, position: Position) -> list[dict[str, Any]]:
+        """What became of a stage's phases, told where there is more to tell than its budget."""
+        stage = stage_recipes(self.recipe)[name]
+        outcome = Phases(stage, self.recipe.schedule).outcome(position.left_out)
+        if stage.saturation is not None or len(outcome) > 1:
+            told = (f"{row['tokens']:,} tokens of {row['data']} text, ended by {row['ended_by']}" for row in outcome)
+            self.report(f"{name}: {'; '.join(told)}")
+        return outcome
+
 
 def _read_position(saved: checkpoint.Checkpoint) -> Position:
     """How far a run was; the state may come from a stranger's folder, so every value is looked at."""
     try:
         values = dict(saved.state["position"])
-        position = Position(**{**values, "losses": LossWatch(**values["losses"])})
-        counts = (position.stage_step, position.global_step, position.tokens, position.losses.num_losses)
-        figures = (*position.seconds.values(), position.losses.mean, position.losses.variance)
+        watches = {"losses": LossWatch(**values["losses"]), "saturation": SaturationWatch(**values["saturation"])}
+        position = Position(**{**values, **watches})
+        saturation = position.saturation
+        steps = (position.stage_step, position.global_step, position.tokens)
+        counts = (*steps, position.losses.num_losses, saturation.num_losses, *position.left_out.values())
+        figures = (*position.seconds.values(), position.losses.mean, position.losses.variance, saturation.total)
+        figures += () if saturation.before is None else (saturation.before,)
         sound = (
             position.stage in STAGES
             and all(type(count) is int and count >= 0 for count in counts)
@@ -358,13 +451,3 @@ def _read_position(saved: checkpoint.Checkpoint) -> Position:
     if not sound:
         raise CheckpointError(f"{saved.path} does not say where its run stood", hint="its state.json was changed")
     return position
-
-
-def _tokens_before(stretches: list[Stretch], step: int, batch_sequences: int) -> int:
-    """Tokens that the first steps of a stage read."""
-    tokens = 0
-    for stretch in stretches:
-        steps = min(step, stretch.num_steps)
-        tokens += steps * stretch.sequence_length * batch_sequences
-        step -= steps
-    return tokens

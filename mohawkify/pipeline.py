@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify import checkpoint, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
-from mohawkify.data.selection import TextReader, epochs_needed
+from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
+from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.ops import backend
@@ -29,6 +32,14 @@ from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student
+from mohawkify.teacher.finishing import (
+    Finishing,
+    OtherTeacher,
+    find_finishing,
+    finishing_hashes,
+    require_fitting_text,
+    require_fitting_tokens,
+)
 from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
@@ -36,6 +47,7 @@ from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
 from mohawkify.train.engines import choose_engine, require_even_shares
 from mohawkify.train.stop import StopRequest
+from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id
 from mohawkify.train.world import World
 
 
@@ -151,8 +163,10 @@ def convert(
     report: Report,
     patience: float = 0.0,
     disk_wait: float = 0.0,
-    prepared: Path | None = None,
     world: World | None = None,
+    prepared: Path | None = None,
+    track: Sequence[str] = (),
+    track_project: str = PROJECT,
 ) -> RunFolder:
     """Convert a teacher; where several processes work on it, each makes the same call.
 
@@ -164,8 +178,10 @@ def convert(
         report: receives a line for every step of the way.
         patience: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
-        prepared: where tokenised text may lie that `mohawkify data prepare` made.
         world: the processes, which share a file system; None for this one alone.
+        prepared: where tokenised text may lie that `mohawkify data prepare` made.
+        track: trackers that get the figures as well, by name.
+        track_project: the project that trackers show the run in.
 
     Returns:
         The finished run.
@@ -174,10 +190,23 @@ def convert(
         Interrupted: Ctrl-C or SIGTERM; the same call continues.
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
+    require_trackers(track)
+    world = world or World()
     with StopRequest() as stop:
         try:
             return _convert(
-                source, recipe, output, resume, report, patience, disk_wait, prepared, stop, world or World()
+                source,
+                recipe,
+                output,
+                resume,
+                report,
+                patience,
+                disk_wait,
+                prepared,
+                track if world.is_main else (),
+                track_project,
+                stop,
+                world,
             )
         except KeyboardInterrupt:
             stop.obey("outside of training; nothing is half-written")
@@ -193,6 +222,8 @@ def _convert(
     patience: float,
     disk_wait: float,
     prepared: Path | None,
+    track: Sequence[str],
+    track_project: str,
     stop: StopRequest,
     world: World,
 ) -> RunFolder:
@@ -207,17 +238,20 @@ def _convert(
         torch.set_num_threads(recipe.compute.threads)
     folder = world.main_first(lambda: find_folder(source))
     hashes = _agreed_hashes(folder, world)
+    finishing = world.main_first(lambda: find_finishing(recipe))
+    finish_hashes = world.by_main(lambda: finishing_hashes(finishing))
     run = RunFolder(output or RUNS / student.name)
     is_new = world.is_main and not run.path.exists()
     with storage.run_lock(run.path) if world.is_main else nullcontext():
         try:
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
+            facts |= {"finish_files": finish_hashes} if finish_hashes else {}
             identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
             if identity is None:
                 report(f"{run.path} is already finished")
                 return run
             conversion, tokenizer = _prepare(
-                run, recipe, identity, folder, inspection, student, device, prepared, world, report
+                run, recipe, identity, folder, inspection, student, finishing, device, world, prepared, report
             )
         except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
@@ -228,6 +262,17 @@ def _convert(
         if world.size > 1:
             report(f"training in {world.size} processes, engine {engine}")
         conversion.patience, conversion.disk_wait = patience, disk_wait
+        if track:
+            conversion.start_tracking = partial(
+                Tracking,
+                track,
+                project=track_project,
+                run_id=tracking_id(run.tracking_file),
+                run_name=student.name,
+                folder=run.tracking,
+                config=recipe.model_dump(mode="json"),
+                report=report,
+            )
         stop.obey("before training")
         stop.at_once = False  # training stops itself, with a checkpoint
         conversion.train(stop)
@@ -269,7 +314,7 @@ def _open(
         The identity of the run, or None where it is finished.
     """
     storage.ensure_writable(run.path)
-    identity = _claim(run, recipe, teacher["files"], resume)
+    identity = _claim(run, recipe, teacher["files"] | teacher.get("finish_files", {}), resume)
     if run.is_finished:
         run.checked_final()
         return None
@@ -294,7 +339,7 @@ def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) 
     if run.recipe_file.is_file():
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
-        recorded = storage.read_json(run.teacher_file).get("files") if run.teacher_file.is_file() else hashes
+        recorded = run.teacher_files() if run.teacher_file.is_file() else hashes
         is_same_recipe = comparable_text(run.recipe()) == comparable_text(recipe)
         for same, what in ((is_same_recipe, "recipe"), (recorded == hashes, "teacher")):
             if not same:
@@ -318,9 +363,10 @@ def _prepare(
     folder: Path,
     inspection: Inspection,
     spec: StudentSpec,
+    finishing: Finishing | None,
     device: torch.device,
-    prepared: Path | None,
     world: World,
+    prepared: Path | None,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, build the student, read the text."""
@@ -328,21 +374,22 @@ def _prepare(
     tokenizer = load_tokenizer(folder, vocabulary_size)
     text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
+    note = finishing and require_fitting_tokens(finishing, teacher_name(str(folder)), tokenizer)
+    if note:
+        report(note)
     report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     is_sharded = recipe.compute.shard_teacher and world.size > 1
-    teacher = load_teacher(folder, dtype=dtype, device=torch.device("cpu") if is_sharded else device)
+    place = torch.device("cpu") if is_sharded else device
+    teacher = load_teacher(folder, dtype=dtype, device=place)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
     prove_head(teacher, inspection.adapter, vocabulary_size)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
         prove_family(teacher, student, inspection.adapter, vocabulary_size)
     if is_sharded:
-        from mohawkify.train.sharded_teacher import How, shard_teacher
-
         student.to(device)  # type: ignore[arg-type]
-        how: How = "fsdp" if choose_engine(recipe.compute, world) == "fsdp" else "deepspeed"
-        shard_teacher(teacher, spec.layers, how, device, world)
+        _spread(teacher, spec.layers, recipe, device, world)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")
@@ -350,9 +397,37 @@ def _prepare(
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
+    if isinstance(finishing, TeacherLogits):
+        last = stage_stretches(recipe, corpora)["distill"][-1]  # the finish, which has tokens
+        require_fitting_text(finishing, last, recipe.stages.distill.batch_sequences, recipe.seed)
     use_kernels(student, recipe.compute.kernels)
     pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
-    return Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report), tokenizer
+    conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report)
+    conversion.finishing = finishing
+
+    def load_first() -> PreTrainedModel:
+        first = load_teacher(folder, dtype=dtype, device=place)
+        if is_sharded:
+            _spread(first, spec.layers, recipe, device, world)
+        return first
+
+    def load_other(other: OtherTeacher) -> PreTrainedModel:
+        model = other.load(dtype, place)
+        if is_sharded:
+            _spread(model, other.adapter.layers, recipe, device, world)
+        return model
+
+    conversion.load_first, conversion.load_other = load_first, load_other
+    return conversion, tokenizer
+
+
+def _spread(teacher: PreTrainedModel, layers: str, recipe: Recipe, device: torch.device, world: World) -> None:
+    """Spread a teacher over the processes, by the library that trains the student."""
+    from mohawkify.train.sharded_teacher import shard_teacher
+
+    shard_teacher(
+        teacher, layers, "fsdp" if choose_engine(recipe.compute, world) == "fsdp" else "deepspeed", device, world
+    )
 
 
 def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -134,7 +134,7 @@ def make_plan(
         "disk_bytes": disk,
         "export_bytes": {name: int(student.num_parameters * bits / 8) for name, bits in EXPORT_BITS.items()},
         "free_bytes": machine.free_bytes,
-        "warnings": _warnings(teacher, recipe, machine, rows, disk),
+        "warnings": [*_warnings(teacher, recipe, machine, rows, disk), *early_endings(recipe)],
     }
 
 
@@ -405,6 +405,16 @@ def _fit(
             current, applied[each.kind] = changed, each.words
     together = {"changes": list(applied.values()), "peak_bytes": peak(current), "fits": peak(current) <= usable}
     return {**found, "together": together}
+
+
+def early_endings(recipe: Recipe) -> list[str]:
+    """A line for every stage that may end before its budget is used up."""
+    stages = {name: getattr(recipe.stages, name) for name in STAGES}
+    return [
+        f"stage {name} may saturate: its steps, tokens and time are what it takes at most"
+        for name, stage in stages.items()
+        if stage.saturation is not None and stage.tokens
+    ]
 
 
 def _warnings(

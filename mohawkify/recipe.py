@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,16 +10,25 @@ from pydantic import Field, ValidationError, model_validator
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe_fields import explain, show, show_key
+
+# Everything of the schema is imported from here; the part about stages only has a file of its own.
+from mohawkify.recipe_stages import AlignRecipe as AlignRecipe
+from mohawkify.recipe_stages import DistillFinish as DistillFinish
+from mohawkify.recipe_stages import DistillRecipe as DistillRecipe
+from mohawkify.recipe_stages import Finish as Finish
+from mohawkify.recipe_stages import OrientRecipe as OrientRecipe
+from mohawkify.recipe_stages import Saturation as Saturation
+from mohawkify.recipe_stages import Segment as Segment
+from mohawkify.recipe_stages import StageRecipe as StageRecipe
+from mohawkify.recipe_stages import StagesRecipe as StagesRecipe
 from mohawkify.recipe_types import (
     COUNT,
-    Count,
     Layers,
     Line,
     ListOf,
     MicroBatch,
     Name,
     Pair,
-    Parts,
     PositiveCount,
     Scalars,
     Section,
@@ -141,102 +149,6 @@ class DataRecipe(Section):
         return self
 
 
-class Finish(Section):
-    """The end of a stage, on other text and at another length."""
-
-    tokens: Count = Field(description="how many of the stage's tokens, its last, come from data.finish")
-    sequence_length: int = Field(ge=2, description="tokens per sequence at the end of the stage")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of steps on the same text at the same length.
-
-    Args:
-        data: which sources of `DataRecipe` the steps read.
-        num_steps: optimizer steps.
-        sequence_length: tokens per sequence.
-    """
-
-    data: Literal["train", "finish"]
-    num_steps: int
-    sequence_length: int
-
-
-class StageRecipe(Section):
-    """What every stage has."""
-
-    tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
-    sequence_length: int = Field(ge=2, description="tokens per sequence")
-    batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
-    learning_rate: float = Field(gt=0, description="peak learning rate")
-    finish: Finish | None = Field(default=None, description="other text at another length for the end of the stage")
-
-    @model_validator(mode="after")
-    def _finish_fits(self) -> Self:
-        if self.finish is not None and self.finish.tokens > self.tokens:
-            most, found = format_count(self.tokens), format_count(self.finish.tokens)
-            conflict(("finish", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
-        return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step before the finish."""
-        return self.batch_sequences * self.sequence_length
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return sum(segment.num_steps for segment in self.segments())
-
-    def segments(self) -> list[Segment]:
-        """Lists the stage's segments in order; a segment without tokens is left out, any other has a step at least."""
-        finish_tokens = self.finish.tokens if self.finish else 0
-        segments = [self._segment("train", self.tokens - finish_tokens, self.sequence_length)]
-        if self.finish:
-            segments.append(self._segment("finish", finish_tokens, self.finish.sequence_length))
-        return [segment for segment in segments if segment.num_steps > 0]
-
-    def _segment(self, data: Literal["train", "finish"], tokens: int, sequence_length: int) -> Segment:
-        num_steps = max(1, round(tokens / (self.batch_sequences * sequence_length))) if tokens else 0
-        return Segment(data, num_steps, sequence_length)
-
-
-class OrientRecipe(StageRecipe):
-    """Stage 1: the student's mixing matrices learn the teacher's attention matrices."""
-
-
-class AlignRecipe(StageRecipe):
-    """Stage 2: each layer learns the teacher's output for the teacher's input."""
-
-    target: Literal["block", "mixer"] = Field(
-        default="block", description="output that is matched: the whole block's or the mixer's"
-    )
-    train: Parts = Field(
-        default=("mixer", "mlp", "norm"),
-        description="parts of the student that learn; only the mixer where that is the target",
-    )
-
-
-class DistillRecipe(StageRecipe):
-    """Stage 3: the whole student learns the teacher's predictions."""
-
-    temperature: float = Field(
-        default=1.0, gt=0, description="temperature of both softmaxes; the loss is multiplied by its square"
-    )
-    train: Parts = Field(
-        default=("mixer", "mlp", "norm", "embedding", "head"), description="parts of the student that learn"
-    )
-
-
-class StagesRecipe(Section):
-    """The three stages of MOHAWK, in order."""
-
-    orient: OrientRecipe = Field(description="stage 1, matrix orientation")
-    align: AlignRecipe = Field(description="stage 2, hidden-state alignment")
-    distill: DistillRecipe = Field(description="stage 3, distillation")
-
-
 class OptimizerRecipe(Section):
     """AdamW."""
 
@@ -351,6 +263,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
+        finish = self.stages.distill.finish
+        if self.compute.shard_teacher and finish is not None and finish.teacher_bits is not None:
+            conflict(("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none")
         micro = self.compute.micro_batch_sequences
         for name in StagesRecipe.model_fields:
             stage: StageRecipe = getattr(self.stages, name)

@@ -72,6 +72,16 @@ class RunFolder:
         return self.path / "corpora"
 
     @property
+    def tracking_file(self) -> Path:
+        """Under which id trackers know the run."""
+        return self.path / "tracking.json"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers write themselves."""
+        return self.path / "tracking"
+
+    @property
     def final(self) -> Path:
         """The finished student as a Hugging Face folder."""
         return self.path / "final"
@@ -111,6 +121,18 @@ class RunFolder:
         if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
             raise CheckpointError(f"{self.teacher_file} does not say which teacher the run was made from")
         return dict(facts)
+
+    def teacher_files(self) -> dict[str, str]:
+        """The hashes that the run's identity is made of: those of the teacher, and of what finishes the run.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        facts = self.teacher()
+        finish = facts.get("finish_files", {})
+        if not isinstance(finish, dict) or not all(isinstance(value, str) for value in finish.values()):
+            raise CheckpointError(f"{self.teacher_file} does not say which teacher finishes the run")
+        return facts["files"] | finish
 
     def results(self) -> dict[str, Any]:
         """What has been measured so far.

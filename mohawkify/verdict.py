@@ -137,7 +137,7 @@ def _require_identity(folder: Path) -> None:
     for name, digest in sorted(facts["files"].items()) if teacher.is_dir() else ():
         if Path(name).name == name and file_sha256(teacher / name) != digest:
             raise TeacherError(f"{teacher / name} is not the file that the run was made from")
-    identity = run_identity(RunFolder(folder).recipe(), facts["files"])
+    identity = run_identity(RunFolder(folder).recipe(), RunFolder(folder).teacher_files())
     for checkpoint in list_checkpoints(folder / "checkpoints"):
         if read_json(checkpoint / "state.json").get("identity") != identity:
             raise CheckpointError(f"{checkpoint.name} belongs to another recipe or teacher")

@@ -35,6 +35,7 @@ RANKS = (
     ("shelf", "storage"),
     ("recipe_fields",),
     ("recipe_types",),
+    ("recipe_stages",),
     ("recipe",),
     ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
     ("plan",),
@@ -49,11 +50,12 @@ RANKS = (
     ("evaluate",),
     ("export", "generate", "doctor", "verdict"),
     ("conversion", "prepare"),
-    ("pipeline",),
+    ("pipeline", "teach"),
     ("bench",),
     ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
     ("cli_options", "cli_plan", "cli_ranks"),
     ("cli_bench", "cli_data", "showcase"),
+    ("cli_teach",),
     ("cli",),
     ("cli_docs", "__main__"),
 )
@@ -63,8 +65,7 @@ FENCES = {
     "triton": "ops/triton_*",
     "fla": "ops/scan_libraries.py",
     "mamba_ssm": "ops/scan_libraries.py",
-    "mlx": "export/mlx*",
-    "mlx_lm": "export/mlx*",
+    **dict.fromkeys(("mlx", "mlx_lm"), "export/mlx*"),
     "lm_eval": "evaluate/harness.py",
     "click": "cli*",
     "accelerate": "train/*",
@@ -85,7 +86,7 @@ FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
-    *("export/export.py:export_run", "export/mlx.py:write_mlx"),
+    *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
 }
 WRITING_METHODS = {

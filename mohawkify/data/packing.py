@@ -22,11 +22,13 @@ class Batch(NamedTuple):
         position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
             sequence, of the sequence. A 0 marks a border: nothing may look across it.
         counts: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
+        sequences: (b,) int64 numbers of the sequences within their corpus; empty where they are of none.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     counts: torch.Tensor
+    sequences: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
 
 def document_mask(position_ids_bl: torch.Tensor) -> torch.Tensor:
@@ -69,6 +71,7 @@ def packed_batch(corpus: Corpus, sequence_length: int, indices: np.ndarray) -> B
         torch.from_numpy(input_ids_bl),
         torch.from_numpy(position_bl),
         torch.from_numpy(_counts(corpus, places_bl, position_bl)),
+        torch.from_numpy(np.array(indices, dtype=np.int64)),
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.order import sequence_indices
 from mohawkify.data.packing import Batch, num_sequences, packed_batch
@@ -29,6 +31,17 @@ class Stretch:
     num_steps: int
     sequence_length: int
     first_sequence: int
+
+
+def sequences_of(stretch: Stretch, batch_sequences: int, seed: int) -> np.ndarray:
+    """Which sequences of its corpus a stretch reads: (n,) int64, sorted, each once."""
+    samples = sequence_indices(
+        num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
+        seed=seed,
+        first=stretch.first_sequence,
+        count=stretch.num_steps * batch_sequences,
+    )
+    return np.unique(samples)
 
 
 def batch_at(stretches: Sequence[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:

@@ -48,7 +48,8 @@ def markdown_report(results: dict[str, Any]) -> str:
 
 
 def _tables(results: dict[str, Any]) -> list[_Table]:
-    tables = [_agreement_table(results), _tasks_table(results), _speed_table(results), _sizes_table(results)]
+    training = [_agreement_table(results), _phases_table(results)]
+    tables = [*training, _tasks_table(results), _speed_table(results), _sizes_table(results)]
     return [table for table in tables if table.rows]
 
 
@@ -76,6 +77,18 @@ def _agreement_table(results: dict[str, Any]) -> _Table:
         if figures
     ]
     return _Table(title, header, rows)
+
+
+def _phases_table(results: dict[str, Any]) -> _Table:
+    """What ended each phase, where a stage has several or one was cut short."""
+    stages = {name: stage.get("phases") or [] for name, stage in (results.get("stages") or {}).items()}
+    rows: list[list[str | None]] = [
+        [f"{name}, {phase['data']} text", _count(phase["steps"]), _count(phase["tokens"]), phase["ended_by"]]
+        for name, phases in stages.items()
+        for phase in phases
+        if len(phases) > 1 or phase["ended_by"] != "budget"
+    ]
+    return _Table("Phases", ["", "steps", "tokens", "ended by"], rows)
 
 
 def _tasks_table(results: dict[str, Any]) -> _Table:

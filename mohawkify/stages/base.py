@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +35,34 @@ class Runner:
     call: Callable[..., Any] = _call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
-    """The teacher, the student, the student's facts, their family, and the recipe's ``compute.kernels``."""
+    """The teacher, the student, the student's facts and their family; another teacher may take the first one's place.
+
+    Args:
+        teacher: the one in memory.
+        student: the student.
+        spec: its facts.
+        adapter: the family of the student and of the first teacher.
+        kernels: the recipe's ``compute.kernels``.
+    """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     spec: StudentSpec
     adapter: Adapter
     kernels: str = "auto"
+    teacher_adapter: Adapter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.teacher_adapter = self.adapter
+
+    def replace_teacher(self, load: Callable[[], PreTrainedModel], adapter: Adapter) -> None:
+        """Let go of the teacher, and only then take another: there is not the memory for both."""
+        del self.teacher
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.teacher, self.teacher_adapter = load(), adapter
 
 
 class Stage(ABC):
@@ -85,7 +104,7 @@ def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None
     teacher.base_model(**model_inputs(teacher, batch, spec))
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec | Adapter) -> dict[str, Any]:
     """What a teacher or student is called with, so that nothing looks across the borders of documents."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if spec.packs_by_mask:

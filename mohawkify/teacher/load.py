@@ -24,6 +24,7 @@ from mohawkify.teacher.claims import (
     same_content,
 )
 from mohawkify.teacher.inspect import read_config
+from mohawkify.teacher.quantise import quantiser_options, require_sound_quantisation
 
 # Masks and tables that a family computes when it is loaded may take this many bytes, and this many times the weights.
 # Assumed: GPT-2's square mask in every layer, the largest known, is far below at its published length.
@@ -63,17 +64,20 @@ def teacher_hashes(folder: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
-def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits: int | None = None) -> PreTrainedModel:
     """Load the frozen teacher.
 
     Args:
         folder: a Hugging Face folder with safetensors.
         dtype: the precision it computes in.
         device: where it runs.
+        bits: 8 or 4: its weights are quantised on the way, embedding and head excepted; None leaves them.
 
     Raises:
         TeacherError: damaged files; tensors that are missing, left over, misshapen or not finite.
+        MissingExtraError: the quantiser is not installed.
     """
+    quantiser = quantiser_options(bits, dtype, device) if bits else {}
     weight_files(folder)
     require_fit(folder)
     config, adapter = read_config(folder / "config.json")
@@ -84,7 +88,7 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
         teacher, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class),
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, **quantiser,
         )  # fmt: skip
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -107,7 +111,11 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device) -> P
     for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
             raise TeacherError(f"the teacher in {folder} has values that are not finite in {name}")
-    return teacher.to(device).eval().requires_grad_(False)
+    if bits:
+        require_sound_quantisation(teacher, bits)
+    else:
+        teacher = teacher.to(device)
+    return teacher.eval().requires_grad_(False)
 
 
 def require_fit(folder: Path) -> None:

@@ -53,9 +53,9 @@ def run_stage(
     first_step: int,
     frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
-    on_step: Callable[[StepReport], None],
+    on_step: Callable[[StepReport], bool],
 ) -> None:
-    """Train one stage from a given step to its end.
+    """Train one stage from a given step to its end, or to where `on_step` leaves it.
 
     Batch and learning rate are pure functions of the step, so a resumed stage does what the uninterrupted one would.
     Each process takes its rows of the global batch, the same number in all, and the same number of micro-batches.
@@ -72,7 +72,8 @@ def run_stage(
         first_step: steps already taken.
         frozen: names of the student's parameters that this stage leaves alone.
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
-        on_step: called after each step; may raise to stop.
+        on_step: called after each step; says whether to leave here, since the next step is not the next one planned;
+            may raise to stop.
 
     Raises:
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
@@ -103,7 +104,8 @@ def run_stage(
         if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
             motion.look(place)
         seconds = time.perf_counter() - begin
-        on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals))
+        if on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)):
+            return
 
 
 def _passes(

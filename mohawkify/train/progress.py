@@ -45,6 +45,12 @@ class StageProgress:
         if self._bar is not None:
             self._bar.close()
 
+    def leave_out(self, tokens: int) -> None:
+        """The stage will read so many tokens less."""
+        self.num_tokens -= tokens
+        if self._bar is not None:
+            self._bar.total = self.num_tokens
+
     def update(self, report: StepReport) -> None:
         """Show one more step."""
         if not self._is_shown:

@@ -19,11 +19,20 @@ def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleReci
 
     Source: Llamba (arXiv 2502.14458), section 4.2.
     """
-    warmup_steps = round(schedule.warmup * num_steps)
-    decay_steps = round(schedule.decay * num_steps)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+    rising, decay_steps = warmup_steps(num_steps, schedule), num_steps - decay_step(num_steps, schedule)
+    if step < rising:
+        return peak * (step + 1) / rising
     remaining = num_steps - step
     if remaining <= decay_steps:
         return schedule.floor + (peak - schedule.floor) * remaining / (decay_steps + 1)
     return peak
+
+
+def warmup_steps(num_steps: int, schedule: ScheduleRecipe) -> int:
+    """The number of steps in which the learning rate rises."""
+    return round(schedule.warmup * num_steps)
+
+
+def decay_step(num_steps: int, schedule: ScheduleRecipe) -> int:
+    """The step from which on the learning rate falls; the number of steps where it never does."""
+    return num_steps - round(schedule.decay * num_steps)
