@@ -87,9 +87,14 @@ def inspect(teacher: str, as_json: bool) -> None:
     type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
     default="auto",
     show_default=True,
-    help="What spreads the training over GPUs; auto: nothing for one, DeepSpeed for several.",
+    help="What spreads the training over GPUs; auto: the recipe's, or nothing for one and DeepSpeed for several.",
 )
-@click.option("--zero", type=click.IntRange(0, 3), metavar="0-3", help="Stage of ZeRO with DeepSpeed; by default 3.")
+@click.option(
+    "--zero",
+    type=click.IntRange(0, 3),
+    metavar="0-3",
+    help="Stage of ZeRO with DeepSpeed; by default the recipe's, or 3.",
+)
 @click.option(
     "--utilisation",
     type=FiniteRange(min=0.001, max=1),
@@ -216,6 +221,8 @@ def convert(
     """
     wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
     compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
+    if engine in ("single", "fsdp") and zero is None:
+        compute.append("compute.zero=null")  # the recipe's is for DeepSpeed
     recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
     with working():
         from mohawkify.cli_ranks import joined, start_processes

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mohawkify.cli_errors import Verbs
 from mohawkify.cli_options import (
     FOLDER,
     as_json,
@@ -31,7 +32,7 @@ prepared_option = click.option(
 )
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Verbs, invoke_without_command=True)
 @click.pass_context
 def data(context: click.Context) -> None:
     """Text: tokenise it ahead, look at it."""

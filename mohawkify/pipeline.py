@@ -45,7 +45,7 @@ from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
-from mohawkify.train.engines import choose_engine, require_even_shares
+from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id
 from mohawkify.train.world import World
@@ -91,20 +91,25 @@ def plan(
         gpu: the kind of GPU to plan for; None plans for the machine at hand.
         num_gpus: how many share the work.
         engine: ``auto``, ``single``, ``deepspeed`` or ``fsdp``.
-        zero: ZeRO's stage, with DeepSpeed; None for 3.
+        zero: ZeRO's stage, with DeepSpeed; None for the recipe's, or 3.
         utilisation: part of a GPU's peak arithmetic that is sustained.
         price_per_hour: of one GPU; None plans no cost.
         output: where the run will lie, to compare with its free space; None compares nothing.
         count: whether to count activations with the family's own code, which takes seconds, or by a rule of thumb.
 
     Raises:
-        UsageError: an unknown GPU, or a batch that so many cannot share.
+        UsageError: an unknown GPU, several without a kind on a machine that has none, or a batch that so many cannot
+            share.
     """
     inspection = inspect_teacher(source)
     student = _design(source, inspection, recipe)
     wanted = recipe.compute.device
     device = "cuda" if gpu is not None else choose_device("auto").type if wanted == "auto" else wanted
     layout = layout_of(recipe, engine=engine, zero=zero, num_gpus=num_gpus, on_gpu=device == "cuda")
+    if num_gpus > 1 and device != "cuda":
+        raise UsageError(
+            f"--gpus: found {num_gpus} on a plan for {device}, expected 1", hint="--gpu H100 says which GPU they are"
+        )
     machine = Machine(
         device=device,
         gpu=_gpu_at_hand(device) if gpu is None else find_gpu(gpu),
@@ -230,6 +235,7 @@ def _convert(
     report = report if world.is_main else lambda line: None
     require_even_shares(recipe, world)
     engine = choose_engine(recipe.compute, world)
+    require_agreeing_settings(recipe, world)
     inspection = world.main_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)

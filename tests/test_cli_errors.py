@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify import pipeline
+from mohawkify.cli import main
 from mohawkify.storage import run_lock
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
@@ -299,6 +300,19 @@ def test_a_bug_is_one_line_too_and_its_traceback_comes_when_asked_for(monkeypatc
         assert debugged.exit_code == 70
         assert "Traceback" in debugged.stderr
         assert "error: unexpected ZeroDivisionError: a line and another" in debugged.stderr.splitlines()
+
+
+def test_every_verb_takes_debug_after_its_name():
+    def verbs(group, *path):
+        for name, each in group.commands.items():
+            yield (*path, name), each
+            if hasattr(each, "commands"):
+                yield from verbs(each, *path, name)
+
+    found = dict(verbs(main))
+    assert ("data", "inspect") in found
+    lacking = [path for path, each in found.items() if "--debug" not in {o for p in each.params for o in p.opts}]
+    assert lacking == []
 
 
 def test_an_interrupt_ends_with_130(monkeypatch):

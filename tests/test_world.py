@@ -23,7 +23,7 @@ from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, 
 from mohawkify.train import loop
 from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
 from mohawkify.train.engine import LocalEngine
-from mohawkify.train.engines import choose_engine, require_even_shares
+from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares
 from mohawkify.train.launch import _exit_code, find_place, first_host
 from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
 from mohawkify.train.random_state import gather_random_state, restore_random_state
@@ -184,6 +184,51 @@ def test_the_engine_is_the_recipes_and_single_in_one_process():
         engine("compute.engine=fsdp", "compute.zero=2")
     with pytest.raises(UsageError, match="none or all"):
         engine("compute.engine=fsdp", "compute.offload=optimizer")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "single", "deepspeed"])
+def test_an_engine_on_the_command_line_goes_with_every_recipe(monkeypatch, engine):
+    chosen = []
+    monkeypatch.setattr("mohawkify.cli_ranks.start_processes", lambda number: None)
+    monkeypatch.setattr(
+        "mohawkify.pipeline.convert",
+        lambda teacher, recipe, **more: chosen.append(recipe.compute) or SimpleNamespace(path="run"),
+    )
+    result = CliRunner().invoke(main, ["convert", "x", "--recipe", "llamba-8b", "--engine", engine])
+    assert result.exit_code == 0, result.output
+    assert choose_engine(chosen[0], World(0, 1 if engine == "single" else 2)) == engine
+    assert chosen[0].zero == (3 if engine == "deepspeed" else None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"train_batch_size": 3}', "train_batch_size: found 3, expected 4"),
+        ('{"gradient_accumulation_steps": 7}', "gradient_accumulation_steps: found 7, expected 1"),
+        ('{"optimizer": {"params": {"lr": 1}}}', "optimizer.params.lr: found 1, expected 0.001"),
+        ("{bad", "settings.json"),
+        (None, "there is no file"),
+    ],
+)
+def test_deepspeeds_settings_are_looked_at_before_any_work(tmp_path, settings, message):
+    file = tmp_path / "settings.json"
+    if settings is not None:
+        file.write_text(settings)
+    recipe = apply_overrides(parse_recipe(RECIPE, "tiny.yaml"), [f"compute.deepspeed_config={file}"])
+    with pytest.raises(RecipeError, match=message):
+        require_agreeing_settings(recipe, World(0, 2))
+    require_agreeing_settings(recipe, World())  # one process has no use for them
+
+
+def test_what_follows_from_the_micro_batch_is_compared_when_that_is_known(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"gradient_accumulation_steps": 2}')
+    changes = [f"compute.deepspeed_config={file}", "compute.micro_batch_sequences="]
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    for micro_batch in ("auto", "1"):
+        require_agreeing_settings(apply_overrides(recipe, [changes[0], changes[1] + micro_batch]), World(0, 2))
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps: found 2, expected 1"):
+        require_agreeing_settings(apply_overrides(recipe, [changes[0], changes[1] + "2"]), World(0, 2))
 
 
 def test_what_changes_rounding_only_is_no_part_of_a_runs_identity():

@@ -16,6 +16,8 @@ from mohawkify.student.grafting import find_layers
 from mohawkify.train.engine import Engine, LocalEngine
 from mohawkify.train.world import World
 
+FOLLOWING_MICRO_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 
 def choose_engine(compute: ComputeRecipe, world: World) -> str:
     """``single``, ``deepspeed`` or ``fsdp``.
@@ -34,7 +36,10 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
     idle = {"zero": compute.zero, "deepspeed_config": compute.deepspeed_config} if engine != "deepspeed" else {}
     for key, value in idle.items():
         if value is not None:
-            raise UsageError(f"found compute.{key} {value} for the engine {engine}, expected it for deepspeed alone")
+            raise UsageError(
+                f"found compute.{key} {value} for the engine {engine}, expected it for deepspeed alone",
+                hint=f"choose --engine deepspeed, or leave it out with --set compute.{key}=null",
+            )
     if engine == "fsdp" and compute.offload == "optimizer":
         raise UsageError("the engine fsdp offloads none or all, found compute.offload optimizer")
     return engine
@@ -74,29 +79,53 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
         from mohawkify.train.fsdp_engine import FsdpEngine
 
         return FsdpEngine(*common, world, layers=layers, offload=compute.offload == "all")
-    from mohawkify.train.deepspeed_config import EngineFacts, engine_config
     from mohawkify.train.deepspeed_engine import DeepSpeedEngine
 
-    stage_recipe = stage_recipes(recipe)[stage.name]
+    config = _deepspeed_settings(stage.name, recipe, micro_batch, world, _read_settings(compute.deepspeed_config))
+    num_passes = -(-stage_recipes(recipe)[stage.name].batch_sequences // world.size // micro_batch)
+    backwards = num_passes if stage.name == "distill" else None
+    return DeepSpeedEngine(*common, world, layers=layers, config=config, backwards_per_step=backwards)
+
+
+def require_agreeing_settings(recipe: Recipe, world: World) -> None:
+    """Raise RecipeError where a user's DeepSpeed settings contradict a stage: before any work, not when it begins."""
+    if recipe.compute.deepspeed_config is None or choose_engine(recipe.compute, world) != "deepspeed":
+        return
+    settings = _read_settings(recipe.compute.deepspeed_config)
+    wanted = recipe.compute.micro_batch_sequences
+    if wanted == "auto":  # what fits is found when a stage begins, and compared then
+        settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
+    for name, stage in stage_recipes(recipe).items():
+        share = stage.batch_sequences // world.size
+        if stage.num_steps:
+            micro_batch = min(wanted, share) if isinstance(wanted, int) else share
+            _deepspeed_settings(name, recipe, micro_batch, world, settings)
+
+
+def _deepspeed_settings(
+    name: str, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
+) -> dict[str, object]:
+    """What DeepSpeed is started with for a stage."""
+    from mohawkify.train.deepspeed_config import EngineFacts, engine_config
+
+    compute, stage = recipe.compute, stage_recipes(recipe)[name]
     facts = EngineFacts(
         optimizer=recipe.optimizer,
-        learning_rate=stage_recipe.learning_rate,
+        learning_rate=stage.learning_rate,
         precision=compute.precision,
-        batch_sequences=stage_recipe.batch_sequences,
+        batch_sequences=stage.batch_sequences,
         micro_batch_sequences=micro_batch,
         num_processes=world.size,
         zero=compute.zero,
         offload=compute.offload,
     )
-    path = compute.deepspeed_config
-    config = engine_config(facts, _read_settings(path) if path else None, path or "")
-    num_passes = -(-stage_recipe.batch_sequences // world.size // micro_batch)
-    backwards = num_passes if stage.name == "distill" else None
-    return DeepSpeedEngine(*common, world, layers=layers, config=config, backwards_per_step=backwards)
+    return engine_config(facts, settings, compute.deepspeed_config or "")
 
 
-def _read_settings(path: str) -> dict[str, object]:
-    """A user's DeepSpeed settings: a JSON object."""
+def _read_settings(path: str | None) -> dict[str, object]:
+    """A user's DeepSpeed settings, a JSON object; none without a file."""
+    if path is None:
+        return {}
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"compute.deepspeed_config: there is no file {path}")
