@@ -6,7 +6,7 @@ Steps and tokens are what training will do; all else is an estimate, and docs/pl
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import log2
+from math import gcd, log2
 from pathlib import PurePath
 from typing import Any
 
@@ -150,13 +150,16 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
         on_gpu: whether there is a GPU at all.
 
     Raises:
-        UsageError: a batch cannot be shared out, or one process should use several GPUs.
+        UsageError: a batch cannot be shared out, one process should use several GPUs, or a stage of ZeRO is asked
+            of an engine that has none.
     """
     compute = recipe.compute
     engine = compute.engine if engine == "auto" else engine
-    zero = compute.zero if zero is None else zero
     if engine == "auto":
         engine = "single" if num_gpus == 1 else "deepspeed"
+    if zero is not None and engine != "deepspeed":
+        raise UsageError(f"--zero {zero}: found engine {engine}, expected deepspeed")
+    zero = compute.zero if zero is None else zero
     if engine == "single" and num_gpus > 1:
         raise UsageError(f"--engine single: found {num_gpus} GPUs, expected 1", hint="use deepspeed or fsdp")
     micro = 0
@@ -389,7 +392,7 @@ def _fit(
     found: dict[str, Any] = {"usable_bytes": usable, "peak_bytes": peak(layout), "fits": peak(layout) <= usable}
     if found["fits"]:
         return {**found, "changes": [], "together": None}
-    shareable = min((getattr(recipe.stages, name).batch_sequences for name in sizes), default=1)
+    shareable = gcd(*(getattr(recipe.stages, name).batch_sequences for name in sizes)) or 1
     possible = [each for each in remedies(layout) if shareable % each.layout.num_gpus == 0]
     possible = [each for each in possible if peak(each.layout) < found["peak_bytes"]]
     found["changes"] = [

@@ -143,11 +143,19 @@ def test_a_disk_that_is_too_small_is_noticed(teacher_configs, tmp_path):
         ({"num_gpus": 7}, "found 7, expected a divisor of stages.orient.batch_sequences, 64"),
         ({"num_gpus": 2, "engine": "single"}, "found 2 GPUs, expected 1"),
         ({"gpu": "TPU"}, "found TPU, expected one of"),
+        ({"gpu": "h100", "num_gpus": 8, "engine": "fsdp", "zero": 2}, "--zero 2: found engine fsdp"),
+        ({"gpu": "h100", "zero": 2}, "--zero 2: found engine single"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(teacher_configs, arguments, message):
     with pytest.raises(UsageError, match=message):
         plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b"), **arguments)
+
+
+def test_several_gpus_of_no_kind_are_refused_where_there_is_none(teacher_configs):
+    recipe = apply_overrides(load_recipe("llamba-1b"), ["compute.device=cpu"])
+    with pytest.raises(UsageError, match="found 8 on a plan for cpu, expected 1"):
+        plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, num_gpus=8)
 
 
 def test_the_command_line_prints_tables_or_everything_as_json(teacher_configs):
