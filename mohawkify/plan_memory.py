@@ -21,7 +21,7 @@ MOMENTS = 2 * FP32  # of AdamW, bytes per parameter
 # The parts of a plan in the order they are printed.
 PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss", "update")
 
-NUMBERS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 256  # of ops/orient_tiles.py
+NUMBERS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 64  # of ops/orient_tiles.py
 CHUNK_NUMBERS = 1 << 24  # of ops/distill_chunks.py
 WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
 CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities

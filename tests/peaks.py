@@ -53,15 +53,16 @@ class Case:
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 CASES = {
     "weights": Case(1, 32, sizes={**WIDE, "hidden_size": 256}),
     "activations": Case(4, 256, sizes=WIDE),
-    "activations in bf16": Case(4, 256, precision="bf16", sizes=WIDE),
+    "activations in bf16": Case(4, 256, precision="bf16", sizes={**WIDE, "num_hidden_layers": 3}),
     "activations of another family": Case(3, 200, family="gpt_neox", sizes=WIDE),
     "logits": Case(2, 256, sizes={**WIDE, "hidden_size": 64, "vocab_size": 48000, "num_hidden_layers": 2}),
     "bands": Case(4, 512, sizes={**WIDE, "num_hidden_layers": 2}),
-    "bands in bf16": Case(2, 700, precision="bf16", sizes={**WIDE, "num_hidden_layers": 2}),
-    "large": Case(8, 256, sizes={**WIDE, "hidden_size": 256, "intermediate_size": 1024}),
+    "bands in bf16": Case(2, 700, precision="bf16", state=8, sizes=NARROW),
+    "large": Case(4, 256, sizes={**WIDE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}),
 }
 
 

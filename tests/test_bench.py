@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mohawkify.bench import ops as bench_ops
+from mohawkify.bench import peers
 from mohawkify.bench import train as bench_train
 from mohawkify.bench.cases import FOREIGN, find_cases, make_inputs, run_form, task_of
 from mohawkify.bench.decode import QUICK, Models, require_same_by_steps, student_cache
@@ -38,6 +39,22 @@ def test_every_form_agrees_with_its_definition(name):
 def test_peers_are_given_the_same_tensors():
     forms = find_cases(CPU)["scan"].forms
     assert {FOREIGN + name for name in ("ssd_minimal", "ssd_subtracting", "transformers")} <= forms.keys()
+
+
+def test_a_peer_that_gives_the_divergence_alone_is_judged_by_it(monkeypatch):
+    def divergence(student, student_head, teacher, teacher_head):
+        ours, theirs = (
+            torch.log_softmax(pair[0] @ pair[1].T, -1) for pair in ((student, student_head), (teacher, teacher_head))
+        )
+        return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+    monkeypatch.setattr(
+        peers, "distill_peers", lambda device: {"right": divergence, "wrong": lambda *i: 1.001 * divergence(*i)}
+    )
+    case = find_cases(CPU)["distill"]
+    errors = bench_ops.judge(case, case.quick, torch.float32, CPU)
+    assert errors[FOREIGN + "right"] < 1e-5
+    assert errors[FOREIGN + "wrong"] > 5e-4
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["ours", "a-peers"])

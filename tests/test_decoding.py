@@ -196,3 +196,15 @@ def test_a_step_is_one_graph(tmp_path):
         for t in range(12, 20)
     ]
     assert_close("logits", torch.cat(found, 1), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_a_cache_of_any_mode_can_be_reset_outside(mode):
+    ours, cache, hidden = mixer(), fresh(), normal(BATCH, 9, 16)
+    with mode():
+        ours(hidden[:, :7], past_key_values=cache)
+    cache.layers[0].reset()
+    with torch.no_grad():
+        found, _ = ours(hidden, past_key_values=cache)
+        assert_close("output", found, ours(hidden)[0])
+    assert not cache.layers[0].state_bhpn.requires_grad

@@ -195,6 +195,25 @@ def test_mixed_extreme_decays_against_float64():
     assert_close("y", y, exact, 1e-5)
 
 
+@pytest.mark.parametrize("lowest", [-2000.0, -1e30, -torch.inf])
+def test_tokens_that_forget_everything_leave_what_follows_alone(lowest):
+    x, b, c, log_decay = inputs(70)
+    with torch.no_grad():
+        log_decay[:, [0, 3, 20, 21, 64]] = lowest
+    results = []
+    for scan in (scan_recurrent, scan_chunked, by_matrix):
+        y = scan(x, b, c, log_decay)[0]
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, b, c, log_decay))))
+    for found in results[1:]:
+        for name, actual, expected in zip(("y", "dx", "dB", "dC", "dlog_decay"), found, results[0], strict=True):
+            assert_close(name, actual, expected)
+
+
+def by_matrix(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, log_decay: torch.Tensor) -> tuple[torch.Tensor]:
+    """The scan through its matrix."""
+    return (torch.einsum("bhls,bshp->blhp", mixing_matrix(b, c, log_decay), x),)
+
+
 def test_scan_is_causal_and_documents_are_separate():
     x, b, c, log_decay = inputs(96)
     starts_bl = torch.zeros(2, 96, dtype=torch.bool)

@@ -157,3 +157,26 @@ def test_gradients_by_finite_differences():
         return orient_tiles.orient_loss(MixingMatrix(*parts), attention, starts_bl)[0]
 
     assert torch.autograd.gradcheck(loss, tuple(mixing))
+
+
+@pytest.mark.parametrize("lowest", [-2000.0, -1e30, -torch.inf])
+def test_tokens_that_forget_everything_leave_what_follows_alone(lowest, monkeypatch):
+    monkeypatch.setattr(orient_tiles, "NUMBERS_PER_BAND", 1)
+    results = []
+    for function, low in ((orient_tiles.orient_loss, lowest), (orient_loss_direct, -800.0)):
+        mixing, attention, _ = tensors(40)
+        with torch.no_grad():
+            mixing.log_decay_blh[:, [0, 3, 16, 17, 30]] = low
+        loss, relative = function(mixing, attention, None)
+        loss.backward()
+        results.append((loss.detach(), relative, *(tensor.grad for tensor in mixing)))
+    for found, expected in zip(*results, strict=True):
+        assert_close(str(lowest), found, expected)
+
+
+def test_second_derivatives_are_refused():
+    mixing, attention, _ = tensors(8)
+    loss, _ = orient_tiles.orient_loss(mixing, attention, None)
+    (gradient,) = torch.autograd.grad(loss.square(), mixing.c_blhn, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()

@@ -56,7 +56,7 @@ def dominating(parts):
         ("activations of another family", "align", False, "models"),
         ("activations of another family", "distill", False, "activations"),
         ("logits", "distill", False, "loss"),
-        ("bands", "orient", False, "loss"),
+        ("bands", "orient", False, "activations"),
         ("bands in bf16", "orient", False, "loss"),
     ],
 )

@@ -25,7 +25,7 @@ from mohawkify.ops.scan import scan_chunked, scan_recurrent
 
 Sizes = dict[str, int]
 Inputs = dict[str, Tensor]
-Form = Callable[[Inputs], tuple[Tensor, ...]]
+Form = Callable[[Inputs], tuple[Tensor | None, ...]]  # None for a result that a form does not give
 FOREIGN = "peer: "  # begins the name of a form that is not ours
 # What a form may be off in the worst of its tensors, by the precision of its inputs.
 ALLOWED_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-10}
@@ -78,13 +78,17 @@ def run_form(form: Form, inputs: Inputs, learned: tuple[str, ...]) -> dict[str, 
         inputs[name].requires_grad_()
     if not learned:
         with torch.no_grad():
-            return {f"result {place}": result for place, result in enumerate(form(inputs))}
-    results = form(inputs)
-    reached = [result for result in results if result.requires_grad]
+            return _named(form(inputs))
+    results = _named(form(inputs))
+    reached = [result for result in results.values() if result.requires_grad]
     leaves = [inputs[name] for name in learned]
     gradients = torch.autograd.grad(reached, leaves, grad_outputs=[_weights(result) for result in reached])
-    found = {f"result {place}": result.detach() for place, result in enumerate(results)}
+    found = {name: result.detach() for name, result in results.items()}
     return found | {f"gradient of {name}": grad for name, grad in zip(learned, gradients, strict=True)}
+
+
+def _named(results: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
+    return {f"result {place}": result for place, result in enumerate(results) if result is not None}
 
 
 def _weights(result: Tensor) -> Tensor:
@@ -194,8 +198,8 @@ def distill_case(device: torch.device) -> Case:
     def foreign(loss: Callable[..., Tensor]) -> Form:
         """A peer gives the KL divergence alone, which has the gradients of the cross-entropy."""
 
-        def run(i: Inputs) -> tuple[Tensor, ...]:
-            return (loss(i["student"][0], i["student_head"], i["teacher"][0], i["teacher_head"]),)
+        def run(i: Inputs) -> tuple[Tensor | None, ...]:
+            return None, loss(i["student"][0], i["student_head"], i["teacher"][0], i["teacher_head"])
 
         return run
 

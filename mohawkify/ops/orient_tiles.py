@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
+from mohawkify.ops.scan import LOWEST_LOG_DECAY
 
 NUMBERS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
 LARGEST_BAND = 64  # rows; of a higher one the diagonal tile, most of it above the diagonal, takes too long
@@ -74,6 +76,7 @@ class _OrientLoss(torch.autograd.Function):
         return norm_bh.mean(), relative
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *(saved * gradients[0] for saved in ctx.saved_tensors), None, None
 
@@ -94,7 +97,7 @@ def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl:
     b_bhln, c_bhln = (t.to(dtype).transpose(1, 2) for t in (mixing.b_blhn, mixing.c_blhn))
     batch, heads, length, _ = b_bhln.shape
     exact = dtype if b_bhln.device.type == "mps" else torch.float64
-    cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).to(exact).cumsum(-1)
+    cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).to(exact).clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
     document_bl = torch.zeros(batch, length, dtype=torch.long, device=b_bhln.device)
     if starts_bl is not None:
         document_bl = starts_bl.cumsum(-1)

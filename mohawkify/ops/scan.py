@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Below it a log-decay counts as this: exp is 0 in float64 too. Lower numbers would blur the running sums of all that
+# follows, and minus infinity has no differences.
+LOWEST_LOG_DECAY = -1000.0
+
 
 def scan_recurrent(
     x_blhp: Tensor,
@@ -230,7 +234,8 @@ def _decays(
     log_decay_blh: Tensor, starts_bl: Tensor | None, group: slice, chunk_length: int, dtype: torch.dtype
 ) -> _Decays:
     exact = _exact(log_decay_blh)
-    cumulative_bhmc = _chunks(log_decay_blh[:, group].unsqueeze(-1), chunk_length, exact).squeeze(-1).cumsum(-1)
+    log_decay_bhmc = _chunks(log_decay_blh[:, group].unsqueeze(-1), chunk_length, exact).squeeze(-1)
+    cumulative_bhmc = log_decay_bhmc.clamp_(min=LOWEST_LOG_DECAY).cumsum(-1)
     mask = torch.ones(chunk_length, chunk_length, dtype=torch.bool, device=log_decay_blh.device).tril()
     from_carry_bhmc = cumulative_bhmc.to(dtype).exp()
     to_end_bhmc = (cumulative_bhmc[..., -1:] - cumulative_bhmc).to(dtype).exp()
@@ -311,7 +316,7 @@ def mixing_matrix(
 
 def _cumulative(log_decay: Tensor) -> Tensor:
     """Running sum in float64: its differences are small numbers between large ones (measured: 6e-5 in float32)."""
-    return log_decay.to(_exact(log_decay)).cumsum(-1)
+    return log_decay.to(_exact(log_decay)).clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
 
 
 def _exact(tensor: Tensor) -> torch.dtype:

@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
+from mohawkify.ops.scan import LOWEST_LOG_DECAY
 from mohawkify.ops.triton_tiles import (
     TRITON_DTYPES,
     describe_mask,
@@ -358,7 +360,7 @@ class _Launch:
             self.mask_bhls = self.mask_bhls.expand(shape)
         self.bias_bhls = None if attention.bias_bhls is None else attention.bias_bhls.expand(shape)
         # Sums over the whole sequence, as two float32 each: their differences are exact to float32.
-        cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).double().cumsum(-1)
+        cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).double().clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
         self.high_bhl = cumulative_bhl.float().contiguous()
         self.low_bhl = (cumulative_bhl - self.high_bhl).float().contiguous()
         self.document_bl = None if starts_bl is None else starts_bl.cumsum(-1, dtype=torch.int32)
@@ -480,5 +482,6 @@ class _OrientLoss(torch.autograd.Function):
         return norm_bh.mean().float(), relative
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *(saved * gradients[0] for saved in ctx.saved_tensors), None, None, None

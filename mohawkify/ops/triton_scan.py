@@ -30,6 +30,8 @@ def _cumulative(
     offsets = tl.arange(0, CHUNK)
     inside = chunk_begin + offsets < length
     log_decay = tl.load(log_decay_ptr + (row + chunk_begin + offsets) * heads + head, mask=inside, other=0.0)
+    # As `scan.LOWEST_LOG_DECAY`; compared this way round, what is not a number stays so.
+    log_decay = tl.where(log_decay < -1000.0, -1000.0, log_decay)
     cumulative = tl.cumsum(log_decay.to(tl.float64), 0)
     total = tl.sum(log_decay.to(tl.float64), 0)
     document = tl.zeros((CHUNK,), tl.int32)

@@ -28,10 +28,13 @@ class RecurrentLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the tensors stay."""
-        for memory in (self.tail_bkf, self.state_bhpn):
-            if memory is not None:
+        """Forget everything; the tensors stay where they can be written to."""
+        memories = [memory for memory in (self.tail_bkf, self.state_bhpn) if memory is not None]
+        if all(_writable(memory) and not memory.requires_grad for memory in memories):
+            for memory in memories:
                 memory.zero_()
+        else:
+            self.tail_bkf = self.state_bhpn = None
         self.num_tokens = 0
         self.is_initialized = False
 
