@@ -176,9 +176,12 @@ class Conversion:
         """The student in its engine, and the sequences per forward pass."""
 
         def make(micro_batch: int) -> Engine:
+            hang.beat()
             return build_engine(stage, self.recipe, micro_batch, self.device, self.world)
 
-        micro_batch = micro_batch_of(stage, self.recipe, stretches, self.world, self.device, make)
+        # Where one process alone runs out of memory, the others wait for its part of a sharded layer.
+        with HangWatch(self.patience, f"looking for a micro-batch of stage {stage.name} that fits", self.world) as hang:
+            micro_batch = micro_batch_of(stage, self.recipe, stretches, self.world, self.device, make)
         return make(micro_batch), micro_batch
 
     def _stages(self) -> dict[str, Stage]:

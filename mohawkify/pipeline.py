@@ -243,9 +243,10 @@ def _convert(
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     folder = world.main_first(lambda: find_folder(source))
-    hashes = _agreed_hashes(folder, world)
+    hashes = _agreed(teacher_hashes(folder) if world.local_rank == 0 else None, f"the teacher in {folder}", world)
     finishing = world.main_first(lambda: find_finishing(recipe))
-    finish_hashes = world.by_main(lambda: finishing_hashes(finishing))
+    own_hashes = finishing_hashes(finishing) if world.local_rank == 0 else None
+    finish_hashes = _agreed(own_hashes, "what finishes the run", world)
     run = RunFolder(output or RUNS / student.name)
     is_new = world.is_main and not run.path.exists()
     with storage.run_lock(run.path) if world.is_main else nullcontext():
@@ -294,14 +295,13 @@ def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
     return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
 
 
-def _agreed_hashes(folder: Path, world: World) -> dict[str, str]:
-    """The hashes of the teacher's files, which every machine has to itself and must be the same on all."""
-    own = teacher_hashes(folder) if world.local_rank == 0 else None
-    hashes = world.by_main(lambda: own)
-    assert hashes is not None
-    if own is not None and own != hashes:
-        raise TeacherError(f"{folder} on {platform.node()} is not the teacher that the main process has")
-    return hashes
+def _agreed(own: dict[str, str] | None, what: str, world: World) -> dict[str, str]:
+    """Hashes of what every machine has to itself, and must be the same on all; None where another process looks."""
+    agreed = world.by_main(lambda: own)
+    assert agreed is not None
+    if own is not None and own != agreed:
+        raise TeacherError(f"{what} is on {platform.node()} not what the main process has")
+    return agreed
 
 
 def _open(
@@ -400,6 +400,7 @@ def _prepare(
         checkpoint_activations(student, spec.layers)
     report("reading the text")
     corpora, held_out = world.main_first(lambda: (text.training(), text.held_out()))
+    _agreed({name: corpus.fingerprint for name, corpus in corpora.items()}, "the text", world)
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def teach(
     """
     begin = time.monotonic()
     segment = _segment(recipe, phase)
-    teacher = find_teacher(source, bits)
-    first = teacher if for_source is None else find_teacher(for_source, None)
+    teacher = world.main_first(partial(find_teacher, source, bits))
+    first = teacher if for_source is None else world.main_first(partial(find_teacher, for_source, None))
     if first is not teacher:
         names = (first.name, teacher.name)
         require_same_vocabulary(first.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), names)

@@ -178,6 +178,35 @@ def test_a_note_that_was_changed_is_refused(teacher: Path, tmp_path: Path) -> No
     np.testing.assert_array_equal(text.training()["train"].tokens, first.tokens)
 
 
+def talker(teacher: Path, folder: Path, question: str, num_talks: int) -> str:
+    """Copy a teacher and write conversations beside it; returns the override that reads them."""
+    shutil.copytree(teacher, folder)
+    bytes_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    talk = {"talk": [{"role": "user", "content": question}, {"role": "assistant", "content": "a short answer"}]}
+    (folder / "talk.jsonl").write_text((json.dumps(talk) + "\n") * num_talks)
+    return "data.train=[{path: 'teacher:talk.jsonl', chat: talk}]"
+
+
+def test_batches_in_which_no_prediction_counts_teach_nothing(teacher: Path, tmp_path: Path) -> None:
+    source = talker(teacher, tmp_path / "chat", "a question that is longer than two sequences", 60)
+    sizes = "stages.distill={tokens: 192, sequence_length: 16, batch_sequences: 1, learning_rate: 1e-3}"
+    options = ["--recipe", make_recipe(tmp_path), "--set", source, "--set", sizes, "--set", "seed=3"]
+    run_well("convert", tmp_path / "chat", *options, "--output", tmp_path / "run")
+    lines = [line for line in storage.read_lines(tmp_path / "run" / "metrics.jsonl") if line["stage"] == "distill"]
+    assert lines[0]["loss"] == 0, "the watch over gradients waits for a batch that counts"
+    idle = [line for line in lines if line["loss"] == 0]
+    assert 0 < len(idle) < len(lines)
+    assert {line["gradient_norm"] for line in idle} == {0.0}
+
+
+def test_conversations_without_an_answer_are_refused(teacher: Path, tmp_path: Path) -> None:
+    source = talker(teacher, tmp_path / "chat", "why " * 300, 3)
+    options = ["--recipe", make_recipe(tmp_path), "--set", source, "--output", tmp_path / "run"]
+    result = run("convert", tmp_path / "chat", *options)
+    assert result.exit_code == 66
+    assert "of data.train is a completion: no prediction would count" in result.stderr
+
+
 def test_conversations_prepared_inspected_and_converted(teacher: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(teacher, tmp_path / "chat")
     bytes_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)

@@ -58,6 +58,14 @@ if os.environ.get("RANK") == "1":
         return packed_batch(*arguments)
     packing.packed_batch = broken
 """
+# What every process runs first, the launcher too: nothing that lies in a store is unpickled.
+REFUSE_PICKLES = """
+import sys
+def refuse(event, arguments):
+    if event == "pickle.find_class":
+        raise RuntimeError("a pickle is read")
+sys.addaudithook(refuse)
+"""
 
 
 class Workshop:
@@ -169,9 +177,12 @@ def test_zero_0_under_torchrun(workshop):
     )
 
 
-def test_fsdp_with_a_teacher_that_is_spread_too(workshop):
+def test_fsdp_with_a_teacher_that_is_spread_too_and_without_a_pickle(workshop):
+    site = workshop.folder / "careful"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(REFUSE_PICKLES)
     options = ("--processes", "2", "--engine", "fsdp", "--set", "compute.shard_teacher=true")
-    require_finished(workshop, "fsdp", workshop.start("fsdp", *options))
+    require_finished(workshop, "fsdp", workshop.start("fsdp", *options, PYTHONPATH=str(site)))
 
 
 def test_a_run_under_every_zero_survives_an_error_a_request_to_stop_and_a_kill(workshop, monkeypatch):

@@ -15,10 +15,11 @@ import torch.distributed as distributed
 from click.testing import CliRunner
 from torch import nn
 
+from mohawkify import pipeline
 from mohawkify.cli import main
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.reading import Stretch, batch_at
-from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, UsageError
+from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
 from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
 from mohawkify.train import loop
 from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
@@ -149,6 +150,18 @@ def test_the_first_of_slurms_machines(hosts, first):
 def test_variables_that_make_no_sense_are_refused(environment):
     with pytest.raises(UsageError, match="found"):
         find_place(environment)
+
+
+def test_files_that_another_machine_has_otherwise_are_refused():
+    class Second(World):
+        def by_main(self, function: Any, beat: Any = None) -> Any:
+            return {"model.safetensors": "a"}
+
+    world = Second(rank=8, size=16)
+    assert pipeline._agreed({"model.safetensors": "a"}, "the teacher", world) == {"model.safetensors": "a"}
+    assert pipeline._agreed(None, "the teacher", world) == {"model.safetensors": "a"}
+    with pytest.raises(TeacherError, match="not what the main process has"):
+        pipeline._agreed({"model.safetensors": "b"}, "the teacher", world)
 
 
 def test_processes_must_share_each_batch_evenly():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mohawkify import storage
-from mohawkify.data.corpus import Corpus, hold_out, load_corpus, read_note
+from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, read_note
 from mohawkify.data.evaluation import evaluation_rows
 from mohawkify.data.files import find_files
 from mohawkify.data.hub import Report, ignore
@@ -185,6 +185,13 @@ class TextReader:
     def _require_enough(self, data: str, corpus: Corpus) -> None:
         for reach in reaches_into(self.recipe, data):
             num_sequences(corpus, reach.sequence_length)  # refuses text that is shorter than a single one
+        completion = corpus.completion.parts if isinstance(corpus.completion, Joined) else [corpus.completion]
+        if corpus.completion is not None and not any(np.any(part) for part in completion):
+            raise DataError(
+                f"none of the {corpus.num_tokens:,} tokens taken of data.{data} is a completion: no prediction would"
+                " count",
+                hint="give conversations with answers, more tokens, or fewer epochs; or loss: all",
+            )
         epochs, needed = epochs_of(self.recipe, data), epochs_needed(self.recipe, data, corpus.num_tokens)
         if epochs is None or needed <= epochs:
             return

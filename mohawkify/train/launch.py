@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -103,8 +104,9 @@ def launch(num_processes: int, arguments: Sequence[str], say: Callable[[str, str
         max_nodes=1,
         nproc_per_node=num_processes,
         run_id=_RUN_NAME,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_backend="static",  # c10d unpickles what lies in a store that the whole network can reach
+        rdzv_endpoint=f"127.0.0.1:{_free_port()}",
+        rdzv_configs={"rank": 0},
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=_no_logs(),
@@ -116,6 +118,13 @@ def launch(num_processes: int, arguments: Sequence[str], say: Callable[[str, str
     except ChildFailedError as error:
         return _exit_code(list(error.failures.values()), num_processes, sent, say)
     return 0
+
+
+def _free_port() -> int:
+    """A port that nobody listens at, for now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _exit_code(

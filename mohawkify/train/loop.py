@@ -80,6 +80,7 @@ def run_stage(
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     trained = list(stage.parameters())
+    motion: MotionWatch | None = None  # from the first batch that counts for anything
     batches = read_batches(
         stretches,
         batch_sequences=stage_recipe.batch_sequences,
@@ -94,15 +95,16 @@ def run_stage(
         with engine.accumulating():
             totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
         require_finite(totals, place)
-        if step == first_step:
+        if motion is None and stage.weight(batch):
             require_gradients(engine, trained, world, place)
             motion = MotionWatch(engine, trained, frozen, world)
         rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
         norm = engine.step(rate)
         require_finite({"the gradient norm": norm}, place)
-        motion.step(rate)
-        if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
-            motion.look(place)
+        if motion is not None:
+            motion.step(rate)
+            if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
+                motion.look(place)
         seconds = time.perf_counter() - begin
         if on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)):
             return
@@ -125,7 +127,7 @@ def _passes(
     for begin in range(first, end, micro_batch):
         on_micro_batch()
         part = Batch(*(tensor[begin : min(begin + micro_batch, end)] for tensor in batch))
-        share = stage.weight(part) / weight
+        share = stage.weight(part) / weight if weight else 0.0  # in chats no prediction of a whole batch may count
 
         def backward(loss: torch.Tensor, share: float = share) -> None:
             engine.backward(loss * share)
