@@ -179,6 +179,7 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
         precision=compute.precision,
         micro_batch=micro,
         checkpointing=compute.activation_checkpointing,
+        shard_teacher=compute.shard_teacher and num_gpus > 1,
         on_gpu=on_gpu,
     )
 

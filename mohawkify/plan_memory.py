@@ -41,7 +41,7 @@ class Layout:
         precision: ``fp32`` or ``bf16``, of forward and backward passes; weights stay float32.
         micro_batch: b, sequences per forward pass on one GPU.
         checkpointing: whether layers keep their input only, and are computed again for their gradients.
-        teacher_bits: bits of the teacher's weights; None for those of the precision.
+        shard_teacher: whether the GPUs share the teacher's layers too.
         on_gpu: whether the optimiser updates all weights at once, as it does on GPUs.
     """
 
@@ -52,7 +52,7 @@ class Layout:
     precision: str = "bf16"
     micro_batch: int = 1
     checkpointing: bool = False
-    teacher_bits: int | None = None
+    shard_teacher: bool = False
     on_gpu: bool = True
 
     @property
@@ -96,7 +96,7 @@ class Sizes:
         stage: ``orient``, ``align`` or ``distill``.
         length: l, its greatest.
         teacher: parameters of the teacher.
-        teacher_ends: those of its embedding and head, which keep their precision where it has few bits.
+        teacher_ends: those of its embedding and head, which every GPU has.
         student: P.
         trained: T.
         trained_ends: those among them of embedding and head.
@@ -235,7 +235,7 @@ def remedies(layout: Layout) -> Iterator[Remedy]:
     if layout.engine == "deepspeed":
         for zero in range(layout.zero + 1, 4):
             yield Remedy("zero", f"ZeRO-{zero}", replace(layout, zero=zero))
-        if layout.num_gpus > 1:  # it spreads the gradients of stages 1 and 2, which DeepSpeed sums up whole
+        if layout.num_gpus > 1:  # it keeps no float32 copy of the weights beside the moments
             yield Remedy("engine", "FSDP instead of DeepSpeed", replace(layout, engine="fsdp", zero=0))
     shards = layout.engine == "fsdp" or layout.zero > 0
     able = layout if shards else replace(layout, engine="deepspeed", zero=3)
@@ -250,9 +250,9 @@ def remedies(layout: Layout) -> Iterator[Remedy]:
     if layout.offload != "all":
         words = f"{with_engine}weights and optimiser in the CPU's memory"
         yield Remedy("offload", words, replace(able, offload="all"))
-    for bits in (8, 4):
-        if layout.teacher_bits is None or bits < layout.teacher_bits:
-            yield Remedy("teacher", f"the teacher in {bits} bits", replace(layout, teacher_bits=bits))
+    if layout.num_gpus > 1 and not layout.shard_teacher:
+        words = "the teacher spread over the GPUs (compute.shard_teacher)"
+        yield Remedy("teacher", words, replace(layout, shard_teacher=True))
 
 
 def _shards(layout: Layout) -> int:
@@ -263,10 +263,9 @@ def _shards(layout: Layout) -> int:
 
 
 def _teacher(sizes: Sizes, layout: Layout) -> float:
-    """Every GPU has the whole teacher; one of few bits keeps embedding and head."""
-    if layout.teacher_bits is None:
-        return sizes.teacher * layout.number_bytes
-    return (sizes.teacher - sizes.teacher_ends) * layout.teacher_bits / 8 + sizes.teacher_ends * layout.number_bytes
+    """Every GPU has the whole teacher, or its embedding and head and a part of all else."""
+    shards = layout.num_gpus if layout.shard_teacher else 1
+    return ((sizes.teacher - sizes.teacher_ends) / shards + sizes.teacher_ends) * layout.number_bytes
 
 
 def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
@@ -286,7 +285,9 @@ def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
         if layout.zero >= 1:
             optimizer = (MOMENTS + FP32) * trained / num_gpus  # a float32 copy of the weights beside the moments
             buffers += FP32 * REDUCE_BUCKET
-        if layout.zero >= 2 and sizes.stage == "distill":  # stages 1 and 2 sum all gradients up before they are reduced
+        # Stages 1 and 2 sum all gradients up before they are reduced, but at ZeRO-3 without offloading.
+        reduces_at_once = sizes.stage == "distill" or (layout.zero == 3 and layout.offload == "none")
+        if layout.zero >= 2 and reduces_at_once:
             gradients /= num_gpus
         if layout.zero == 3:
             weights /= num_gpus

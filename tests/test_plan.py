@@ -111,7 +111,8 @@ def test_what_does_not_fit_is_answered_with_figures(teacher_configs):
 
 def test_a_change_that_is_enough_is_enough(teacher_configs):
     config, recipe = str(teacher_configs / "Llama-3.1-8B-Instruct.json"), load_recipe("llamba-8b")
-    fit = plan(config, recipe, gpu="H100", num_gpus=8)["fit"]
+    assert plan(config, recipe, gpu="H100", num_gpus=8)["fit"]["fits"]
+    fit = plan(config, recipe, gpu="H100", num_gpus=8, engine="deepspeed", zero=2)["fit"]
     assert not fit["fits"]
     assert fit["together"] is None
     changes = {each["change"]: each for each in fit["changes"]}
