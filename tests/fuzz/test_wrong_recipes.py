@@ -16,17 +16,21 @@ description: every key of the schema
 teacher: nowhere
 student: {name: small, keep_attention: [1]}
 data:
-  train: [{path: a.txt, where: [{column: score, operator: ">=", value: 4.0}]}]
-  finish: [{hub: some/chats, name: default, split: test, chat: messages}]
+  train: [{path: a.txt, weight: 2, where: [{column: score, operator: ">=", value: 4.0}]}]
+  finish: [{hub: some/chats, name: default, split: test, revision: main, chat: messages, loss: all}]
   validation: [{demo: validation}]
 stages:
   orient: {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4}
-  align: {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4}
+  align:
+    {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4,
+     saturation: {window: 1M, threshold: 0.01}}
   distill:
     {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4,
-     finish: {tokens: 1M, sequence_length: 64}}
-compute: {micro_batch_sequences: 4, threads: 1}
+     finish: {tokens: 1M, sequence_length: 64, teacher: somewhere, teacher_bits: 8}}
+compute: {micro_batch_sequences: 4, threads: 1, zero: 2, offload: none, deepspeed_config: d.json}
 """
+# The one key that cannot stand beside the others.
+WITH_LOGITS = EVERY_KEY.replace("teacher: somewhere, teacher_bits: 8", "logits: kept")
 LEAF = re.compile(r"^( *(?:- )?)(\w+): (\S.*)$")
 # No key takes any of these.
 VALUES = ("{x: 1}", ".nan", "!!python/name:os.system 1", "&a 1", "*a", "[{x: 1}]", "[[]]")
@@ -52,10 +56,13 @@ def wrong_recipes(text: str) -> Iterator[tuple[str, int]]:
 
 
 def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
-    text = dump_recipe(parse_recipe(EVERY_KEY, "every.yaml"))
+    text, with_logits = (dump_recipe(parse_recipe(recipe, "every.yaml")) for recipe in (EVERY_KEY, WITH_LOGITS))
     file = tmp_path / "r.yaml"
     mutations = list(wrong_recipes(text))
     assert len(mutations) >= 300
+    mutations += [
+        (wrong, line) for wrong, line in wrong_recipes(with_logits) if "logits" in wrong.splitlines()[line - 1]
+    ]
     for mutation, line in mutations:
         file.write_text(mutation)
         result = run("plan", "nowhere", "--recipe", file)
@@ -68,6 +75,6 @@ def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 def test_every_key_of_the_schema_is_among_them() -> None:
-    text = dump_recipe(parse_recipe(EVERY_KEY, "every.yaml"))
+    text = "".join(dump_recipe(parse_recipe(recipe, "every.yaml")) for recipe in (EVERY_KEY, WITH_LOGITS))
     written = {match[2] for line in text.splitlines() if (match := LEAF.match(line))}
     assert {key.name.rpartition(".")[2] for key in keys(Recipe)} <= written
