@@ -116,8 +116,11 @@ def _start(name: str, project: str, run_id: str, run_name: str, folder: Path, st
     torch.set_num_threads(threads)  # which it may have changed
     label = f"{run_name}-{run_id}"
     if name == "tensorboard":
-        # What a killed process logged behind the checkpoint is logged again: the older points go.
-        tracker: Any = tracking.TensorBoardTracker(label, logging_dir=folder / name, purge_step=step + 1)
+        # What a killed process logged behind the checkpoint is logged again: the older points go. TensorBoard names
+        # files by the second: without a suffix of its own a run continued within it would overwrite its beginning.
+        tracker: Any = tracking.TensorBoardTracker(
+            label, logging_dir=folder / name, purge_step=step + 1, filename_suffix=f".after-{step}"
+        )
     elif name == "wandb":
         tracker = tracking.WandBTracker(project, id=run_id, name=label, resume="allow", dir=str(folder))
     else:
