@@ -177,6 +177,12 @@ def test_zero_0_under_torchrun(workshop):
     )
 
 
+@pytest.mark.parametrize("zero", ["1", "2", "3"])
+def test_every_other_zero_by_processes_of_its_own(workshop, zero):
+    process = workshop.start(f"zero-{zero}", "--processes", "2", "--engine", "deepspeed", "--zero", zero)
+    require_finished(workshop, f"zero-{zero}", process)
+
+
 def test_fsdp_with_a_teacher_that_is_spread_too_and_without_a_pickle(workshop):
     site = workshop.folder / "careful"
     site.mkdir()
