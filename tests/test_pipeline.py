@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_
         with pytest.raises(Interrupted) as stopped:
             convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
         assert stopped.value.exit_code == 143
+        assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
     run = convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
     ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
     assert ours.keys() == theirs.keys()

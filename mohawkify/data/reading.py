@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ def batch_at(stretches: Sequence[Stretch], step: int, batch_sequences: int, seed
 
 def read_batches(
     stretches: Sequence[Stretch], *, batch_sequences: int, seed: int, first_step: int, num_workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yield the batches of a stage from a step to its end; neither that step nor the threads change what they hold.
 
     Args:
@@ -79,7 +79,7 @@ def read_batches(
         batch_sequences: b, sequences per step.
         seed: the run's.
         first_step: steps already taken.
-        num_workers: threads that read ahead; 0 reads each batch when it is asked for.
+        num_workers: threads that read ahead, until the generator is closed; 0 reads each batch when it is asked for.
     """
     num_steps = sum(stretch.num_steps for stretch in stretches)
     if num_workers == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -88,26 +89,27 @@ def run_stage(
         first_step=first_step,
         num_workers=recipe.compute.data_workers,
     )
-    for step in range(first_step, num_steps):
-        begin = time.perf_counter()
-        place = f"step {step + 1} of stage {stage.name}"
-        batch = next(batches)
-        with engine.accumulating():
-            totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
-        require_finite(totals, place)
-        if motion is None and stage.weight(batch):
-            require_gradients(engine, trained, world, place)
-            motion = MotionWatch(engine, trained, frozen, world)
-        rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
-        norm = engine.step(rate)
-        require_finite({"the gradient norm": norm}, place)
-        if motion is not None:
-            motion.step(rate)
-            if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
-                motion.look(place)
-        seconds = time.perf_counter() - begin
-        if on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)):
-            return
+    with closing(batches):  # its threads end with the stage, however that ends
+        for step in range(first_step, num_steps):
+            begin = time.perf_counter()
+            place = f"step {step + 1} of stage {stage.name}"
+            batch = next(batches)
+            with engine.accumulating():
+                totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
+            require_finite(totals, place)
+            if motion is None and stage.weight(batch):
+                require_gradients(engine, trained, world, place)
+                motion = MotionWatch(engine, trained, frozen, world)
+            rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
+            norm = engine.step(rate)
+            require_finite({"the gradient norm": norm}, place)
+            if motion is not None:
+                motion.step(rate)
+                if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
+                    motion.look(place)
+            seconds = time.perf_counter() - begin
+            if on_step(StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)):
+                return
 
 
 def _passes(
