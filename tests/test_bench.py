@@ -183,6 +183,10 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert {row["model"] for row in found["contexts"]} == {"student", "teacher", "teacher, static cache"}
     sizes = {row["cache_bytes"] for row in found["contexts"] if row["model"] == "student"}
     assert len(sizes) == 1
+    assert {(row["batch"], row["context"]) for row in found["together"]} == {(2, 64)}
+    over = [each["measure"] for each in found["measures"] if "over the teacher" in each["measure"]]
+    teachers = ("teacher", "teacher, static cache")
+    assert over == [f"decoding: speed over the {name} at 64, batch {batch}" for batch in (1, 2) for name in teachers]
 
 
 def test_memory_that_is_not_there_is_a_result(monkeypatch):

@@ -115,6 +115,8 @@ def _decode_tables(found: dict[str, Any]) -> list[str]:
         _decode_table(found["batches"]),
         "Over contexts, one sequence:",
         _decode_table(found["contexts"]),
+        "Several sequences at the last context:",
+        _decode_table(found["together"]),
     ]
 
 
