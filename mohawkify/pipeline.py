@@ -45,7 +45,7 @@ from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
-from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares
+from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares, unheeded_settings
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id
 from mohawkify.train.world import World
@@ -268,6 +268,8 @@ def _convert(
             raise
         if world.size > 1:
             report(f"training in {world.size} processes, engine {engine}")
+        for key, value in unheeded_settings(recipe.compute, engine).items():
+            report(f"compute.{key} {value} has no effect on the engine {engine}, which --engine auto chose here")
         conversion.patience, conversion.disk_wait = patience, disk_wait
         if track:
             conversion.start_tracking = partial(

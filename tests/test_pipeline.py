@@ -188,6 +188,15 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_one_process_does_not_heed_is_named(teacher_folder, recipe, tmp_path):
+    lines: list[str] = []
+    several = apply_overrides(recipe, ["compute.zero=2"])
+    convert(str(teacher_folder), several, output=tmp_path / "run", resume="auto", report=lines.append)
+    assert [line for line in lines if "has no effect" in line] == [
+        "compute.zero 2 has no effect on the engine single, which --engine auto chose here"
+    ]
+
+
 def test_text_that_changed_while_the_run_was_stopped_is_refused(teacher_folder, recipe, tmp_path, monkeypatch):
     text = tmp_path / "own.jsonl"
     text.write_bytes((teacher_folder / "text.jsonl").read_bytes())

@@ -24,7 +24,12 @@ from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, 
 from mohawkify.train import loop
 from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
 from mohawkify.train.engine import LocalEngine
-from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares
+from mohawkify.train.engines import (
+    choose_engine,
+    require_agreeing_settings,
+    require_even_shares,
+    unheeded_settings,
+)
 from mohawkify.train.launch import _exit_code, find_place, first_host
 from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
 from mohawkify.train.random_state import gather_random_state, restore_random_state
@@ -193,10 +198,22 @@ def test_the_engine_is_the_recipes_and_single_in_one_process():
     assert engine("compute.engine=deepspeed", "compute.zero=0") == "deepspeed"
     with pytest.raises(UsageError, match="works in one process, found 2"):
         engine("compute.engine=single")
-    with pytest.raises(UsageError, match="expected it for deepspeed alone"):
+    with pytest.raises(UsageError, match="zero 2, which the engine fsdp does not heed"):
         engine("compute.engine=fsdp", "compute.zero=2")
+    offloading = apply_overrides(recipe, ["compute.engine=single", "compute.offload=all"]).compute
+    with pytest.raises(UsageError, match="offload all, which the engine single does not heed"):
+        choose_engine(offloading, World())
     with pytest.raises(UsageError, match="none or all"):
         engine("compute.engine=fsdp", "compute.offload=optimizer")
+
+
+def test_settings_that_the_chosen_engine_does_not_heed_are_named():
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    compute = apply_overrides(recipe, ["compute.zero=2", "compute.offload=all"]).compute
+    assert unheeded_settings(compute, "single") == {"zero": 2, "offload": "all"}
+    assert unheeded_settings(compute, "fsdp") == {"zero": 2}
+    assert unheeded_settings(compute, "deepspeed") == {}
+    assert unheeded_settings(apply_overrides(recipe, ["compute.offload=none"]).compute, "single") == {}
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "single", "deepspeed"])

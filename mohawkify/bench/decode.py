@@ -106,8 +106,8 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
         report: receives a line for every step of the way.
 
     Returns:
-        A JSON object: ``batches`` and ``contexts`` (rows of the two figures), ``together`` (several sequences at the last
-        context) and ``measures``.
+        A JSON object: ``batches`` and ``contexts`` (rows of the two figures), ``together`` (several sequences at the
+        last context) and ``measures``.
 
     Raises:
         NumericsError: token by token the student says something else than all at once.

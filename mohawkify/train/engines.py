@@ -25,24 +25,30 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
     Raises:
         UsageError: the engine does not work in so many processes, or settings are given that it would not heed.
     """
-    engine = compute.engine
+    engine: str = compute.engine
     if engine == "auto":
         several = "deepspeed" if importlib.util.find_spec("deepspeed") else "fsdp"
-        return "single" if world.size == 1 else several
-    if engine == "single" and world.size > 1:
+        engine = "single" if world.size == 1 else several
+    elif engine == "single" and world.size > 1:
         raise UsageError(
             f"the engine single works in one process, found {world.size}", hint="choose --engine deepspeed or fsdp"
         )
-    idle = {"zero": compute.zero, "deepspeed_config": compute.deepspeed_config} if engine != "deepspeed" else {}
-    for key, value in idle.items():
-        if value is not None:
+    else:
+        for key, value in unheeded_settings(compute, engine).items():
             raise UsageError(
-                f"found compute.{key} {value} for the engine {engine}, expected it for deepspeed alone",
+                f"found compute.{key} {value}, which the engine {engine} does not heed",
                 hint=f"choose --engine deepspeed, or leave it out with --set compute.{key}=null",
             )
     if engine == "fsdp" and compute.offload == "optimizer":
         raise UsageError("the engine fsdp offloads none or all, found compute.offload optimizer")
     return engine
+
+
+def unheeded_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | str]:
+    """The settings of engines that are given and that this engine does not heed, by their keys."""
+    heeded = {"single": (), "fsdp": ("offload",), "deepspeed": ("zero", "deepspeed_config", "offload")}[engine]
+    given = {"zero": compute.zero, "deepspeed_config": compute.deepspeed_config, "offload": compute.offload}
+    return {key: value for key, value in given.items() if value not in (None, "none") and key not in heeded}
 
 
 def require_even_shares(recipe: Recipe, world: World) -> None:
