@@ -274,7 +274,27 @@ class Recipe(Section):
             if isinstance(micro, int) and stage.batch_sequences % micro:
                 message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
                 conflict(("compute", "micro_batch_sequences"), message)
+            self._require_one_order(name, stage)
         return self
+
+    def longest_sequence(self, data: str) -> int:
+        """Tokens of the longest sequences that the stages read of ``train`` or ``finish``; 0 where they read none."""
+        stages = [getattr(self.stages, name) for name in StagesRecipe.model_fields]
+        segments = [segment for stage in stages for segment in stage.segments()]
+        return max((segment.sequence_length for segment in segments if segment.data == data), default=0)
+
+    def _require_one_order(self, name: str, stage: StageRecipe) -> None:
+        """Refuse lengths that cannot share an order where text is to be read a certain number of times."""
+        places = {"train": ("sequence_length",), "finish": ("finish", "sequence_length")}
+        for segment in stage.segments():
+            longest = self.longest_sequence(segment.data)
+            key = "epochs" if segment.data == "train" else "finish_epochs"
+            if getattr(self.data, key) is not None and longest % segment.sequence_length:
+                message = (
+                    f"found {segment.sequence_length} beside {longest} on the same text, expected a divisor of it;"
+                    f" or data.{key}: null, which lets some text be read again before all was read"
+                )
+                conflict(("stages", name, *places[segment.data]), message)
 
 
 def parse_recipe(text: str, source: str) -> Recipe:

@@ -19,7 +19,7 @@ from mohawkify.data.corpus import Corpus
 from mohawkify.data.encoding import tokenizer_hash
 from mohawkify.data.packing import packed_batch
 from mohawkify.data.reading import sequences_of
-from mohawkify.data.selection import TextReader, stage_stretches
+from mohawkify.data.selection import TextReader, epochs_of, stretch_of, tokens_wanted
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import UsageError
 from mohawkify.ops.distill_chunks import head_logits
@@ -107,7 +107,8 @@ def teach(
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
     corpora = output / "corpora"
     text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocabulary_size, prepared, report=report)
-    text.require_files()
+    text.require_files(segment.data)
+    layout = Layout(segment.sequence_length, top_k, rows).with_shards()
     with StopRequest() as stop:
         try:
             # The main process alone locks and sweeps; the others wait until the folder is as it should be.
@@ -115,9 +116,9 @@ def teach(
                 if world.is_main:
                     storage.ensure_writable(output)
                     storage.sweep_temporaries(output)
+                    _require_room(text, segment, layout, output)
                 report("reading the text")
                 task = world.main_first(lambda: _task(text, segment))
-                layout = Layout(segment.sequence_length, top_k, rows).with_shards()
                 logits = world.main_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
                 _write_missing(logits, task, teacher, recipe, device, world, report, stop)
                 world.barrier()
@@ -147,13 +148,28 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
     )
 
 
+def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Path) -> None:
+    """Refuse before the text is read where the disk cannot hold it with its logits, as far as that can be known."""
+    recipe, wanted = text.recipe, text.wanted[segment.data]
+    needed = 0 if (text.directory / wanted.key).exists() else wanted.most_bytes
+    if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
+        most = segment.num_steps * recipe.stages.distill.batch_sequences
+        most = min(most, tokens_wanted(recipe, segment.data) // segment.sequence_length)
+        needed += max(0, most - _num_written(output, layout)) * layout.record_bytes
+    storage.require_space(output, needed)
+
+
+def _num_written(output: Path, layout: Layout) -> int:
+    """About how many sequences lie in a folder already."""
+    return sum(1 for _ in output.glob("shard-*")) * layout.shard_sequences
+
+
 def _task(text: TextReader, segment: Segment) -> Task:
     """The text as the run will read it, and which of its sequences."""
-    recipe, corpora = text.recipe, text.training()
-    batch = recipe.stages.distill.batch_sequences
-    place = [each.data for each in recipe.stages.distill.segments()].index(segment.data)
-    stretch = stage_stretches(recipe, corpora)["distill"][place]
-    sequences = sequences_of(stretch, batch, recipe.seed)
+    recipe, distill = text.recipe, text.recipe.stages.distill
+    place = [each.data for each in distill.segments()].index(segment.data)
+    stretch = stretch_of(recipe, "distill", place, text.stage_text(segment.data))
+    sequences = sequences_of(stretch, distill.batch_sequences, recipe.seed)
     micro = recipe.compute.micro_batch_sequences
     return Task(stretch.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
 
@@ -168,9 +184,8 @@ def _begin(
     report: Report,
 ) -> TeacherLogits:
     """Estimate the space, and write what the logits are of, unless an earlier call or process did."""
-    written = sum(1 for _ in output.glob("shard-*")) * layout.shard_sequences
     total = len(task.sequences) * layout.record_bytes
-    needed = max(0, len(task.sequences) - written) * layout.record_bytes
+    needed = max(0, len(task.sequences) - _num_written(output, layout)) * layout.record_bytes
     report(
         f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
         f" per token: {total:,} bytes, {storage.free_bytes(output):,} are free"

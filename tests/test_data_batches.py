@@ -23,7 +23,7 @@ def by_lengths(*lengths: int) -> Corpus:
 
 
 def order(first: int, count: int, *, num: int = 13, seed: int = 5) -> list[int]:
-    return sequence_indices(num_sequences=num, seed=seed, first=first, count=count).tolist()
+    return sequence_indices(num_blocks=num, seed=seed, first=first, count=count).tolist()
 
 
 @pytest.mark.parametrize("num", [1, 2, 13, 1000])
@@ -54,8 +54,17 @@ def test_order_is_independent_of_batches_and_ranks(batch: int) -> None:
         assert [index for start in starts for index in order(start, share)] == whole
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_shorter_sequences_are_cut_out_of_the_same_order(pieces: int) -> None:
+    blocks = order(0, 40)
+    cut = [pieces * block + piece for block in blocks for piece in range(pieces)]
+    for first, count in ((0, 40 * pieces), (3, 17), (13 * pieces - 1, 2), (7, 0)):
+        found = sequence_indices(num_blocks=13, sequences_per_block=pieces, seed=5, first=first, count=count)
+        assert found.tolist() == cut[first : first + count]
+
+
 def test_order_is_pure_and_the_caller_owns_the_result() -> None:
-    first = sequence_indices(num_sequences=13, seed=5, first=3, count=5)
+    first = sequence_indices(num_blocks=13, seed=5, first=3, count=5)
     kept = first.tolist()
     first[:] = 0
     order(0, 500, seed=6)  # other epochs and seeds push the permutation out of the cache
@@ -65,7 +74,7 @@ def test_order_is_pure_and_the_caller_owns_the_result() -> None:
 def test_order_never_changes() -> None:
     """A run made with an older version continues with the same text: these numbers may not change."""
     assert order(10, 8) == [0, 1, 9, 7, 6, 12, 1, 8]
-    assert sequence_indices(num_sequences=13, seed=5, first=0, count=0).dtype == np.int64
+    assert sequence_indices(num_blocks=13, seed=5, first=0, count=0).dtype == np.int64
 
 
 # --- packing --------------------------------------------------------------------------------------------------------

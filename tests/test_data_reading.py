@@ -17,7 +17,8 @@ from mohawkify.data.corpus import Corpus, Joined
 from mohawkify.data.packing import Batch
 from mohawkify.data.reading import Stretch, batch_at, read_batches
 from mohawkify.data.selection import epochs_needed, reaches, stage_stretches, tokens_wanted
-from mohawkify.recipe import Recipe, parse_recipe
+from mohawkify.errors import RecipeError
+from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
 
 RECIPE = """
 name: tiny
@@ -127,6 +128,24 @@ def test_every_epoch_is_whole(recipe: Recipe, corpora: dict[str, Corpus]) -> Non
     epochs = [rows[first : first + per_epoch] for first in range(0, len(rows), per_epoch)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == per_epoch for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_stages_of_different_length_read_every_text_equally_often(recipe: Recipe, corpora: dict[str, Corpus]) -> None:
+    reads = np.zeros(corpora["train"].num_tokens, dtype=int)
+    for stage in stage_stretches(recipe, corpora).values():
+        for step in range(stage[0].num_steps):
+            for sequence in batch_at([stage[0]], step, BATCH, 5).sequences.tolist():
+                reads[sequence * stage[0].sequence_length :][: stage[0].sequence_length] += 1
+    assert sorted(set(reads.tolist())) == [2, 3]
+    assert np.count_nonzero(reads == 2) == 16, "the tokens that three epochs have more than the stages read"
+
+
+def test_lengths_that_share_no_order_are_refused_where_text_is_read_so_often(recipe: Recipe) -> None:
+    odd = ["stages.align.sequence_length=12", "stages.distill.finish.sequence_length=24"]
+    with pytest.raises(RecipeError, match=r"stages.align.sequence_length: found 12 beside 16 on the same text"):
+        apply_overrides(recipe, odd)
+    allowed = apply_overrides(recipe, [*odd, "data.epochs=null"])
+    assert [reach.sequences_per_block for found in reaches(allowed).values() for reach in found] == [2, 1, 1, 1]
 
 
 def test_tokens_wanted_are_just_enough(recipe: Recipe) -> None:

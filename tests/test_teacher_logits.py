@@ -216,6 +216,17 @@ def test_teach_says_what_it_takes_before_it_takes_it(teacher, recipe, tmp_path, 
     assert result.exit_code == DiskFullError.exit_code
     assert "10,000 are free" in result.stderr
     assert not list((tmp_path / "logits").glob("shard-*"))
+    once = ("--set", "data.finish_epochs=1", "--set", "stages.distill.tokens=100k")
+    once += ("--set", "stages.distill.finish.tokens=50k")
+    result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "large", *once)
+    assert result.exit_code == DiskFullError.exit_code
+    assert not (tmp_path / "large" / "corpora").exists(), "refused before any text is read"
+
+
+def test_only_the_text_of_the_phase_is_read(teacher, recipe, tmp_path):
+    missing = ("--set", "data.train=[{path: nowhere.txt}]")
+    run_well("teach", teacher, "--recipe", recipe, "--output", tmp_path / "logits", *missing)
+    assert len([path for path in (tmp_path / "logits" / "corpora").iterdir() if path.is_dir()]) == 1
 
 
 @pytest.mark.parametrize(

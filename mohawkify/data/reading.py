@@ -25,23 +25,29 @@ class Stretch:
         num_steps: optimiser steps.
         sequence_length: tokens per sequence.
         first_sequence: place in the corpus's global order where the stretch begins; earlier stages used what is before.
+        sequences_per_block: how many neighbouring sequences are shuffled as one.
     """
 
     corpus: Corpus
     num_steps: int
     sequence_length: int
     first_sequence: int
+    sequences_per_block: int = 1
+
+    def indices(self, first: int, count: int, seed: int) -> np.ndarray:
+        """Which sequences of the corpus some samples of the stretch are: (count,) int64."""
+        return sequence_indices(
+            num_blocks=num_sequences(self.corpus, self.sequences_per_block * self.sequence_length),
+            sequences_per_block=self.sequences_per_block,
+            seed=seed,
+            first=self.first_sequence + first,
+            count=count,
+        )
 
 
 def sequences_of(stretch: Stretch, batch_sequences: int, seed: int) -> np.ndarray:
     """Which sequences of its corpus a stretch reads: (n,) int64, sorted, each once."""
-    samples = sequence_indices(
-        num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
-        seed=seed,
-        first=stretch.first_sequence,
-        count=stretch.num_steps * batch_sequences,
-    )
-    return np.unique(samples)
+    return np.unique(stretch.indices(0, stretch.num_steps * batch_sequences, seed))
 
 
 def batch_at(stretches: Sequence[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
@@ -58,12 +64,7 @@ def batch_at(stretches: Sequence[Stretch], step: int, batch_sequences: int, seed
     """
     for stretch in stretches:
         if step < stretch.num_steps:
-            indices = sequence_indices(
-                num_sequences=num_sequences(stretch.corpus, stretch.sequence_length),
-                seed=seed,
-                first=stretch.first_sequence + step * batch_sequences,
-                count=batch_sequences,
-            )
+            indices = stretch.indices(step * batch_sequences, batch_sequences, seed)
             return packed_batch(stretch.corpus, stretch.sequence_length, indices)
         step -= stretch.num_steps
     raise IndexError("the step is beyond the stage's end")

@@ -33,11 +33,18 @@ class Reach(NamedTuple):
         sequence_length: tokens per sample.
         first: the first sample.
         end: the sample behind the last.
+        sequences_per_block: how many neighbouring samples are shuffled as one.
     """
 
     sequence_length: int
     first: int
     end: int
+    sequences_per_block: int
+
+    @property
+    def block_length(self) -> int:
+        """Tokens that are shuffled as one."""
+        return self.sequence_length * self.sequences_per_block
 
 
 def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
@@ -46,29 +53,36 @@ def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
 
 
 def reaches(recipe: Recipe) -> dict[str, list[Reach]]:
-    """What each stage's segments read; stages share a corpus's order, each going on where the one before ended."""
+    """What each stage's segments read; stages share a corpus's order, each going on where the one before ended.
+
+    What is shuffled is as long as the longest sequence that is read of a corpus, so that shorter ones are cut out of
+    the same order. A length that does not divide it has an order of its own, and reads some text again.
+    """
     used = {"train": 0, "finish": 0}
     found: dict[str, list[Reach]] = {}
     for name, stage in stage_recipes(recipe).items():
         found[name] = []
         for segment in stage.segments():
-            first = -(-used[segment.data] // segment.sequence_length)
+            length, longest = segment.sequence_length, recipe.longest_sequence(segment.data)
+            first = -(-used[segment.data] // length)
             count = segment.num_steps * stage.batch_sequences
-            found[name].append(Reach(segment.sequence_length, first, first + count))
-            used[segment.data] += count * segment.sequence_length
+            found[name].append(Reach(length, first, first + count, 1 if longest % length else longest // length))
+            used[segment.data] += count * length
     return found
 
 
 def stage_stretches(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[Stretch]]:
     """What every stage reads of the corpora."""
-    found = reaches(recipe)
     return {
-        name: [
-            Stretch(corpora[segment.data], segment.num_steps, segment.sequence_length, reach.first)
-            for segment, reach in zip(stage.segments(), found[name], strict=True)
-        ]
+        name: [stretch_of(recipe, name, place, corpora[segment.data]) for place, segment in enumerate(stage.segments())]
         for name, stage in stage_recipes(recipe).items()
     }
+
+
+def stretch_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> Stretch:
+    """What one of a stage's segments reads of its corpus."""
+    segment, reach = getattr(recipe.stages, stage).segments()[place], reaches(recipe)[stage][place]
+    return Stretch(corpus, segment.num_steps, segment.sequence_length, reach.first, reach.sequences_per_block)
 
 
 def reaches_into(recipe: Recipe, data: str) -> list[Reach]:
@@ -90,13 +104,22 @@ def epochs_of(recipe: Recipe, data: str) -> int | None:
 def tokens_wanted(recipe: Recipe, data: str) -> int:
     """How many tokens of ``train`` or ``finish`` are enough for the epochs the recipe allows."""
     epochs = epochs_of(recipe, data) or 1
-    return max((-(-reach.end // epochs) * reach.sequence_length for reach in reaches_into(recipe, data)), default=0)
+    return max(
+        (
+            -(-reach.end // (epochs * reach.sequences_per_block)) * reach.block_length
+            for reach in reaches_into(recipe, data)
+        ),
+        default=0,
+    )
 
 
 def epochs_needed(recipe: Recipe, data: str, num_tokens: int) -> int:
     """How often so many tokens of ``train`` or ``finish`` have to be read."""
     return max(
-        (-(-reach.end // max(1, num_tokens // reach.sequence_length)) for reach in reaches_into(recipe, data)),
+        (
+            -(-reach.end // (max(1, num_tokens // reach.block_length) * reach.sequences_per_block))
+            for reach in reaches_into(recipe, data)
+        ),
         default=0,
     )
 
@@ -125,10 +148,14 @@ class TextReader:
     num_workers: int = 0
     report: Report = ignore
 
-    def require_files(self) -> None:
-        """Look for every local file the recipe names, before anything slow; raises DataError for a missing one."""
-        for sources in (self.recipe.data.train, self.recipe.data.finish, self.recipe.data.validation):
-            for source in sources:
+    def require_files(self, *names: str) -> None:
+        """Look for the local files of ``train``, ``finish``, ``validation`` or, without a name, all of them.
+
+        Raises:
+            DataError: one is missing; said before anything slow.
+        """
+        for name in names or ("train", "finish", "validation"):
+            for source in getattr(self.recipe.data, name):
                 if source.path is not None:
                     find_files(source.path, self.teacher_directory)
 
@@ -138,13 +165,18 @@ class TextReader:
         Raises:
             DataError: the text cannot be read, or ends before the stages do.
         """
-        wanted = self.wanted
-        corpora = {"train": self.corpus("train") if "validation" in wanted else self._split_train()[0]}
-        if "finish" in wanted:
-            corpora["finish"] = self.corpus("finish")
-        for data, corpus in corpora.items():
-            self._require_enough(data, corpus)
-        return corpora
+        return {name: self.stage_text(name) for name in ("train", "finish") if name in self.wanted}
+
+    def stage_text(self, name: str) -> Corpus:
+        """One of the corpora that the stages read, without what is held out.
+
+        Raises:
+            DataError: the text cannot be read, or ends before the stages do.
+        """
+        is_split = name == "train" and "validation" not in self.wanted
+        corpus = self._split_train()[0] if is_split else self.corpus(name)
+        self._require_enough(name, corpus)
+        return corpus
 
     def held_out(self) -> list[np.ndarray]:
         """The rows of text that students are measured on; see `evaluation_rows`."""
@@ -184,7 +216,7 @@ class TextReader:
 
     def _require_enough(self, data: str, corpus: Corpus) -> None:
         for reach in reaches_into(self.recipe, data):
-            num_sequences(corpus, reach.sequence_length)  # refuses text that is shorter than a single one
+            num_sequences(corpus, reach.block_length)  # refuses text that is shorter than a single one
         completion = corpus.completion.parts if isinstance(corpus.completion, Joined) else [corpus.completion]
         if corpus.completion is not None and not any(np.any(part) for part in completion):
             raise DataError(
