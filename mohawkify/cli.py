@@ -30,6 +30,7 @@ from mohawkify.cli_options import (
     recipe_option,
     say,
     set_option,
+    setting,
     working,
 )
 from mohawkify.cli_teach import teach
@@ -219,8 +220,13 @@ def convert(
     Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
     same command continues it, also in another number of processes or on another engine. Prints the run's folder.
     """
-    wanted = {"engine": engine, "zero": zero, "offload": offload, "deepspeed_config": deepspeed_config}
-    compute = [f"compute.{key}={json.dumps(value, default=str)}" for key, value in wanted.items() if value is not None]
+    wanted = {
+        "engine": engine,
+        "zero": zero,
+        "offload": offload,
+        "deepspeed_config": deepspeed_config and str(deepspeed_config),
+    }
+    compute = [setting(f"compute.{key}", value) for key, value in wanted.items() if value is not None]
     if engine in ("single", "fsdp") and zero is None:
         compute.append("compute.zero=null")  # the recipe's is for DeepSpeed
     recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))

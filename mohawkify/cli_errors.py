@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError
+from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError, is_out_of_memory
 
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
@@ -110,8 +110,7 @@ def describe(error: BaseException) -> tuple[str, str | None, int]:
         return "terminated", None, TERMINATED
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "interrupted", None, INTERRUPTED
-    # torch has its own class for a full GPU; its name is enough, so that torch need not be imported here.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         hint = "use a smaller compute.micro_batch_sequences or a shorter sequence_length"
         return f"out of memory: {error}", hint, MEMORY
     return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG

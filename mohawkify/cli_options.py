@@ -43,7 +43,7 @@ set_option = click.option(
 )
 processes_option = click.option(
     "--processes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1024),
     metavar="N",
     help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
 )
@@ -74,8 +74,17 @@ def own_text(data: str | None, validation: str | None) -> list[str]:
         sources = {"train": [{"path": data}], "validation": []}
     if validation is not None:
         sources["validation"] = [{"path": validation}]
-    # JSON is YAML: a path stays one value whatever signs are in it.
-    return [f"data.{key}={json.dumps(value)}" for key, value in sources.items()]
+    return [setting(f"data.{key}", value) for key, value in sources.items()]
+
+
+_END = "...\n"  # what YAML puts behind a single value
+
+
+def setting(key: str, value: Any) -> str:
+    """A value as --set takes it: a path stays one value whatever signs are in it."""
+    from mohawkify.strict_yaml import dump_yaml
+
+    return f"{key}={dump_yaml(value).removesuffix(_END)}"
 
 
 def working() -> AbstractContextManager[TextIO]:

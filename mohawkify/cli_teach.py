@@ -17,6 +17,7 @@ from mohawkify.cli_options import (
     recipe_option,
     say,
     set_option,
+    setting,
     working,
 )
 
@@ -74,7 +75,7 @@ def teach(
     """
     text = [] if data is None else own_text(data, None)
     if data is not None and stage_phase == "finish":
-        text = [f"data.finish={json.dumps([{'path': data}])}"]
+        text = [setting("data.finish", [{"path": data}])]
     recipe = chosen_recipe(recipe_name, (*text, *overrides))
     with working():
         from mohawkify.cli_ranks import joined, start_processes

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import errno
+
 # Exit codes: those of the shell (0, 2, 128 + signal), and from 64 on those of sysexits.h.
 USAGE = 2
 RECIPE = 64
@@ -34,6 +36,18 @@ EXIT_CODES = {
     INTERRUPTED: "stopped by Ctrl-C",
     TERMINATED: "stopped by SIGTERM",
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a device's, or a CPU's, for which torch has no class of its own.
+
+    torch's class for a device is told by its name, so that torch need not be imported here.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 class MohawkifyError(Exception):

@@ -19,7 +19,7 @@ from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
-from mohawkify.errors import MohawkifyError, TeacherError, UsageError
+from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
@@ -293,6 +293,12 @@ def _convert(
 
 
 def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
+    distill = recipe.stages.distill
+    if inspection.spec.tied and distill.num_steps and set(distill.train) == {"head"}:
+        raise RecipeError(
+            "stages.distill.train: found head alone, and this teacher's head is its embedding",
+            hint="name embedding too, and both learn as one",
+        )
     name = student_name(source, recipe)
     return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
 

@@ -28,6 +28,7 @@ from mohawkify.plan_memory import (
 )
 from mohawkify.recipe import Recipe, StageRecipe
 from mohawkify.spec import StudentSpec, TeacherSpec
+from mohawkify.train.deepspeed_config import read_settings, zero_and_offload
 
 # Sustained speed where no GPU is named and none of a known name is at hand: a guess of the size, no more.
 ASSUMED_FLOPS_PER_SECOND = {"cuda": 1.0e14, "mps": 4.0e12, "cpu": 3.0e10}
@@ -152,6 +153,7 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
     Raises:
         UsageError: a batch cannot be shared out, one process should use several GPUs, or a stage of ZeRO is asked
             of an engine that has none.
+        RecipeError: a user's DeepSpeed settings cannot be read, or ZeRO's stage cannot offload what is asked for.
     """
     compute = recipe.compute
     engine = compute.engine if engine == "auto" else engine
@@ -159,23 +161,28 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
         engine = "single" if num_gpus == 1 else "deepspeed"
     if zero is not None and engine != "deepspeed":
         raise UsageError(f"--zero {zero}: found engine {engine}, expected deepspeed")
-    zero = compute.zero if zero is None else zero
+    zero = (compute.zero if zero is None else zero) if engine == "deepspeed" else None
     if engine == "single" and num_gpus > 1:
         raise UsageError(f"--engine single: found {num_gpus} GPUs, expected 1", hint="use deepspeed or fsdp")
-    micro = 0
+    micro = 1
     for name in STAGES:
         stage: StageRecipe = getattr(recipe.stages, name)
+        if not stage.num_steps:
+            continue
         if stage.batch_sequences % num_gpus:
             raise UsageError(
                 f"--gpus: found {num_gpus}, expected a divisor of stages.{name}.batch_sequences,"
                 f" {stage.batch_sequences}"
             )
         micro = max(micro, _micro(stage, compute.micro_batch_sequences, num_gpus))
+    offload: str = "none" if engine == "single" else compute.offload or "none"
+    if engine == "deepspeed":
+        zero, offload = zero_and_offload(zero, compute.offload, read_settings(compute.deepspeed_config))
     return Layout(
         engine=engine,
-        zero=(3 if zero is None else zero) if engine == "deepspeed" else 0,
+        zero=zero or 0,
         num_gpus=num_gpus,
-        offload="none" if engine == "single" else compute.offload or "none",
+        offload=offload,
         precision=compute.precision,
         micro_batch=micro,
         checkpointing=compute.activation_checkpointing,
@@ -258,7 +265,9 @@ def _phases(
         tokens_per_step = stage.batch_sequences * segment.sequence_length
         tokens = segment.num_steps * tokens_per_step
         work = _work(name, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
-        seconds = tokens * (work.teacher + work.student) / speed
+        is_kept = segment.data == "finish" and getattr(stage.finish, "logits", None) is not None
+        teacher_flops = 0 if is_kept else tokens * work.teacher  # its answers are read
+        seconds = (teacher_flops + tokens * work.student) / speed
         if bandwidth is not None:
             shards = 1 if layout.engine == "single" else layout.num_gpus
             seconds += segment.num_steps * UPDATE_BYTES * sum(trained.values()) / shards / bandwidth
@@ -275,8 +284,8 @@ def _phases(
                 "batch_sequences": stage.batch_sequences,
                 "tokens_per_step": tokens_per_step,
                 "micro_batch_sequences": micro,
-                "accumulation": stage.batch_sequences // (micro * layout.num_gpus),
-                "teacher_flops": tokens * work.teacher,
+                "accumulation": -(-(stage.batch_sequences // layout.num_gpus) // micro),
+                "teacher_flops": teacher_flops,
                 "student_flops": tokens * work.student,
                 "seconds": seconds,
                 "cost": _cost(seconds, machine, layout),
@@ -436,6 +445,9 @@ def _warnings(
     peak = max(row["memory_bytes"] for row in rows.values())
     if machine.gpu is None and machine.memory_bytes is not None and peak > machine.memory_bytes:
         found.append(f"{peak:,} bytes are needed, and this machine has {machine.memory_bytes:,}")
+    finish = recipe.stages.distill.finish
+    if finish is not None and finish.teacher is not None:
+        found.append(f"the finish is taught by {finish.teacher}: what that teacher takes is not in this plan")
     needed = sum(disk.values())
     if machine.free_bytes is not None and needed > machine.free_bytes:
         found.append(f"{needed:,} bytes of disk are needed, and {machine.free_bytes:,} are free")

@@ -248,8 +248,9 @@ def remedies(layout: Layout) -> Iterator[Remedy]:
         words = f"{with_engine}the optimiser in the CPU's memory"
         yield Remedy("offload", words, replace(able, offload="optimizer"))
     if layout.offload != "all":
-        words = f"{with_engine}weights and optimiser in the CPU's memory"
-        yield Remedy("offload", words, replace(able, offload="all"))
+        is_zero_3 = able.engine == "fsdp" or able.zero == 3
+        words = f"{with_engine if is_zero_3 else 'ZeRO-3, '}weights and optimiser in the CPU's memory"
+        yield Remedy("offload", words, replace(able, offload="all", zero=0 if able.engine == "fsdp" else 3))
     if layout.num_gpus > 1 and not layout.shard_teacher:
         words = "the teacher spread over the GPUs (compute.shard_teacher)"
         yield Remedy("teacher", words, replace(layout, shard_teacher=True))

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from mohawkify.recipe_fields import show
 from mohawkify.recipe_types import (
     Count,
+    LayerParts,
     Parts,
     PositiveCount,
     Section,
@@ -127,9 +128,9 @@ class AlignRecipe(StageRecipe):
     target: Literal["block", "mixer"] = Field(
         default="block", description="output that is matched: the whole block's or the mixer's"
     )
-    train: Parts = Field(
+    train: LayerParts = Field(
         default=("mixer", "mlp", "norm"),
-        description="parts of the student that learn; only the mixer where that is the target",
+        description="parts of the layers that learn; only the mixer where that is the target",
     )
 
 

@@ -100,6 +100,12 @@ Parts = Annotated[
     Field(min_length=1),
     Expected("a list of mixer, mlp, norm, embedding, head, each once"),
 ]
+LayerParts = Annotated[
+    ListOf[Literal["mixer", "mlp", "norm"]],
+    AfterValidator(_distinct),
+    Field(min_length=1),
+    Expected("a list of mixer, mlp, norm, each once"),
+]
 Layers = Annotated[
     ListOf[Annotated[int, Field(ge=0)]],
     AfterValidator(_distinct),

@@ -17,10 +17,11 @@ import pytest
 from mohawkify import __version__, showcase
 from mohawkify.cli import main
 from mohawkify.cli_docs import with_reference
+from mohawkify.cli_options import own_text
 from mohawkify.cli_plan import plan_text
 from mohawkify.export.export import TARGETS
 from mohawkify.pipeline import plan
-from mohawkify.recipe import load_recipe, parse_recipe
+from mohawkify.recipe import apply_overrides, load_recipe, parse_recipe
 from mohawkify.shelf import adapter_names, recipe_names
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
@@ -375,3 +376,9 @@ def test_the_demo_runs_and_runs_again(tmp_path, monkeypatch):
         for words in ("KL", "top-1", "after distill", "tokens/s", "mlx-q4", "tour/final", "tour/exports/hf"):
             assert words in result.stdout
     assert (tmp_path / "tour" / "exports" / "mlx-q4" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", ["a.txt", "\U0001f600.jsonl", "a: b", "*x", "- y", "123", "é\u2028b", " s ", "C:\\x"])
+def test_a_path_on_the_command_line_comes_into_the_recipe_as_it_is(path):
+    recipe = apply_overrides(load_recipe("demo"), own_text(path, path))
+    assert [source.path for source in (*recipe.data.train, *recipe.data.validation)] == [path, path]

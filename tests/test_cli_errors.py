@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from mohawkify import pipeline
 from mohawkify.cli import main
+from mohawkify.cli_errors import describe
+from mohawkify.errors import is_out_of_memory
 from mohawkify.storage import run_lock
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
@@ -333,6 +336,31 @@ def test_a_full_memory_is_told_with_a_way_out(monkeypatch):
     result = run("plan", "x", "--recipe", "demo")
     assert result.exit_code == 71
     assert "micro_batch_sequences" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("tried to allocate 20 GiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_told_apart_from_damage(teacher, monkeypatch, error):
+    assert describe(error)[2] == 71
+
+    def full(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", full)
+    assert run(*convert("--output", teacher.parent / "out")).exit_code == 71
+
+
+def test_a_cpu_without_memory_is_what_torch_calls_it(tmp_path):
+    script = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); torch.empty(2**40)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert is_out_of_memory(RuntimeError(done.stderr.splitlines()[-1]))
 
 
 def test_a_real_process_refuses_cleanly(teacher):

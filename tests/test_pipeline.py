@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify.errors import CheckpointError, DataError, UsageError
+from mohawkify.errors import CheckpointError, DataError, RecipeError, UsageError
 from mohawkify.pipeline import convert, plan
 from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
 from mohawkify.storage import read_lines
@@ -185,6 +185,16 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
     wrong = apply_overrides(recipe, ["data.train.0.path=teacher:missing.jsonl"])
     with pytest.raises(DataError):
         convert(str(teacher_folder), wrong, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path):
+    from mohawkify.teacher.inspect import inspect_teacher
+
+    assert inspect_teacher(str(teacher_folder)).spec.tied
+    alone = apply_overrides(recipe, ["stages.distill.train=[head]"])
+    with pytest.raises(RecipeError, match="this teacher's head is its embedding"):
+        convert(str(teacher_folder), alone, output=tmp_path / "run", resume="auto", report=lambda line: None)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,14 +2,16 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from mohawkify.cli_plan import plan_text
-from mohawkify.errors import USAGE, UsageError
+from mohawkify.errors import USAGE, RecipeError, UsageError
 from mohawkify.pipeline import plan
-from mohawkify.plan import _work, trained_parameters
+from mohawkify.plan import _work, layout_of, trained_parameters
+from mohawkify.plan_memory import Layout, remedies
 from mohawkify.recipe import apply_overrides, load_recipe
 from mohawkify.stages.align import Align
 from mohawkify.stages.base import Runner
@@ -151,6 +153,56 @@ def test_a_disk_that_is_too_small_is_noticed(teacher_configs, tmp_path):
 def test_what_cannot_be_planned_is_refused(teacher_configs, arguments, message):
     with pytest.raises(UsageError, match=message):
         plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b"), **arguments)
+
+
+def test_offloading_that_deepspeed_would_not_heed_is_refused(teacher_configs):
+    config, recipe = str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b")
+    for zero, offload, least in ((0, "all", 3), (2, "all", 3), (0, "optimizer", 1)):
+        wanted = apply_overrides(recipe, [f"compute.zero={zero}", f"compute.offload={offload}"])
+        with pytest.raises(
+            RecipeError, match=f"found ZeRO-{zero}, expected at least ZeRO-{least} to offload {offload}"
+        ):
+            plan(config, wanted, gpu="h100", num_gpus=2)
+    for layout in (Layout("deepspeed", 1, 2), Layout("fsdp", 0, 2), Layout("single")):
+        found = [remedy.layout for remedy in remedies(layout) if remedy.layout.offload == "all"]
+        expected = ("fsdp", 0) if layout.engine == "fsdp" else ("deepspeed", 3)
+        assert [(each.engine, each.zero) for each in found] == [expected]
+
+
+def test_a_users_deepspeed_settings_are_planned_with(teacher_configs, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}')
+    own = ["compute.zero=null", f"compute.deepspeed_config={file}"]
+    found = plan(
+        str(teacher_configs / "Llama-3.2-1B-Instruct.json"),
+        apply_overrides(load_recipe("llamba-1b"), own),
+        gpu="h100",
+        num_gpus=2,
+    )
+    assert (found["layout"]["zero"], found["layout"]["offload"]) == (1, "optimizer")
+
+
+def test_a_finish_taught_by_another_is_named_and_kept_answers_cost_no_teacher(teacher_configs):
+    def planned(*overrides: str) -> dict[str, Any]:
+        return plan(
+            str(teacher_configs / "Llama-3.2-1B-Instruct.json"), apply_overrides(load_recipe("llamba-1b"), overrides)
+        )
+
+    plain, other = planned(), planned("stages.distill.finish.teacher=some/Large")
+    assert not any("taught by" in warning for warning in plain["warnings"])
+    assert "the finish is taught by some/Large: what that teacher takes is not in this plan" in other["warnings"]
+    kept = planned("stages.distill.finish.logits=somewhere")["phases"]
+    assert [row["teacher_flops"] > 0 for row in kept] == [row["text"] == "train" for row in kept]
+    assert sum(row["seconds"] for row in kept) < sum(row["seconds"] for row in plain["phases"])
+
+
+def test_passes_are_counted_as_training_takes_them_and_stages_left_out_do_not_matter(teacher_configs):
+    uneven = ["stages.align.batch_sequences=12", "compute.micro_batch_sequences=4", "stages.orient.tokens=0"]
+    uneven += ["stages.orient.batch_sequences=4", "stages.distill.batch_sequences=12"]
+    recipe = apply_overrides(load_recipe("llamba-1b"), uneven)
+    found = plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, gpu="h100", num_gpus=2)
+    assert {(row["micro_batch_sequences"], row["accumulation"]) for row in found["phases"]} == {(4, 2)}
+    assert layout_of(recipe, engine="auto", zero=None, num_gpus=3, on_gpu=True).micro_batch == 4
 
 
 def test_several_gpus_of_no_kind_are_refused_where_there_is_none(teacher_configs):

@@ -364,6 +364,8 @@ def test_no_override_changes_nothing(small: Recipe) -> None:
         ("data.train.0.hub=x", "data.train.0: found path and hub, expected exactly one of path, hub and demo"),
         ("stages.align.finish.tokens=5", "stages.align.finish.sequence_length: missing"),
         ("compute.micro_batch_sequences=5", "expected a divisor of stages.orient.batch_sequences, 8"),
+        ("stages.align.train=[embedding]", "stages.align.train.0: found"),
+        ("stages.align.train=[]", "expected a list of mixer, mlp, norm, each once"),
         ("two\nlines=1", '--set: "two\\nlines": unknown key'),
     ],
 )

@@ -415,11 +415,11 @@ def test_a_launchers_processes_and_ours_must_be_as_many(monkeypatch, tmp_path):
 
 
 def test_settings_of_deepspeed_must_be_a_json_object(tmp_path):
-    from mohawkify.train.engines import _read_settings
+    from mohawkify.train.deepspeed_config import read_settings
 
     for text, says in ((None, "there is no file"), ("{", "settings"), ("[]", "is not a JSON object")):
         file = tmp_path / "settings.json"
         if text is not None:
             file.write_text(text)
         with pytest.raises(RecipeError, match=says):
-            _read_settings(str(file))
+            read_settings(str(file))

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.adapter import Adapter
-from mohawkify.errors import CheckpointError
+from mohawkify.errors import CheckpointError, is_out_of_memory
 from mohawkify.storage import read_json
 from mohawkify.student.build import classes_for
 from mohawkify.student.mixer import PRECISE_PARAMETERS
@@ -119,9 +119,9 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             directory, config=config_class(**values), dtype=dtype, local_files_only=True, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"the student in {directory} could not be loaded: {' '.join(str(error).split())[:300]}",
             hint="its files are damaged or incomplete: copy them again, or convert again into another --output",

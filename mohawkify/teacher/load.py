@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from mohawkify.errors import TeacherError
+from mohawkify.errors import TeacherError, is_out_of_memory
 from mohawkify.storage import file_sha256, read_json
 from mohawkify.teacher.claims import (
     INTEGER_BYTES,
@@ -90,9 +90,9 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True, **quantiser,
         )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
+        if is_out_of_memory(error):
+            raise
         raise TeacherError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)

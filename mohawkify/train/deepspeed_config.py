@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import RecipeError
+from mohawkify.errors import CheckpointError, RecipeError
 from mohawkify.recipe import OptimizerRecipe
+from mohawkify.storage import read_json
 
 AUTO = "auto"  # Hugging Face's word in such files for "as the trainer has it"
 # Keys that change what is computed in ways the recipe does not know.
@@ -39,6 +41,9 @@ REFUSED_ZERO = {
     "zero_quantized_gradients": "gradients are summed in float32",
     "zenflow": "every weight is updated in every step",
 }
+
+
+LEAST_ZERO = {"none": 0, "optimizer": 1, "all": 3}  # at which DeepSpeed heeds what is to be offloaded
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,7 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
         *("train_batch_size", "gradient_accumulation_steps", "optimizer", "torch_autocast"),
         *REFUSED,
     }
-    stage = zero.get("stage", AUTO)
-    offload = facts.offload or _offload(zero)
+    stage, offload = zero_and_offload(facts.zero, facts.offload, {"zero_optimization": zero})
     return {
         **{key: value for key, value in user.items() if key not in decided and value != AUTO},
         "train_micro_batch_size_per_gpu": facts.micro_batch_sequences,
@@ -104,10 +108,49 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
         "torch_autocast": _autocast(facts.precision, user.get("torch_autocast")),
         "zero_optimization": {
             **{key: value for key, value in zero.items() if value != AUTO and not key.startswith("offload_")},
-            "stage": facts.zero if facts.zero is not None else (3 if stage == AUTO else stage),
+            "stage": stage,
             **_offload_settings(offload, zero),
         },
     }
+
+
+def zero_and_offload(zero: int | None, offload: str | None, settings: Mapping[str, Any]) -> tuple[int, str]:
+    """ZeRO's stage and what is offloaded: as asked for, else as a user's settings say, else ZeRO-3 and nothing.
+
+    Raises:
+        RecipeError: DeepSpeed would not heed the offloading at that stage, and say nothing.
+    """
+    own = settings.get("zero_optimization", {})
+    own = own if isinstance(own, Mapping) else {}
+    stage = own.get("stage", AUTO) if zero is None else zero
+    stage = 3 if stage == AUTO else stage
+    offload = offload or _offload(own)
+    if type(stage) is int and stage < LEAST_ZERO[offload]:
+        raise RecipeError(
+            f"found ZeRO-{stage}, expected at least ZeRO-{LEAST_ZERO[offload]} to offload {offload}",
+            hint="choose another --zero or --offload (compute.zero, compute.offload)",
+        )
+    return stage, offload
+
+
+def read_settings(path: str | None) -> dict[str, Any]:
+    """A user's DeepSpeed settings, a JSON object; none without a file.
+
+    Raises:
+        RecipeError: there is no such file, or it holds something else.
+    """
+    if path is None:
+        return {}
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"compute.deepspeed_config: there is no file {path}")
+    try:
+        settings = read_json(file)
+    except CheckpointError as error:
+        raise RecipeError(error.message) from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} is not a JSON object")
+    return settings
 
 
 def _contradictions(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> list[str]:

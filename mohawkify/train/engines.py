@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import torch
 
 from mohawkify.data.selection import stage_recipes
-from mohawkify.errors import CheckpointError, RecipeError, UsageError
+from mohawkify.errors import UsageError
 from mohawkify.recipe import ComputeRecipe, Recipe
 from mohawkify.stages.base import Stage
-from mohawkify.storage import read_json
 from mohawkify.student.grafting import find_layers
+from mohawkify.train.deepspeed_config import EngineFacts, engine_config, read_settings, zero_and_offload
 from mohawkify.train.engine import Engine, LocalEngine
 from mohawkify.train.world import World
 
@@ -23,7 +22,7 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
     """``single``, ``deepspeed`` or ``fsdp``.
 
     Raises:
-        UsageError: the engine does not work in so many processes, or settings are given that it would not heed.
+        MohawkifyError: the engine does not work in so many processes, or settings are given that it would not heed.
     """
     engine: str = compute.engine
     if engine == "auto":
@@ -41,6 +40,8 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
             )
     if engine == "fsdp" and compute.offload == "optimizer":
         raise UsageError("the engine fsdp offloads none or all, found compute.offload optimizer")
+    if engine == "deepspeed":
+        zero_and_offload(compute.zero, compute.offload, read_settings(compute.deepspeed_config))
     return engine
 
 
@@ -87,7 +88,7 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
         return FsdpEngine(*common, world, layers=layers, offload=compute.offload == "all")
     from mohawkify.train.deepspeed_engine import DeepSpeedEngine
 
-    config = _deepspeed_settings(stage.name, recipe, micro_batch, world, _read_settings(compute.deepspeed_config))
+    config = _deepspeed_settings(stage.name, recipe, micro_batch, world, read_settings(compute.deepspeed_config))
     num_passes = -(-stage_recipes(recipe)[stage.name].batch_sequences // world.size // micro_batch)
     backwards = num_passes if stage.name == "distill" else None
     return DeepSpeedEngine(*common, world, layers=layers, config=config, backwards_per_step=backwards)
@@ -97,7 +98,7 @@ def require_agreeing_settings(recipe: Recipe, world: World) -> None:
     """Raise RecipeError where a user's DeepSpeed settings contradict a stage: before any work, not when it begins."""
     if recipe.compute.deepspeed_config is None or choose_engine(recipe.compute, world) != "deepspeed":
         return
-    settings = _read_settings(recipe.compute.deepspeed_config)
+    settings = read_settings(recipe.compute.deepspeed_config)
     wanted = recipe.compute.micro_batch_sequences
     if wanted == "auto":  # what fits is found when a stage begins, and compared then
         settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
@@ -112,8 +113,6 @@ def _deepspeed_settings(
     name: str, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
 ) -> dict[str, object]:
     """What DeepSpeed is started with for a stage."""
-    from mohawkify.train.deepspeed_config import EngineFacts, engine_config
-
     compute, stage = recipe.compute, stage_recipes(recipe)[name]
     facts = EngineFacts(
         optimizer=recipe.optimizer,
@@ -126,19 +125,3 @@ def _deepspeed_settings(
         offload=compute.offload,
     )
     return engine_config(facts, settings, compute.deepspeed_config or "")
-
-
-def _read_settings(path: str | None) -> dict[str, object]:
-    """A user's DeepSpeed settings, a JSON object; none without a file."""
-    if path is None:
-        return {}
-    file = Path(path)
-    if not file.is_file():
-        raise RecipeError(f"compute.deepspeed_config: there is no file {path}")
-    try:
-        settings = read_json(file)
-    except CheckpointError as error:
-        raise RecipeError(error.message) from error
-    if not isinstance(settings, dict):
-        raise RecipeError(f"{path} is not a JSON object")
-    return settings

@@ -59,6 +59,7 @@ NUMBERS = (
     "0x1",
     "1.5",
 )
+SEVERAL = {"2", "1_0", "٣"}  # numbers that --processes takes
 CHEAP = {"inspect", "plan", "recipes", "families", "completion"}  # these may be given what they can work on
 SLOW = {"bench", "demo"}  # these need nothing to work on, for minutes: their help alone is asked for
 KEYS = [key.name.replace("N", "0") for key in keys(Recipe)]
@@ -102,7 +103,9 @@ def _option(rng: Random, verb: str, parameter: click.Parameter) -> list[str]:
 
 
 def _value(rng: Random, verb: str, parameter: click.Parameter) -> str:
-    if rng.random() < 0.1:
+    if parameter.name == "processes":  # real ones speak for themselves, past the runner that collects what is said
+        text = rng.choice([number for number in NUMBERS if number not in SEVERAL])
+    elif rng.random() < 0.1:
         text = rng.choice((*NUMBERS, *PATHS, *WORDS, "x" * 5000, "a\udcffb"))
     elif isinstance(parameter.type, click.Choice):
         text = rng.choice((*parameter.type.choices, "other", ""))
