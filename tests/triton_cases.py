@@ -128,12 +128,29 @@ def test_scan_with_extreme_decays_against_float64():
 def test_under_autocast_products_are_rounded_and_results_are_not():
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
     given = scan_inputs(70, torch.float32, 16, 16)
-    plain, _ = scan_triton(*given[:4])
-    with torch.autocast(DEVICE.type, dtype=dtype):
-        cast, state = scan_triton(*given[:4])
-    assert cast.dtype == state.dtype == torch.float32
-    assert not torch.equal(plain, cast)
-    assert_near("autocast", cast, plain, TOLERANCE[dtype])
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
+            y, state = scan_triton(*given)
+        found.append([y, state, *torch.autograd.grad(y.sum() + state.sum(), given)])
+    for name, plain, cast in zip(("y", "state", "dx", "dB", "dC", "dlog_decay", "dstate"), *found, strict=True):
+        assert cast.dtype == torch.float32
+        assert not torch.equal(plain, cast)
+        assert not torch.equal(cast, cast.to(dtype).float())
+        assert_near(f"autocast {name}", cast, plain, TOLERANCE[dtype])
+
+
+def test_stage_1_under_autocast_gives_gradients_in_the_inputs_dtype():
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    mixing, attention, starts_bl = orient_inputs("all", 70, torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
+            loss, _ = orient_loss_triton(mixing, attention, starts_bl)
+        found.append([loss, *torch.autograd.grad(loss, mixing)])
+    for name, plain, cast in zip(("loss", "b", "c", "log_decay", "d"), *found, strict=True):
+        assert cast.dtype == torch.float32
+        assert_near(f"autocast {name}", cast, plain, TOLERANCE[dtype])
 
 
 def orient_inputs(case: str, length: int, dtype: torch.dtype) -> tuple[MixingMatrix, AttentionMatrix, Tensor | None]:

@@ -27,6 +27,7 @@ from mohawkify.ops.triton_tiles import (
     TRITON_DTYPES,
     describe_mask,
     float32_products,
+    in_dtype,
     on_device,
     product_dtype,
     square_tiles,
@@ -348,8 +349,8 @@ class _Launch:
     def __init__(
         self, mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None, dtype: torch.dtype
     ) -> None:
-        self.b_blhn, self.c_blhn = mixing.b_blhn.contiguous(), mixing.c_blhn.contiguous()
-        self.q_bhlp, self.k_bgsp = attention.q_bhlp.contiguous(), attention.k_bgsp.contiguous()
+        self.b_blhn, self.c_blhn = in_dtype(mixing.b_blhn, dtype), in_dtype(mixing.c_blhn, dtype)
+        self.q_bhlp, self.k_bgsp = in_dtype(attention.q_bhlp, dtype), in_dtype(attention.k_bgsp, dtype)
         self.d_h = mixing.d_h.contiguous()
         self.batch, self.length, self.heads, self.n_width = self.b_blhn.shape
         self.p_width = self.q_bhlp.shape[-1]

@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mohawkify.ops.triton_tiles import TRITON_DTYPES, float32_products, on_device, product_dtype, tile_width
+from mohawkify.ops.triton_tiles import (
+    TRITON_DTYPES,
+    float32_products,
+    in_dtype,
+    on_device,
+    product_dtype,
+    tile_width,
+)
 
 
 @triton.jit
@@ -392,13 +399,13 @@ class _Scan(torch.autograd.Function):
         starts_bl: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        inputs = [t.contiguous() for t in (x_blhp, b_blhn, c_blhn, log_decay_blh)]
+        inputs = [*(in_dtype(t, dtype) for t in (x_blhp, b_blhn, c_blhn)), log_decay_blh.contiguous()]
         starts = None if starts_bl is None else starts_bl.contiguous().view(torch.uint8)
         first = None if state_bhpn is None else state_bhpn.contiguous()
         batch, length, heads, p_width = x_blhp.shape
         shape = _Shape(batch, length, heads, p_width, b_blhn.shape[-1], dtype)
         carried, last = _carry(inputs[0], inputs[1], inputs[3], starts, first, shape, reverse=False)
-        y_blhp = torch.empty_like(inputs[0])
+        y_blhp = torch.empty_like(inputs[0], dtype=x_blhp.dtype)
         with on_device(y_blhp):
             _outputs[(shape.num_chunks, shape.batch * shape.heads)](
                 *inputs,
@@ -412,6 +419,7 @@ class _Scan(torch.autograd.Function):
             )
         ctx.save_for_backward(*inputs, starts, first)
         ctx.shape = shape
+        ctx.dtypes = [t.dtype for t in (x_blhp, b_blhn, c_blhn, log_decay_blh)]
         ctx.set_materialize_grads(False)
         return y_blhp, last
 
@@ -420,11 +428,13 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, b, c, log_decay, starts, first = ctx.saved_tensors
         shape: _Shape = ctx.shape
-        dy = torch.zeros_like(x) if gradients[0] is None else gradients[0].contiguous()
+        dy = torch.zeros_like(x) if gradients[0] is None else in_dtype(gradients[0], shape.dtype)
         dlast = None if gradients[1] is None else gradients[1].contiguous()
         carried, _ = _carry(x, b, log_decay, starts, first, shape, reverse=False)
         carried_gradient, dfirst = _carry(dy, c, log_decay, starts, dlast, shape, reverse=True)
-        dx, db, dc, dlog_decay = (torch.empty_like(t) for t in (x, b, c, log_decay))
+        dx, db, dc, dlog_decay = (
+            torch.empty_like(t, dtype=dtype) for t, dtype in zip((x, b, c, log_decay), ctx.dtypes, strict=True)
+        )
         grid = (shape.num_chunks, shape.batch * shape.heads)
         with on_device(x):
             _outputs[grid](

@@ -22,6 +22,15 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as kernels read it: contiguous, and in the products' dtype.
+
+    Under autocast inputs come in float32, as the convolution's taps are. Tiles are sized for the products' dtype; read
+    in float32 they would take twice the shared memory, more than GPUs with 99 KB have, and spill.
+    """
+    return tensor.to(dtype).contiguous()
+
+
 def float32_products() -> str:
     """How float32 products are made: in TensorFloat-32 where torch is allowed to, else to float32's precision."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
