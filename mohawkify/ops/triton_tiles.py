@@ -46,6 +46,18 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def grid(num_parts: int, num_pairs: int) -> tuple[int]:
+    """A program for every part of every pair of batch and head, on one axis: the second ends at 65,535 on CUDA."""
+    return (num_parts * num_pairs,)
+
+
+@triton.jit
+def place(num_parts):
+    """A program's part, and its pair of batch and head, in a `grid`."""
+    program = tl.program_id(0)
+    return program % num_parts, (program // num_parts).to(tl.int64)
+
+
 def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
     """The first source each target may look at, and the mask itself only where it is more than that.
 
