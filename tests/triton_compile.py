@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -73,7 +73,7 @@ def compiling(kernels: list[Any], capability: int, found: Callable[[str, Any], N
 
 
 def launch_everything(dtype: torch.dtype, p_width: int, n_width: int) -> None:
-    """Call every operator once, forward and backward, with all that they can be given."""
+    """Call every operator once, forward and backward, with all that they can be given in one dtype."""
     batch, length, heads = 2, 256, 4
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -114,11 +114,16 @@ def spilled_bytes(cubin: bytes) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line of JSON per kernel for arguments like ``90:bfloat16:64:64``: capability, dtype, widths p and n."""
+    """Print a line of JSON per kernel for arguments like ``90:bfloat16:64:64``: capability, dtype, widths p and n.
+
+    The dtype ``float32/bfloat16`` means inputs in float32 under autocast to bfloat16.
+    """
     modules = (triton_scan, triton_orient, triton_step)
     kernels = [item for module in modules for item in vars(module).values() if isinstance(item, triton.JITFunction)]
     for argument in arguments:
-        capability, dtype, p_width, n_width = argument.split(":")
+        capability, dtypes, p_width, n_width = argument.split(":")
+        dtype, *products = (getattr(torch, name) for name in dtypes.split("/"))
+        precision = torch.autocast("cpu", products[0]) if products else nullcontext()
 
         def found(name: str, compiled: Any, argument: str = argument) -> None:
             facts = {
@@ -130,8 +135,9 @@ def main(arguments: list[str]) -> None:
             }
             print(json.dumps(facts), flush=True)
 
-        with compiling(list({id(kernel): kernel for kernel in kernels}.values()), int(capability), found):
-            launch_everything(getattr(torch, dtype), int(p_width), int(n_width))
+        unique = list({id(kernel): kernel for kernel in kernels}.values())
+        with compiling(unique, int(capability), found), precision:
+            launch_everything(dtype, int(p_width), int(n_width))
 
 
 if __name__ == "__main__":

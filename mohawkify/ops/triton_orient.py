@@ -27,7 +27,10 @@ from mohawkify.ops.triton_tiles import (
     TRITON_DTYPES,
     describe_mask,
     float32_products,
+    grid,
+    in_dtype,
     on_device,
+    place,
     product_dtype,
     square_tiles,
     tile_width,
@@ -119,9 +122,9 @@ def _normalise(
     TILE_P: tl.constexpr,
 ):
     """The base-2 logarithm of each row's softmax denominator, and the row's sum of squared probabilities."""
-    pair = tl.program_id(1).to(tl.int64)
+    own_tile, pair = place(tl.cdiv(length, OWN))
     batch, head = pair // heads, pair % heads
-    own_begin = tl.program_id(0) * OWN
+    own_begin = own_tile * OWN
     own = own_begin + tl.arange(0, OWN)
     q = _rows(q_ptr + pair * length * p_width, own_begin, length, p_width, p_width, OWN, TILE_P).to(DTYPE)
     keys = k_ptr + (batch * (heads // GROUP) + head // GROUP) * length * p_width
@@ -210,9 +213,9 @@ def _side(
     TILE_N: tl.constexpr,
 ):
     """The gradient of C and the row sums of W and R * R, docs/math.md (30); without ROWS that of B and column sums."""
-    pair = tl.program_id(1).to(tl.int64)
+    own_tile, pair = place(tl.cdiv(length, OWN))
     batch, head = pair // heads, pair % heads
-    own_begin = tl.program_id(0) * OWN
+    own_begin = own_tile * OWN
     own = own_begin + tl.arange(0, OWN)
     own_inside = own < length
     own_qk_begin = own_qk_ptr + (batch * (heads // OWN_GROUP) + head // OWN_GROUP) * length * p_width
@@ -348,8 +351,8 @@ class _Launch:
     def __init__(
         self, mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None, dtype: torch.dtype
     ) -> None:
-        self.b_blhn, self.c_blhn = mixing.b_blhn.contiguous(), mixing.c_blhn.contiguous()
-        self.q_bhlp, self.k_bgsp = attention.q_bhlp.contiguous(), attention.k_bgsp.contiguous()
+        self.b_blhn, self.c_blhn = in_dtype(mixing.b_blhn, dtype), in_dtype(mixing.c_blhn, dtype)
+        self.q_bhlp, self.k_bgsp = in_dtype(attention.q_bhlp, dtype), in_dtype(attention.k_bgsp, dtype)
         self.d_h = mixing.d_h.contiguous()
         self.batch, self.length, self.heads, self.n_width = self.b_blhn.shape
         self.p_width = self.q_bhlp.shape[-1]
@@ -370,7 +373,7 @@ class _Launch:
             self.scale, self.ceiling = 2 * attention.scaling / attention.softcap, attention.softcap * LOG2_E
         own, other = square_tiles(self.p_width, self.n_width, dtype)
         self.group = self.heads // self.k_bgsp.shape[1]
-        self.grid = (triton.cdiv(self.length, own), self.batch * self.heads)
+        self.grid = grid(triton.cdiv(self.length, own), self.batch * self.heads)
         self.constants = {
             "HAS_MASK": self.mask_bhls is not None,
             "HAS_SOFTCAP": attention.softcap is not None,

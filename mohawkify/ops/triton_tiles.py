@@ -22,6 +22,15 @@ def product_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as kernels read it: contiguous, and in the products' dtype.
+
+    Under autocast inputs come in float32, as the convolution's taps are. Tiles are sized for the products' dtype; read
+    in float32 they would take twice the shared memory, more than GPUs with 99 KB have, and spill.
+    """
+    return tensor.to(dtype).contiguous()
+
+
 def float32_products() -> str:
     """How float32 products are made: in TensorFloat-32 where torch is allowed to, else to float32's precision."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -35,6 +44,18 @@ def tile_width(width: int) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Within the block kernels start on the tensor's GPU; Triton would use the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def grid(num_parts: int, num_pairs: int) -> tuple[int]:
+    """A program for every part of every pair of batch and head, on one axis: the second ends at 65,535 on CUDA."""
+    return (num_parts * num_pairs,)
+
+
+@triton.jit
+def place(num_parts):
+    """A program's part, and its pair of batch and head, in a `grid`."""
+    program = tl.program_id(0)
+    return program % num_parts, (program // num_parts).to(tl.int64)
 
 
 def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
