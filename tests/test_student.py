@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
@@ -128,6 +131,18 @@ def test_attention_start_is_linear_attention(state_width):
     actual = torch.einsum("blhn,bshn->bhls", parts.c_blhn, parts.b_blhn)
     assert_close("products", actual, expected)
     assert ours.d.abs().max() == 0
+
+
+@pytest.mark.parametrize("state_width", [3, 8, 20])
+@pytest.mark.parametrize("decay_bias", [True, False])
+def test_the_attention_start_takes_weights_from_another_device(state_width, decay_bias):
+    weights = attention_weights()
+    with FakeTensorMode():  # knows every device, computes nothing, and refuses to mix them
+        ours = mixer(state_width, decay_bias)
+        tensors = {name: t for name, t in vars(weights).items() if isinstance(t, torch.Tensor)}
+        on_gpu = {name: torch.empty(t.shape, device="cuda", dtype=torch.bfloat16) for name, t in tensors.items()}
+        start_mixer_from_attention(ours, replace(weights, **on_gpu))
+        assert {parameter.device.type for parameter in ours.parameters()} == {"cpu"}
 
 
 def parts_decay(ours: DiscreteMamba2) -> torch.Tensor:
