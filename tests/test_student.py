@@ -7,13 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Gemma2PreTrainedModel
 
 from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
+from mohawkify.storage import atomic_directory
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.student.save import load_student, save_student
 from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
+from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.projections import read_projections
+from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
 
@@ -94,6 +99,18 @@ def test_generate(pair, options):
     found = pair.student.generate(ids, **settings, **options)
     expected = pair.student.generate(ids, **{**settings, **options, "use_cache": False, "prefill_chunk_size": None})
     assert torch.equal(found, expected)
+
+
+def test_capped_attention_is_never_fused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as transformers has it before 5.21
+    pair = tiny_pair("gemma2", tmp_path / "teacher", student={"keep_attention": (1,)}, num_hidden_layers=2)
+    teacher = load_teacher(tmp_path / "teacher", dtype=torch.float32, device=torch.device("cpu"))
+    with atomic_directory(tmp_path / "student") as folder:
+        save_student(pair.student, bytes_tokenizer(), folder)
+    for model in (pair.teacher, pair.student, teacher, load_student(tmp_path / "student")):
+        assert model.config._attn_implementation == "eager"
+    uncapped = tiny_teacher("gemma2", attn_logit_softcapping=None, num_hidden_layers=2)
+    assert uncapped.config._attn_implementation == "sdpa"
 
 
 def test_the_state_does_not_grow(pair):

@@ -22,6 +22,20 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
     return layers
 
 
+def attention_implementation(model_class: Any, config: Any) -> str:
+    """The attention implementation that every machine has: fused where the family can, else its own plain one.
+
+    Fused attention has no soft cap on its scores. Before 5.21, transformers offers it to Gemma 2 all the same, and
+    drops the cap without a word.
+
+    Args:
+        model_class: a causal language model class of transformers.
+        config: the model's configuration.
+    """
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not is_capped else "eager"
+
+
 def graft_mixers(model: nn.Module, config: Any) -> None:
     """Put a mixer in place of the attention module of every grafted layer.
 
@@ -63,6 +77,8 @@ class GraftedModel(TeacherModel):
     _keep_in_fp32_modules_strict = PRECISE_PARAMETERS
 
     def __init__(self, config: Any) -> None:
+        if config._attn_implementation in (None, "sdpa"):  # what transformers takes by itself
+            config._attn_implementation = attention_implementation(type(self), config)
         super().__init__(config)
         graft_mixers(self, config)
         self.post_init()
