@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Gemma2PreTrainedModel
+from transformers.utils import find_labels
 
 from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
@@ -99,6 +102,34 @@ def test_generate(pair, options):
     found = pair.student.generate(ids, **settings, **options)
     expected = pair.student.generate(ids, **{**settings, **options, "use_cache": False, "prefill_chunk_size": None})
     assert torch.equal(found, expected)
+
+
+def test_generate_makes_the_logits_of_the_last_token_only(pair):
+    shapes = []
+    pair.student.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    pair.student.generate(packed(length=13, batch=1).input_ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+    assert shapes == [(1, 1, 97)] * 2
+
+
+def test_labels_give_the_loss_of_the_teachers_family(pair):
+    assert find_labels(type(pair.student)) == ["labels"]
+    assert inspect.signature(type(pair.student).forward) == inspect.signature(type(pair.teacher).forward)
+    ids = packed(length=13).input_ids
+    labels = ids.masked_fill(ids % 3 == 0, -100)
+    for model in (pair.student, pair.teacher):
+        out = model(ids, labels=labels)
+        expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        assert_close("loss", out.loss, expected)
+        out = model(ids, labels=labels, num_items_in_batch=torch.tensor(7))
+        assert_close("loss of a part of the step", out.loss, expected * (labels[:, 1:] != -100).sum() / 7)
+
+
+@torch.no_grad()
+def test_arguments_by_place_are_those_of_the_teacher(pair):
+    ids = packed(length=13).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    assert torch.equal(pair.student(ids, mask).logits, pair.student(ids, attention_mask=mask).logits)
 
 
 def test_capped_attention_is_never_fused(tmp_path, monkeypatch):

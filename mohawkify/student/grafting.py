@@ -6,6 +6,9 @@ mohawkify. They import nothing but each other, torch and transformers.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +74,10 @@ else:
 
 
 class GraftedModel(TeacherModel):
-    """What a student adds to its teacher's class; the first base, the teacher's causal model class the second."""
+    """What a student adds to its teacher's class: the first base, the teacher's causal model class the second.
+
+    Its forward is `grafted_forward` of the second.
+    """
 
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
     _keep_in_fp32_modules_strict = PRECISE_PARAMETERS
@@ -96,34 +102,31 @@ class GraftedModel(TeacherModel):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StudentCache(self.config)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the teacher's forward; a cache made here is a `StudentCache`, and the mixers see the padding."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = StudentCache(self.config)
-        padding_mask = (
-            attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
-        )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            padding_mask=padding_mask,
-            **kwargs,
-        )
+
+def grafted_forward(model_class: Any) -> Callable[..., Any]:
+    """A student's forward: its teacher's, whose cache holds states where it needs to, and which sees the padding.
+
+    It shows the signature of the teacher's: generate and Trainer hand over only what they find named there, such as
+    ``logits_to_keep`` and ``labels``.
+
+    Args:
+        model_class: the teacher's causal language model class.
+    """
+    teacher_forward = model_class.forward
+    names = tuple(inspect.signature(teacher_forward).parameters)[1:]
+
+    @functools.wraps(teacher_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = self.config.use_cache and not self.training
+        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = StudentCache(self.config)
+        mask = kwargs.get("attention_mask")
+        kwargs["padding_mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        return teacher_forward(self, **kwargs)
+
+    return forward
 
 
 def student_classes(config_class: Any, model_class: Any) -> tuple[Any, Any]:
@@ -139,5 +142,9 @@ def student_classes(config_class: Any, model_class: Any) -> tuple[Any, Any]:
     student_config = type(
         f"Mohawk{config_class.__name__}", (config_class,), {"model_type": f"mohawk_{config_class.model_type}"}
     )
-    student_model = type(f"Mohawk{model_class.__name__}", (GraftedModel, model_class), {"config_class": student_config})
+    student_model = type(
+        f"Mohawk{model_class.__name__}",
+        (GraftedModel, model_class),
+        {"config_class": student_config, "forward": grafted_forward(model_class)},
+    )
     return student_config, student_model

@@ -44,7 +44,7 @@ from transformers import {config}, {model}
 from .cache import StudentCache  # noqa: F401
 from .conv import causal_conv  # noqa: F401
 from .decode_step import decode_step  # noqa: F401
-from .grafting import GraftedModel
+from .grafting import GraftedModel, grafted_forward
 from .mixer import DiscreteMamba2  # noqa: F401
 from .scan import scan_chunked  # noqa: F401
 
@@ -55,6 +55,7 @@ class Mohawk{config}({config}):
 
 class Mohawk{model}(GraftedModel, {model}):
     config_class = Mohawk{config}
+    forward = grafted_forward({model})
 '''
 
 
