@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Gemma2PreTrainedModel
+from transformers import DynamicCache, Gemma2PreTrainedModel, StaticCache
 from transformers.utils import find_labels
 
 from mohawkify.adapter import AttentionWeights
@@ -130,6 +130,29 @@ def test_arguments_by_place_are_those_of_the_teacher(pair):
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     assert torch.equal(pair.student(ids, mask).logits, pair.student(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("knows_config", [False, True])
+def test_an_empty_foreign_cache_becomes_the_students(pair, knows_config):
+    ids = packed(length=13).input_ids
+    cache = DynamicCache(config=pair.student.config if knows_config else None)
+    pair.student(ids[:, :12], past_key_values=cache)
+    found = pair.student(ids[:, 12:], past_key_values=cache).logits
+    assert_close("logits", found, pair.student(ids, use_cache=False).logits[:, 12:])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    written = pair.student.generate(ids, past_key_values=DynamicCache(), **options)
+    assert torch.equal(written, pair.student.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_other_caches_are_refused(pair):
+    ids = packed(length=13).input_ids
+    filled = pair.teacher(ids, use_cache=True).past_key_values
+    static = StaticCache(config=pair.student.config, max_cache_len=20)
+    for cache, name in ((filled, "DynamicCache"), (static, "StaticCache"), (((None, None),), "tuple")):
+        with pytest.raises(ValueError, match=f"found past_key_values of type {name}"):
+            pair.student(ids, past_key_values=cache)
 
 
 def test_capped_attention_is_never_fused(tmp_path, monkeypatch):

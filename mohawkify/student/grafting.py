@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mohawkify.student.cache import StudentCache
+from mohawkify.student.cache import StudentCache, require_states
 from mohawkify.student.mixer import PRECISE_PARAMETERS, DiscreteMamba2
 
 
@@ -120,7 +120,9 @@ def grafted_forward(model_class: Any) -> Callable[..., Any]:
         kwargs.update(zip(names, args, strict=False))
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = self.config.use_cache and not self.training
-        if kwargs["use_cache"] and kwargs.get("past_key_values") is None:
+        if kwargs.get("past_key_values") is not None:
+            require_states(kwargs["past_key_values"], self.config)
+        elif kwargs["use_cache"]:
             kwargs["past_key_values"] = StudentCache(self.config)
         mask = kwargs.get("attention_mask")
         kwargs["padding_mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
