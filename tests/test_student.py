@@ -15,6 +15,7 @@ from transformers.utils import find_labels
 from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
 from mohawkify.storage import atomic_directory
+from mohawkify.student.build import build_student
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
 from mohawkify.student.save import load_student, save_student
@@ -153,6 +154,20 @@ def test_other_caches_are_refused(pair):
     for cache, name in ((filled, "DynamicCache"), (static, "StaticCache"), (((None, None),), "tuple")):
         with pytest.raises(ValueError, match=f"found past_key_values of type {name}"):
             pair.student(ids, past_key_values=cache)
+
+
+def test_a_student_writes_with_its_cache_whatever_its_teacher_does(tmp_path):
+    pair = tiny_pair("llama", tmp_path, use_cache=False)
+    lengths = []
+    pair.student.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    pair.teacher.generation_config.use_cache = False
+    student = build_student(pair.teacher, pair.adapter, pair.spec, "attention", seed=0)
+    assert student.generation_config.use_cache
+    pair.student.generate(packed(length=13, batch=1).input_ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert lengths == [13, 1, 1]
+    assert pair.teacher.generation_config.use_cache is False
 
 
 def test_capped_attention_is_never_fused(tmp_path, monkeypatch):
