@@ -10,6 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mohawkify.errors import UsageError
 
+# Settings that a teacher's published generation_config.json may hold, and that make other tokens likely.
+CHANGES_PROBABILITIES = (
+    "repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens", "suppress_tokens",
+    "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "guidance_scale", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+
 
 def write_text(
     model: PreTrainedModel,
@@ -28,7 +35,8 @@ def write_text(
         tokenizer: of both.
         prompt: where the text begins, exactly as given: no chat template is put around it.
         max_tokens: the most tokens to write; the model may end sooner.
-        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn. Of the model's own generation
+            settings the special tokens alone count.
         seed: of the draws.
         on_text: receives each piece of new text as it comes.
 
@@ -47,10 +55,10 @@ def write_text(
         pieces.append(text)
         on_text(text)
 
-    # A published generation_config.json may hold sampling settings, which do not belong to greedy decoding.
     drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    drawing |= dict.fromkeys(CHANGES_PROBABILITIES)
     torch.manual_seed(seed)
     writer: Any = model.eval()  # transformers' own types do not know that a model can generate
     with torch.inference_mode():
@@ -58,6 +66,7 @@ def write_text(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=max_tokens,
+            num_beams=1,
             pad_token_id=0,  # one row needs no padding; without an id, generate warns
             streamer=_Pieces(tokenizer, keep),
             **drawing,

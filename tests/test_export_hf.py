@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -172,6 +173,12 @@ def test_the_code_in_the_folder_is_ours_but_for_its_imports(run):
     for file in (folder / "final").glob("*.py"):
         assert "import mohawkify" not in file.read_text()
         assert "from mohawkify" not in file.read_text()
+
+
+def test_the_model_file_imports_every_other_file_itself(run):
+    final = run[0] / "final"
+    imported = re.findall(r"^from \.(\w+) import", (final / "modeling_mohawk.py").read_text(), re.MULTILINE)
+    assert set(imported) == {file.stem for file in final.glob("*.py")} - {"modeling_mohawk"}
 
 
 def test_a_teachers_odd_sampling_settings_do_not_stop_saving(tmp_path):

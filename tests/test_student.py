@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, Gemma2PreTrainedModel, StaticCache
+from transformers.utils import find_labels
 
 from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
+from mohawkify.storage import atomic_directory
+from mohawkify.student.build import build_student
 from mohawkify.student.grafting import find_layers
 from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.student.save import load_student, save_student
 from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
+from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.projections import read_projections
+from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
 
@@ -93,6 +105,83 @@ def test_generate(pair, options):
     assert torch.equal(found, expected)
 
 
+def test_generate_makes_the_logits_of_the_last_token_only(pair):
+    shapes = []
+    pair.student.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    pair.student.generate(packed(length=13, batch=1).input_ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
+    assert shapes == [(1, 1, 97)] * 2
+
+
+def test_labels_give_the_loss_of_the_teachers_family(pair):
+    assert find_labels(type(pair.student)) == ["labels"]
+    assert inspect.signature(type(pair.student).forward) == inspect.signature(type(pair.teacher).forward)
+    ids = packed(length=13).input_ids
+    labels = ids.masked_fill(ids % 3 == 0, -100)
+    for model in (pair.student, pair.teacher):
+        out = model(ids, labels=labels)
+        expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        assert_close("loss", out.loss, expected)
+        out = model(ids, labels=labels, num_items_in_batch=torch.tensor(7))
+        assert_close("loss of a part of the step", out.loss, expected * (labels[:, 1:] != -100).sum() / 7)
+
+
+@torch.no_grad()
+def test_arguments_by_place_are_those_of_the_teacher(pair):
+    ids = packed(length=13).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    assert torch.equal(pair.student(ids, mask).logits, pair.student(ids, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("knows_config", [False, True])
+def test_an_empty_foreign_cache_becomes_the_students(pair, knows_config):
+    ids = packed(length=13).input_ids
+    cache = DynamicCache(config=pair.student.config if knows_config else None)
+    pair.student(ids[:, :12], past_key_values=cache)
+    found = pair.student(ids[:, 12:], past_key_values=cache).logits
+    assert_close("logits", found, pair.student(ids, use_cache=False).logits[:, 12:])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    written = pair.student.generate(ids, past_key_values=DynamicCache(), **options)
+    assert torch.equal(written, pair.student.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_other_caches_are_refused(pair):
+    ids = packed(length=13).input_ids
+    filled = pair.teacher(ids, use_cache=True).past_key_values
+    static = StaticCache(config=pair.student.config, max_cache_len=20)
+    for cache, name in ((filled, "DynamicCache"), (static, "StaticCache"), (((None, None),), "tuple")):
+        with pytest.raises(ValueError, match=f"found past_key_values of type {name}"):
+            pair.student(ids, past_key_values=cache)
+
+
+def test_a_student_writes_with_its_cache_whatever_its_teacher_does(tmp_path):
+    pair = tiny_pair("llama", tmp_path, use_cache=False)
+    lengths = []
+    pair.student.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    pair.teacher.generation_config.use_cache = False
+    student = build_student(pair.teacher, pair.adapter, pair.spec, "attention", seed=0)
+    assert student.generation_config.use_cache
+    pair.student.generate(packed(length=13, batch=1).input_ids, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert lengths == [13, 1, 1]
+    assert pair.teacher.generation_config.use_cache is False
+
+
+def test_capped_attention_is_never_fused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as transformers has it before 5.21
+    pair = tiny_pair("gemma2", tmp_path / "teacher", student={"keep_attention": (1,)}, num_hidden_layers=2)
+    teacher = load_teacher(tmp_path / "teacher", dtype=torch.float32, device=torch.device("cpu"))
+    with atomic_directory(tmp_path / "student") as folder:
+        save_student(pair.student, bytes_tokenizer(), folder)
+    for model in (pair.teacher, pair.student, teacher, load_student(tmp_path / "student")):
+        assert model.config._attn_implementation == "eager"
+    uncapped = tiny_teacher("gemma2", attn_logit_softcapping=None, num_hidden_layers=2)
+    assert uncapped.config._attn_implementation == "sdpa"
+
+
 def test_the_state_does_not_grow(pair):
     ids = packed(length=40).input_ids
     sizes = []
@@ -128,6 +217,18 @@ def test_attention_start_is_linear_attention(state_width):
     actual = torch.einsum("blhn,bshn->bhls", parts.c_blhn, parts.b_blhn)
     assert_close("products", actual, expected)
     assert ours.d.abs().max() == 0
+
+
+@pytest.mark.parametrize("state_width", [3, 8, 20])
+@pytest.mark.parametrize("decay_bias", [True, False])
+def test_the_attention_start_takes_weights_from_another_device(state_width, decay_bias):
+    weights = attention_weights()
+    with FakeTensorMode():  # knows every device, computes nothing, and refuses to mix them
+        ours = mixer(state_width, decay_bias)
+        tensors = {name: t for name, t in vars(weights).items() if isinstance(t, torch.Tensor)}
+        on_gpu = {name: torch.empty(t.shape, device="cuda", dtype=torch.bfloat16) for name, t in tensors.items()}
+        start_mixer_from_attention(ours, replace(weights, **on_gpu))
+        assert {parameter.device.type for parameter in ours.parameters()} == {"cpu"}
 
 
 def parts_decay(ours: DiscreteMamba2) -> torch.Tensor:

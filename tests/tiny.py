@@ -15,8 +15,8 @@ from mohawkify.recipe import StudentRecipe
 from mohawkify.shelf import load_adapter
 from mohawkify.stages.base import Pair
 from mohawkify.student.build import build_student, design_student
+from mohawkify.student.grafting import attention_implementation
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.teacher.load import attention_implementation
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -44,8 +44,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
 def tiny_teacher(family: str, attention: str | None = None, **changes: Any) -> PreTrainedModel:
     """A frozen random teacher; every tensor is random, biases and norms too. The same weights for every call."""
     model_class = getattr(transformers, load_adapter(family).model_class)
-    implementation = attention or attention_implementation(model_class)
-    return randomise(model_class._from_config(tiny_config(family, **changes), attn_implementation=implementation))
+    config = tiny_config(family, **changes)
+    implementation = attention or attention_implementation(model_class, config)
+    return randomise(model_class._from_config(config, attn_implementation=implementation))
 
 
 def randomise(model: PreTrainedModel) -> PreTrainedModel:

@@ -33,9 +33,8 @@ from mohawkify.stages.align import Align
 from mohawkify.stages.base import Pair, Runner, model_inputs, run_trunk
 from mohawkify.stages.parameters import mixers_by_layer
 from mohawkify.student.build import classes_for, student_config
-from mohawkify.student.grafting import find_layers
+from mohawkify.student.grafting import attention_implementation, find_layers
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
-from mohawkify.teacher.load import attention_implementation
 
 
 class _Live(TorchDispatchMode):
@@ -200,7 +199,7 @@ def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dt
     teacher_class, student_class = getattr(transformers, adapter.model_class), classes_for(adapter)[1]
     with torch.device("meta"):
         teacher = teacher_class._from_config(
-            deepcopy(config), attn_implementation=attention_implementation(teacher_class), dtype=dtype
+            deepcopy(config), attn_implementation=attention_implementation(teacher_class, config), dtype=dtype
         )
         student = student_class(student_config(config, adapter, spec.mixer_config())).float()
     for model in (teacher, student):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ def classes_for(adapter: Adapter) -> tuple[Any, Any]:
 def student_config(teacher_config: PretrainedConfig, adapter: Adapter, mixer: dict[str, Any]) -> PretrainedConfig:
     """The teacher's configuration under the student's type, with the mixer's facts."""
     values = {key: value for key, value in teacher_config.to_dict().items() if key not in NOT_INHERITED}
+    values["use_cache"] = True  # a teacher that was saved in training has it off: every token would cost a whole pass
     config_class, _ = classes_for(adapter)
     return config_class(**_without_noise(values), mixer=mixer)
 
@@ -133,7 +135,8 @@ def build_student(
     _, model_class = classes_for(adapter)
     torch.manual_seed(seed)
     student = model_class(student_config(teacher.config, adapter, spec.mixer_config())).float()
-    student.generation_config = teacher.generation_config
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.generation_config.use_cache = True
     copy_kept_weights(teacher, student, adapter, spec.grafted_layers)
     if init == "attention":
         start_from_attention(teacher, student, adapter, spec.grafted_layers)

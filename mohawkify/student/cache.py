@@ -155,3 +155,28 @@ class StudentCache(Cache):
         grafted = set(config.mixer["grafted_layers"])
         kept = DynamicCache(config=config).layers  # knows the windows of every family
         super().__init__(layers=[RecurrentLayer() if index in grafted else each for index, each in enumerate(kept)])
+
+
+def require_states(cache: Any, config: Any) -> None:
+    """Give an empty `DynamicCache` of transformers the layers of a `StudentCache`; refuse every other foreign cache.
+
+    In place, since the caller goes on with the cache that it handed over.
+
+    Args:
+        cache: what a student is called with; a `StudentCache` is left as it is, also one of another copy of this file.
+        config: the student's configuration.
+
+    Raises:
+        ValueError: the cache has no states for the mixers, and cannot get them.
+    """
+    first = config.mixer["grafted_layers"][0]
+    layers = getattr(cache, "layers", [])
+    if first < len(layers) and hasattr(layers[first], "state_bhpn"):
+        return
+    if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
+        cache.layers = StudentCache(config).layers
+        return
+    raise ValueError(
+        f"found past_key_values of type {type(cache).__name__}, which hold no states for this student's mixers,"
+        " expected a StudentCache, an empty DynamicCache or None"
+    )

@@ -6,12 +6,15 @@ mohawkify. They import nothing but each other, torch and transformers.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mohawkify.student.cache import StudentCache
+from mohawkify.student.cache import StudentCache, require_states
 from mohawkify.student.mixer import PRECISE_PARAMETERS, DiscreteMamba2
 
 
@@ -20,6 +23,20 @@ def find_layers(model: nn.Module, path: str) -> nn.ModuleList:
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def attention_implementation(model_class: Any, config: Any) -> str:
+    """The attention implementation that every machine has: fused where the family can, else its own plain one.
+
+    Fused attention has no soft cap on its scores. Before 5.21, transformers offers it to Gemma 2 all the same, and
+    drops the cap without a word.
+
+    Args:
+        model_class: a causal language model class of transformers.
+        config: the model's configuration.
+    """
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not is_capped else "eager"
 
 
 def graft_mixers(model: nn.Module, config: Any) -> None:
@@ -57,12 +74,17 @@ else:
 
 
 class GraftedModel(TeacherModel):
-    """What a student adds to its teacher's class; the first base, the teacher's causal model class the second."""
+    """What a student adds to its teacher's class: the first base, the teacher's causal model class the second.
+
+    Its forward is `grafted_forward` of the second.
+    """
 
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
     _keep_in_fp32_modules_strict = PRECISE_PARAMETERS
 
     def __init__(self, config: Any) -> None:
+        if config._attn_implementation in (None, "sdpa"):  # what transformers takes by itself
+            config._attn_implementation = attention_implementation(type(self), config)
         super().__init__(config)
         graft_mixers(self, config)
         self.post_init()
@@ -80,34 +102,33 @@ class GraftedModel(TeacherModel):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StudentCache(self.config)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the teacher's forward; a cache made here is a `StudentCache`, and the mixers see the padding."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = StudentCache(self.config)
-        padding_mask = (
-            attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
-        )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            padding_mask=padding_mask,
-            **kwargs,
-        )
+
+def grafted_forward(model_class: Any) -> Callable[..., Any]:
+    """A student's forward: its teacher's, whose cache holds states where it needs to, and which sees the padding.
+
+    It shows the signature of the teacher's: generate and Trainer hand over only what they find named there, such as
+    ``logits_to_keep`` and ``labels``.
+
+    Args:
+        model_class: the teacher's causal language model class.
+    """
+    teacher_forward = model_class.forward
+    names = tuple(inspect.signature(teacher_forward).parameters)[1:]
+
+    @functools.wraps(teacher_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = self.config.use_cache and not self.training
+        if kwargs.get("past_key_values") is not None:
+            require_states(kwargs["past_key_values"], self.config)
+        elif kwargs["use_cache"]:
+            kwargs["past_key_values"] = StudentCache(self.config)
+        mask = kwargs.get("attention_mask")
+        kwargs["padding_mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        return teacher_forward(self, **kwargs)
+
+    return forward
 
 
 def student_classes(config_class: Any, model_class: Any) -> tuple[Any, Any]:
@@ -123,5 +144,9 @@ def student_classes(config_class: Any, model_class: Any) -> tuple[Any, Any]:
     student_config = type(
         f"Mohawk{config_class.__name__}", (config_class,), {"model_type": f"mohawk_{config_class.model_type}"}
     )
-    student_model = type(f"Mohawk{model_class.__name__}", (GraftedModel, model_class), {"config_class": student_config})
+    student_model = type(
+        f"Mohawk{model_class.__name__}",
+        (GraftedModel, model_class),
+        {"config_class": student_config, "forward": grafted_forward(model_class)},
+    )
     return student_config, student_model

@@ -40,7 +40,13 @@ _MODEL_TEXT = '''"""The student's classes for transformers; written by mohawkify
 
 from transformers import {config}, {model}
 
-from .grafting import GraftedModel
+# All of the folder's code is named here: transformers 5.5.0 fetches what this file imports and no more.
+from .cache import StudentCache  # noqa: F401
+from .conv import causal_conv  # noqa: F401
+from .decode_step import decode_step  # noqa: F401
+from .grafting import GraftedModel, grafted_forward
+from .mixer import DiscreteMamba2  # noqa: F401
+from .scan import scan_chunked  # noqa: F401
 
 
 class Mohawk{config}({config}):
@@ -49,6 +55,7 @@ class Mohawk{config}({config}):
 
 class Mohawk{model}(GraftedModel, {model}):
     config_class = Mohawk{config}
+    forward = grafted_forward({model})
 '''
 
 

@@ -6,6 +6,7 @@ Shapes: h query heads, g key heads, p head width, n state width, d model width.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +71,16 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
     1 - decay: a sum over the past with weights decay^k is 1 / (1 - decay) times too large for an average, which is
     what attention computes.
     """
+    weights = _tensors_on(mixer.d.device, weights)
     mixer.reset_parameters()
     if mixer.decay_proj.bias is not None:
         mixer.decay_proj.bias.copy_(spread_decay_bias(mixer.num_heads, LONGEST_HALF_LIFE))
         decay_h = torch.sigmoid(-mixer.decay_proj.bias.float())
     else:
-        decay_h = torch.full((mixer.num_heads,), 0.5)  # a_log starts near 0
+        decay_h = mixer.d.new_full((mixer.num_heads,), 0.5)  # a_log starts near 0
     num_heads, width, state_width = mixer.num_heads, mixer.head_width, mixer.state_width
-    q_hpd = weights.q_hpd.float()
-    repeats = num_heads // weights.k_gpd.shape[0]
-    k_hpd = weights.k_gpd.float().repeat_interleave(repeats, dim=0)
+    q_hpd, repeats = weights.q_hpd, num_heads // weights.k_gpd.shape[0]
+    k_hpd = weights.k_gpd.repeat_interleave(repeats, dim=0)
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
     scaling = 1.0 / math.sqrt(q_hpd.shape[1]) if weights.scaling is None else weights.scaling
     scale_h = (1.0 - decay_h) * scaling
@@ -103,6 +104,15 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
             biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0)
             mixer.b_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
     mixer.d.zero_()
+
+
+def _tensors_on(device: torch.device, weights: AttentionWeights) -> AttentionWeights:
+    """The weights in float32 on the mixer's device: a student is built on the CPU, its teacher may be on a GPU.
+
+    The CPU also has the decompositions below, which not every accelerator has.
+    """
+    tensors = {name: tensor for name, tensor in vars(weights).items() if isinstance(tensor, Tensor)}
+    return replace(weights, **{name: tensor.to(device, torch.float32) for name, tensor in tensors.items()})
 
 
 def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[Tensor, Tensor]:

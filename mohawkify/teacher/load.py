@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from mohawkify.errors import TeacherError, is_out_of_memory
 from mohawkify.storage import file_sha256, read_json
+from mohawkify.student.grafting import attention_implementation
 from mohawkify.teacher.claims import (
     INTEGER_BYTES,
     ClaimedTensor,
@@ -86,7 +87,7 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits
     logging.set_verbosity_error()  # what does not fit is said below, in one line
     try:
         teacher, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class),
+            folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class, config),
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True, **quantiser,
         )  # fmt: skip
@@ -185,11 +186,6 @@ def _require_head(path: Path, model: Any, tensors: dict[str, ClaimedTensor]) -> 
             f" differs from {embedding_name}",
             hint="set tie_word_embeddings to false if the model has a head of its own",
         )
-
-
-def attention_implementation(model_class: Any) -> str:
-    """The attention implementation that every machine has: fused where the family can, else its own plain one."""
-    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
