@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mohawkify.errors import CheckpointError, ExportError, UsageError
 from mohawkify.export import export
@@ -18,7 +18,8 @@ from mohawkify.export.agreement import compare, require_agreement, sample_ids
 from mohawkify.export.card import model_card
 from mohawkify.export.export import export_run
 from mohawkify.run import RunFolder
-from mohawkify.student.save import is_precise, load_student, save_student
+from mohawkify.shelf import load_adapter
+from mohawkify.student.save import is_precise, load_student, register_family, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.finished import WITHOUT_MOHAWKIFY, answer, finished_run, run_python, tiny_student
@@ -115,6 +116,29 @@ def test_transformers_uses_an_export_in_a_fresh_process(exports, bf16_export, tm
         assert found["beam"] == found["beam_uncached"]
         assert found["batch"] == found["greedy"] + found["short"]
         assert found["pipeline"] == found["direct"] != ""
+
+
+LOAD_STUDENT = (
+    WITHOUT_MOHAWKIFY
+    + """
+import json, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits[0, -1].tolist()))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_student_saved_by_transformers_still_brings_its_code(run, tmp_path):
+    folder, student = run
+    register_family(load_adapter("llama"))
+    again = AutoModelForCausalLM.from_pretrained(folder / "final")
+    again.save_pretrained(tmp_path / "again")
+    found = answer(run_python(LOAD_STUDENT, tmp_path, str(tmp_path / "again"), json.dumps(PROMPT.tolist())))
+    with torch.no_grad():
+        assert_close("logits", torch.tensor(found), student(PROMPT).logits[0, -1])
 
 
 def test_a_bf16_export_keeps_its_precise_parameters_in_float32(bf16_export):

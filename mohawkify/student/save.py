@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,7 @@ def save_student(
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [f"Mohawk{adapter.model_class}"]
-    config.auto_map = {
-        "AutoConfig": f"{MODEL_FILE}.Mohawk{adapter.config_class}",
-        "AutoModelForCausalLM": f"{MODEL_FILE}.Mohawk{adapter.model_class}",
-    }
+    config.auto_map = _auto_map(adapter)
     config.name_or_path = ""  # may be a path of this machine
     config.save_pretrained(directory)
     # Not save_pretrained: it refuses sampling settings without do_sample, which published teachers have.
@@ -156,6 +154,7 @@ def family_of(model_type: str) -> Adapter:
 def register_family(adapter: Adapter) -> tuple[Any, Any]:
     """Make a family's students known to transformers' Auto classes; returns their configuration and model class."""
     config_class, model_class = classes_for(adapter)
+    model_class.save_pretrained = _saving_code(adapter, model_class.save_pretrained)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class
@@ -164,6 +163,28 @@ def register_family(adapter: Adapter) -> tuple[Any, Any]:
 def is_precise(name: str) -> bool:
     """Whether a parameter stays in float32 whatever the student's precision."""
     return any(re.search(pattern, name) for pattern in PRECISE_PARAMETERS)
+
+
+def _saving_code(adapter: Adapter, save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    """A ``save_pretrained`` that writes the student's code too, without which only mohawkify could load the folder."""
+
+    @wraps(save_pretrained)
+    def save(self: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        if is_main_process:  # of several that save one model together
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            _write_code(adapter, Path(save_directory))
+        self.config.auto_map = _auto_map(adapter)
+        save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
+
+    return save
+
+
+def _auto_map(adapter: Adapter) -> dict[str, str]:
+    """Where transformers finds the classes in a student's folder."""
+    return {
+        "AutoConfig": f"{MODEL_FILE}.Mohawk{adapter.config_class}",
+        "AutoModelForCausalLM": f"{MODEL_FILE}.Mohawk{adapter.model_class}",
+    }
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
