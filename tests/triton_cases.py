@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mohawkify.ops import triton_orient, triton_scan, triton_step
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.scan import scan_recurrent
@@ -219,6 +220,31 @@ def test_orient_loss_against_float64(case, length, dtype):
     names = ("loss", "relative", "b", "c", "log_decay", "d")
     for name, actual, expected in zip(names, found, exact_orient_loss(*inputs), strict=True):
         assert_near(f"{case} {length} {name}", actual, expected, TOLERANCE[dtype])
+
+
+def test_many_sequences_and_long_ones_fit_the_grid(monkeypatch):
+    """CUDA starts at most 2**31 - 1 programs on the first axis of a grid and 65,535 on the others."""
+    grids = []
+    kernels = [triton_scan._walk, triton_scan._outputs, triton_scan._gradients]
+    kernels += [triton_orient._normalise, triton_orient._side, triton_step._step]
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "run", lambda *args, grid, **kwargs: grids.append(grid))
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, device=DEVICE)
+
+    batch, heads = 2048, 32
+    for sizes in ((batch, 1, heads), (1, 2**22, 1)):
+        x, b, c = (zeros(*sizes, 1).requires_grad_() for _ in range(3))
+        scan_triton(x, b, c, zeros(*sizes))[0].sum().backward()
+    mixing = MixingMatrix(zeros(batch, 1, heads, 1), zeros(batch, 1, heads, 1), zeros(batch, 1, heads), zeros(heads))
+    q, mask = zeros(batch, heads, 1, 1), torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+    orient_loss_triton(mixing, AttentionMatrix(q, q, 1.0, mask), None)
+    features = [zeros(batch, heads) for _ in range(5)]
+    convs, tail, state = (zeros(3 * heads, 1), zeros(3 * heads)), zeros(batch, 0, 3 * heads), zeros(batch, heads, 1, 1)
+    decode_step(*features, convs, zeros(heads), zeros(heads), tail, state)
+    assert len(grids) == 2 * 6 + 3 + 1
+    assert all(first < 2**31 and all(other <= 65535 for other in others) for first, *others in grids), grids
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

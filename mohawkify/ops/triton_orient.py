@@ -27,8 +27,10 @@ from mohawkify.ops.triton_tiles import (
     TRITON_DTYPES,
     describe_mask,
     float32_products,
+    grid,
     in_dtype,
     on_device,
+    place,
     product_dtype,
     square_tiles,
     tile_width,
@@ -120,9 +122,9 @@ def _normalise(
     TILE_P: tl.constexpr,
 ):
     """The base-2 logarithm of each row's softmax denominator, and the row's sum of squared probabilities."""
-    pair = tl.program_id(1).to(tl.int64)
+    own_tile, pair = place(tl.cdiv(length, OWN))
     batch, head = pair // heads, pair % heads
-    own_begin = tl.program_id(0) * OWN
+    own_begin = own_tile * OWN
     own = own_begin + tl.arange(0, OWN)
     q = _rows(q_ptr + pair * length * p_width, own_begin, length, p_width, p_width, OWN, TILE_P).to(DTYPE)
     keys = k_ptr + (batch * (heads // GROUP) + head // GROUP) * length * p_width
@@ -211,9 +213,9 @@ def _side(
     TILE_N: tl.constexpr,
 ):
     """The gradient of C and the row sums of W and R * R, docs/math.md (30); without ROWS that of B and column sums."""
-    pair = tl.program_id(1).to(tl.int64)
+    own_tile, pair = place(tl.cdiv(length, OWN))
     batch, head = pair // heads, pair % heads
-    own_begin = tl.program_id(0) * OWN
+    own_begin = own_tile * OWN
     own = own_begin + tl.arange(0, OWN)
     own_inside = own < length
     own_qk_begin = own_qk_ptr + (batch * (heads // OWN_GROUP) + head // OWN_GROUP) * length * p_width
@@ -371,7 +373,7 @@ class _Launch:
             self.scale, self.ceiling = 2 * attention.scaling / attention.softcap, attention.softcap * LOG2_E
         own, other = square_tiles(self.p_width, self.n_width, dtype)
         self.group = self.heads // self.k_bgsp.shape[1]
-        self.grid = (triton.cdiv(self.length, own), self.batch * self.heads)
+        self.grid = grid(triton.cdiv(self.length, own), self.batch * self.heads)
         self.constants = {
             "HAS_MASK": self.mask_bhls is not None,
             "HAS_SOFTCAP": attention.softcap is not None,

@@ -22,8 +22,10 @@ from torch.autograd.function import once_differentiable
 from mohawkify.ops.triton_tiles import (
     TRITON_DTYPES,
     float32_products,
+    grid,
     in_dtype,
     on_device,
+    place,
     product_dtype,
     tile_width,
 )
@@ -121,11 +123,11 @@ def _walk(
     TILE_N: tl.constexpr,
 ):
     """Carry a state over all chunks, docs/math.md (10), or with REVERSE its gradient, (25)."""
-    pair = tl.program_id(1).to(tl.int64)  # batch and head
+    p_tile, pair = place(tl.cdiv(p_width, TILE_P))
     head = pair % heads
     row = (pair // heads) * length
     offsets = tl.arange(0, CHUNK)
-    p = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
+    p = p_tile * TILE_P + tl.arange(0, TILE_P)
     n = tl.arange(0, TILE_N)
     state_mask = (p[:, None] < p_width) & (n[None, :] < n_width)
     state_offsets = p[:, None] * n_width + n[None, :]
@@ -192,8 +194,7 @@ def _outputs(
 
     Values, keys and queries are x, B and C, in reverse dy, C and B: what was a source is a target then.
     """
-    chunk = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
+    chunk, pair = place(num_chunks)
     head = pair % heads
     row = (pair // heads) * length
     begin = chunk * CHUNK
@@ -257,8 +258,7 @@ def _gradients(
     TILE_N: tl.constexpr,
 ):
     """The gradients of one chunk's B, C and log-decays, docs/math.md (27) to (29)."""
-    chunk = tl.program_id(0)
-    pair = tl.program_id(1).to(tl.int64)
+    chunk, pair = place(num_chunks)
     head = pair % heads
     row = (pair // heads) * length
     begin = chunk * CHUNK
@@ -407,7 +407,7 @@ class _Scan(torch.autograd.Function):
         carried, last = _carry(inputs[0], inputs[1], inputs[3], starts, first, shape, reverse=False)
         y_blhp = torch.empty_like(inputs[0], dtype=x_blhp.dtype)
         with on_device(y_blhp):
-            _outputs[(shape.num_chunks, shape.batch * shape.heads)](
+            _outputs[grid(shape.num_chunks, shape.batch * shape.heads)](
                 *inputs,
                 starts,
                 carried,
@@ -435,16 +435,16 @@ class _Scan(torch.autograd.Function):
         dx, db, dc, dlog_decay = (
             torch.empty_like(t, dtype=dtype) for t, dtype in zip((x, b, c, log_decay), ctx.dtypes, strict=True)
         )
-        grid = (shape.num_chunks, shape.batch * shape.heads)
+        every_chunk = grid(shape.num_chunks, shape.batch * shape.heads)
         with on_device(x):
-            _outputs[grid](
+            _outputs[every_chunk](
                 *(dy, c, b, log_decay, starts, carried_gradient, dx),
                 *shape.sizes(),
                 HAS_STARTS=starts is not None,
                 REVERSE=True,
                 **shape.staged(),
             )
-            _gradients[grid](
+            _gradients[every_chunk](
                 *(x, b, c, log_decay, starts, dy, carried, carried_gradient, db, dc, dlog_decay),
                 *shape.sizes(),
                 HAS_STARTS=starts is not None,
@@ -470,7 +470,7 @@ def _carry(
     last = value_blhp.new_empty(batch, heads, p_width, n_width, dtype=torch.float32)
     constants = shape.constants()
     with on_device(value_blhp):
-        _walk[(triton.cdiv(p_width, constants["TILE_P"]), batch * heads)](
+        _walk[grid(triton.cdiv(p_width, constants["TILE_P"]), batch * heads)](
             *(value_blhp, key_blhn, log_decay_blh, starts_bl, first_bhpn, carried, last),
             *shape.sizes(),
             HAS_FIRST=first_bhpn is not None,

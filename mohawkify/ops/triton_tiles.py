@@ -1,4 +1,4 @@
-"""What the Triton kernels need from the host: the precision of products, the size of tiles, the shape of a mask."""
+"""What the Triton kernels share: the precision of products, the size of tiles, their grid, the shape of a mask."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -44,6 +44,18 @@ def tile_width(width: int) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Within the block kernels start on the tensor's GPU; Triton would use the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def grid(num_parts: int, num_pairs: int) -> tuple[int]:
+    """A program for every part of every pair of batch and head, on one axis: the second ends at 65,535 on CUDA."""
+    return (num_parts * num_pairs,)
+
+
+@triton.jit
+def place(num_parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """A program's part, and its pair of batch and head, in a `grid`."""
+    program = tl.program_id(0)
+    return program % num_parts, (program // num_parts).to(tl.int64)
 
 
 def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
