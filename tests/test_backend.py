@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
 
 from mohawkify.errors import MissingExtraError, UsageError
-from mohawkify.ops import backend, scan
+from mohawkify.ops import backend, scan, scan_libraries
 from mohawkify.recipe import apply_overrides, load_recipe
 from mohawkify.student.build import use_kernels
 from mohawkify.student.mixer import DiscreteMamba2
@@ -115,6 +117,25 @@ def test_the_plain_scan_is_what_runs_on_a_cpu():
     log_decay = -torch.rand(1, 9, 2)
     for one, other in zip(backend.scan(x, b, c, log_decay), scan.scan_chunked(x, b, c, log_decay), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_state_of_flash_linear_attention_is_one_that_decoding_can_update(monkeypatch):
+    """The Triton step refuses a state that is not contiguous; the library's is (n, p), ours its transpose."""
+
+    def chunk_simple_gla(q, k, v, g, scale, initial_state, output_final_state):
+        y, last = scan.scan_chunked(v, k, q, g, initial_state.transpose(-1, -2))
+        return scale * y, last.transpose(-1, -2).contiguous()
+
+    for name in ("fla", "fla.ops", "fla.ops.simple_gla"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["fla.ops.simple_gla"], "chunk_simple_gla", chunk_simple_gla, raising=False)
+    x, b, c = (torch.randn(2, 9, 3, width) for width in (4, 5, 5))
+    log_decay, state = -torch.rand(2, 9, 3), torch.randn(2, 3, 4, 5)
+    y, last = scan_libraries.scan_fla(x, b, c, log_decay, state)
+    expected_y, expected_last = scan.scan_chunked(x, b, c, log_decay, state)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(last, expected_last)
+    assert last.is_contiguous()
 
 
 def test_doctor_lists_the_kernels():

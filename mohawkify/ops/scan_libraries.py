@@ -40,7 +40,8 @@ def scan_fla(
         initial_state=state_bhnp,
         output_final_state=True,
     )
-    return y_blhp, last_bhnp.transpose(-1, -2)
+    # Contiguous: decoding continues from the state and updates it in place.
+    return y_blhp, last_bhnp.transpose(-1, -2).contiguous()
 
 
 def scan_mamba_ssm(
