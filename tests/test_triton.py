@@ -23,6 +23,7 @@ KERNELS = {"_walk", "_outputs", "_gradients", "_normalise", "_side", "_step"}
 SHARED_BYTES = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024}
 MOST_SPILLED_BYTES = 512
 AUTOCAST = [f"{capability}:float32/bfloat16:{width}:{width}" for capability in SHARED_BYTES for width in (64, 128)]
+BIASED = "89:float32:128:128:bias"  # fits only if the bias is not read ahead
 COMPILED = ["80:bfloat16:64:64", "90:bfloat16:64:64", "90:float32:8:16", "89:float32/bfloat16:64:128", *AUTOCAST]
 
 
@@ -49,7 +50,7 @@ def test_kernels_on_the_gpu():
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    done = run_module("tests.triton_compile", *COMPILED, interpret=False)
+    done = run_module("tests.triton_compile", *COMPILED, BIASED, interpret=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -61,6 +62,13 @@ def test_every_kernel_compiles_within_the_gpus_means(compiled, case):
     for facts in found:
         assert facts["shared"] <= SHARED_BYTES[case[:2]], facts
         assert facts["spilled"] <= MOST_SPILLED_BYTES, facts
+
+
+def test_a_bias_and_a_mask_in_float32_fit_too(compiled):
+    found = [facts for facts in compiled if facts["case"] == BIASED]
+    assert {facts["kernel"] for facts in found} == KERNELS
+    for facts in found:
+        assert facts["shared"] <= SHARED_BYTES["89"], facts
 
 
 def test_products_run_on_tensor_cores(compiled):

@@ -72,8 +72,8 @@ def compiling(kernels: list[Any], capability: int, found: Callable[[str, Any], N
             kernel.run = run
 
 
-def launch_everything(dtype: torch.dtype, p_width: int, n_width: int) -> None:
-    """Call every operator once, forward and backward, with all that they can be given in one dtype."""
+def launch_everything(dtype: torch.dtype, p_width: int, n_width: int, biased: bool) -> None:
+    """Call every operator once, forward and backward; a teacher with biased scores has a mask with holes as well."""
     batch, length, heads = 2, 256, 4
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -89,7 +89,11 @@ def launch_everything(dtype: torch.dtype, p_width: int, n_width: int) -> None:
     mixing = MixingMatrix(b, c, log_decay, zeros(heads, dtype=torch.float32))
     q, k = zeros(batch, heads, length, p_width), zeros(batch, heads // 2, length, p_width)
     mask = torch.ones(length, length, dtype=torch.bool).tril()
-    triton_orient.orient_loss_triton(mixing, AttentionMatrix(q, k, 0.125, mask), starts_bl)
+    attention = AttentionMatrix(q, k, 0.125, mask)
+    if biased:
+        mask[2, 1] = False
+        attention = attention._replace(bias_bhls=zeros(1, heads, length, length, dtype=torch.float32))
+    triton_orient.orient_loss_triton(mixing, attention, starts_bl)
 
     num_features, num_lags = heads * (p_width + 2 * n_width), 3
     convs = (zeros(num_features, num_lags + 1, dtype=torch.float32), zeros(num_features, dtype=torch.float32))
@@ -116,12 +120,13 @@ def spilled_bytes(cubin: bytes) -> int:
 def main(arguments: list[str]) -> None:
     """Print a line of JSON per kernel for arguments like ``90:bfloat16:64:64``: capability, dtype, widths p and n.
 
-    The dtype ``float32/bfloat16`` means inputs in float32 under autocast to bfloat16.
+    The dtype ``float32/bfloat16`` means inputs in float32 under autocast to bfloat16. A fifth word, ``bias``, gives the
+    teacher a bias and a mask with holes.
     """
     modules = (triton_scan, triton_orient, triton_step)
     kernels = [item for module in modules for item in vars(module).values() if isinstance(item, triton.JITFunction)]
     for argument in arguments:
-        capability, dtypes, p_width, n_width = argument.split(":")
+        capability, dtypes, p_width, n_width, *bias = argument.split(":")
         dtype, *products = (getattr(torch, name) for name in dtypes.split("/"))
         precision = torch.autocast("cpu", products[0]) if products else nullcontext()
 
@@ -137,7 +142,7 @@ def main(arguments: list[str]) -> None:
 
         unique = list({id(kernel): kernel for kernel in kernels}.values())
         with compiling(unique, int(capability), found), precision:
-            launch_everything(dtype, int(p_width), int(n_width))
+            launch_everything(dtype, int(p_width), int(n_width), biased=bool(bias))
 
 
 if __name__ == "__main__":

@@ -384,7 +384,8 @@ class _Launch:
             "OTHER": other,
             "TILE_P": tile_width(self.p_width),
             "num_warps": 8 if own >= 64 else 4,
-            "num_stages": 2,
+            # Reading a bias ahead as well takes more than 99 KB in float32.
+            "num_stages": 1 if dtype == torch.float32 and self.bias_bhls is not None else 2,
         }
 
     def empty(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the Triton kernels need from the host: the precision of products, the size of tiles, the shape of a mask."""
+"""What the Triton kernels share: the precision of products, the size of tiles, their grid, the shape of a mask."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -52,7 +52,7 @@ def grid(num_parts: int, num_pairs: int) -> tuple[int]:
 
 
 @triton.jit
-def place(num_parts):
+def place(num_parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """A program's part, and its pair of batch and head, in a `grid`."""
     program = tl.program_id(0)
     return program % num_parts, (program // num_parts).to(tl.int64)
