@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def _tensors_on(device: torch.device, weights: AttentionWeights) -> AttentionWei
 
     The CPU also has the decompositions below, which not every accelerator has.
     """
-    tensors = {name: tensor for name, tensor in vars(weights).items() if isinstance(tensor, Tensor)}
+    tensors: dict[str, Any] = {name: value for name, value in vars(weights).items() if isinstance(value, Tensor)}
     return replace(weights, **{name: tensor.to(device, torch.float32) for name, tensor in tensors.items()})
 
 
