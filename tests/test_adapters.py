@@ -234,6 +234,7 @@ def test_greedy_text_of_a_padded_batch_equals_single_text(student):
     batch = student.generate(ids, attention_mask=mask, **options)
     single = student.generate(ids[1:, 4:], attention_mask=mask[1:, 4:], **options)
     assert batch[1, 9:].tolist() == single[0, 5:].tolist()
+    assert torch.equal(batch, student.generate(ids, attention_mask=mask, prefill_chunk_size=1, **options))
 
 
 @pytest.mark.parametrize("name", ["orient", "align", "align-mixer", "distill"])

@@ -107,6 +107,21 @@ def test_padding_and_documents_are_handed_over():
 
 
 @torch.no_grad()
+def test_padding_leaves_the_memory_alone_step_by_step():
+    ours, hidden = mixer(), normal(BATCH, 12, 16)
+    keep = torch.ones(BATCH, 12, dtype=torch.long)
+    keep[1, :5] = 0
+    keep[0, 7:9] = 0
+    whole, stepwise = fresh(), fresh()
+    expected, _ = ours(hidden, past_key_values=whole, padding_mask=keep)
+    for t in range(12):
+        found, _ = ours(hidden[:, t : t + 1], past_key_values=stepwise, padding_mask=keep[:, : t + 1])
+        assert_close(f"output {t}", found, expected[:, t : t + 1])
+    assert_close("state", stepwise.layers[0].state_bhpn, whole.layers[0].state_bhpn)
+    assert_close("tail", stepwise.layers[0].tail_bkf, whole.layers[0].tail_bkf)
+
+
+@torch.no_grad()
 def test_memory_stays_in_place():
     ours, cache = mixer(), fresh()
     layer = cache.layers[0]

@@ -82,11 +82,17 @@ FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "job
 FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 
 # Functions outside storage.py that write files themselves. All but the last line's are handed a temporary folder by
-# storage.atomic_directory; the last line's belong to the developers' script that made the demo teacher, and to no run.
+# storage.atomic_directory, but for `_saving_code`, which is transformers' own save_pretrained in the hands of whoever
+# calls it; the last line's belong to the developers' script that made the demo teacher, and to no run.
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
-    *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
+    *(
+        "student/save.py:_saving_code",
+        "export/export.py:export_run",
+        "export/mlx.py:write_mlx",
+        "data/teacher_logits.py:_write_records",
+    ),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
 }
 WRITING_METHODS = {

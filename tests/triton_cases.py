@@ -249,7 +249,8 @@ def test_many_sequences_and_long_ones_fit_the_grid(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_taps", "p_width", "n_width"), [(1, 8, 4), (2, 12, 20), (4, 16, 16)])
-def test_step_against_float64(dtype, num_taps, p_width, n_width):
+@pytest.mark.parametrize("keeps", [None, [[1, 1, 1], [1, 0, 1]], [[False, True, False], [False, False, True]]])
+def test_step_against_float64(dtype, num_taps, p_width, n_width, keeps):
     batch, heads = 2, 3
     generator = torch.Generator().manual_seed(num_taps)
     num_features = heads * (p_width + 2 * n_width)
@@ -266,14 +267,17 @@ def test_step_against_float64(dtype, num_taps, p_width, n_width):
         convs = (poisoned(convs[0].T, torch.float32).T, convs[1])
     weight_fk, bias_f, exact_z_bias, exact_d = (t.double().cpu() for t in (*convs, z_bias_f, d_h))
     widths = [heads * p_width, heads * n_width, heads * n_width]
-    for _ in range(3):
+    for index in range(3):
         projected = [normal(batch, width) for width in widths]
         z_bf, a_log_bh = normal(batch, heads * p_width), normal(batch, heads, dtype=torch.float32)
-        output_bf = decode_step(*projected, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn)
+        keep_b = None if keeps is None else torch.tensor(keeps, device=DEVICE)[:, index]
+        output_bf = decode_step(*projected, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
         u_b1f = torch.cat(projected, dim=-1).double().cpu().unsqueeze(1)
+        kept = torch.ones(batch, 1, 1) if keep_b is None else keep_b.cpu().view(-1, 1, 1)
+        u_b1f = u_b1f * kept
         mixed_b1f, exact_tail = causal_conv(u_b1f, weight_fk, bias_f, exact_tail)
         x, b, c = (part.unflatten(-1, (heads, -1)) for part in mixed_b1f.split(widths, dim=-1))
-        log_decay = -F.softplus(a_log_bh.double().cpu()).unsqueeze(1)
+        x, log_decay = x * kept.unsqueeze(-1), -F.softplus(a_log_bh.double().cpu()).unsqueeze(1) * kept
         y, exact_state = scan_recurrent(x, b, c, log_decay, exact_state)
         gate = F.silu(z_bf.double().cpu() + exact_z_bias)
         assert_near("output", output_bf, (y + exact_d[:, None] * x).flatten(1) * gate, TOLERANCE[dtype])

@@ -32,6 +32,8 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 OPTIONS = ("num_warps", "num_stages")
 
@@ -97,12 +99,13 @@ def launch_everything(dtype: torch.dtype, p_width: int, n_width: int, biased: bo
 
     num_features, num_lags = heads * (p_width + 2 * n_width), 3
     convs = (zeros(num_features, num_lags + 1, dtype=torch.float32), zeros(num_features, dtype=torch.float32))
-    triton_step.decode_step(
-        *(zeros(batch, heads * width) for width in (p_width, n_width, n_width, p_width)),
-        *(zeros(batch, heads, dtype=torch.float32), convs),
-        *(zeros(heads * p_width, dtype=torch.float32), zeros(heads, dtype=torch.float32)),
-        *(zeros(batch, num_lags, num_features), state),
-    )
+    for keep_b in (None, *(torch.ones(batch, 3, dtype=dtype)[:, -1] for dtype in (torch.int64, torch.bool))):
+        triton_step.decode_step(
+            *(zeros(batch, heads * width) for width in (p_width, n_width, n_width, p_width)),
+            *(zeros(batch, heads, dtype=torch.float32), convs),
+            *(zeros(heads * p_width, dtype=torch.float32), zeros(heads, dtype=torch.float32)),
+            *(zeros(batch, num_lags, num_features), state, keep_b),
+        )
 
 
 def spilled_bytes(cubin: bytes) -> int:

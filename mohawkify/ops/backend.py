@@ -153,6 +153,7 @@ def step(
     d_h: Tensor,
     tail_bkf: Tensor,
     state_bhpn: Tensor,
+    keep_b: Tensor | None = None,
     kernels: str = "auto",
 ) -> Tensor:
     """The step of `decode_step.decode_step` by the implementation that `backend` names."""
@@ -165,7 +166,7 @@ def step(
             run = triton_step.decode_step
         else:
             _say_once(f"step: torch on {x_bf.device}: a head's state of {numbers:,} numbers is over {LARGEST_STATE:,}")
-    return run(x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn)
+    return run(x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
 
 
 def _scan_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ def decode_step(
     d_h: Tensor,
     tail_bkf: Tensor,
     state_bhpn: Tensor,
+    keep_b: Tensor | None = None,
 ) -> Tensor:
     """Move the memory on by one token and give the mixer's output before its last projection.
 
@@ -39,6 +40,7 @@ def decode_step(
         d_h: the skip of each head.
         tail_bkf: the last k - 1 projected inputs of the convolutions, the latest last; overwritten.
         state_bhpn: the state in at least float32; overwritten.
+        keep_b: 0 where the token is padding, which neither writes to the state nor lets it decay; None where none is.
 
     Returns:
         The gated outputs (b, h * p), in the precision that the inputs and the skip promote to.
@@ -47,6 +49,9 @@ def decode_step(
     num_lags = tail_bkf.shape[1]
     _, heads, head_width, state_width = state_bhpn.shape
     inputs_bf = torch.cat([x_bf, b_bf, c_bf], dim=-1)
+    keep_b1 = None if keep_b is None else (keep_b != 0).unsqueeze(-1)
+    if keep_b1 is not None:
+        inputs_bf = inputs_bf * keep_b1
     features_bf = bias_f + weight_fk[:, num_lags] * inputs_bf
     for lag in range(num_lags):
         features_bf = features_bf + weight_fk[:, lag] * tail_bkf[:, lag]
@@ -62,6 +67,8 @@ def decode_step(
     )
     dtype = state_bhpn.dtype
     decay_bh = torch.sigmoid(-a_log_bh.to(dtype))
+    if keep_b1 is not None:
+        x_bhp, decay_bh = x_bhp * keep_b1.unsqueeze(-1), decay_bh.masked_fill(~keep_b1, 1.0)
     state_bhpn.mul_(decay_bh[..., None, None]).addcmul_(x_bhp.to(dtype).unsqueeze(-1), b_bhn.to(dtype).unsqueeze(-2))
     with torch.autocast(state_bhpn.device.type, enabled=False):
         # As row times transposed state: on CPUs torch takes state times column one row at a time, 8 times slower.

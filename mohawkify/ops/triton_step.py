@@ -23,13 +23,14 @@ def _convolve(
     feature,
     feature_begin,
     inside,
+    kept,
     num_features,
     weight_stride_f,
     weight_stride_k,
     NUM_LAGS: tl.constexpr,
 ):
     """One head's convolved features, docs/math.md (2); its last inputs move on by one."""
-    present = tl.load(u_ptr + feature, mask=inside, other=0.0)
+    present = tl.where(kept, tl.load(u_ptr + feature, mask=inside, other=0.0), 0.0)
     column = feature_begin + feature
     weights = weight_ptr + column * weight_stride_f
     output = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +48,8 @@ def _convolve(
     return output
 
 
-@triton.jit
+# A mask that grows by a column per token would compile one variant after the other for its place and stride.
+@triton.jit(do_not_specialize=["keep_stride"], do_not_specialize_on_alignment=["keep_ptr"])
 def _step(
     x_ptr,
     b_ptr,
@@ -61,6 +63,8 @@ def _step(
     tail_ptr,
     state_ptr,
     output_ptr,
+    keep_ptr,
+    keep_stride,
     heads,
     p_width,
     n_width,
@@ -75,21 +79,26 @@ def _step(
     p_inside, n_inside = p < p_width, n < n_width
     x_features, key_features = heads * p_width, heads * n_width
     num_features = x_features + 2 * key_features
+    kept = tl.full((), True, tl.int1)
+    if keep_ptr is not None:
+        kept = tl.load(keep_ptr + batch * keep_stride) != 0
     tail = tail_ptr + batch * NUM_LAGS * num_features
     x_feature, key_feature = head * p_width + p, head * n_width + n
     x = _convolve(
-        x_ptr + batch * x_features, tail, weight_ptr, bias_ptr, x_feature, 0, p_inside, num_features,
+        x_ptr + batch * x_features, tail, weight_ptr, bias_ptr, x_feature, 0, p_inside, kept, num_features,
         weight_stride_f, weight_stride_k, NUM_LAGS,
     )  # fmt: skip
     b = _convolve(
-        b_ptr + batch * key_features, tail, weight_ptr, bias_ptr, key_feature, x_features, n_inside, num_features,
-        weight_stride_f, weight_stride_k, NUM_LAGS,
+        b_ptr + batch * key_features, tail, weight_ptr, bias_ptr, key_feature, x_features, n_inside, kept,
+        num_features, weight_stride_f, weight_stride_k, NUM_LAGS,
     )  # fmt: skip
     c = _convolve(
         c_ptr + batch * key_features, tail, weight_ptr, bias_ptr, key_feature, x_features + key_features, n_inside,
-        num_features, weight_stride_f, weight_stride_k, NUM_LAGS,
+        kept, num_features, weight_stride_f, weight_stride_k, NUM_LAGS,
     )  # fmt: skip
+    x = tl.where(kept, x, 0.0)
     decay = 1.0 / (1.0 + tl.exp(tl.load(a_log_ptr + batch * heads + head).to(tl.float32)))  # sigmoid(-a_log)
+    decay = tl.where(kept, decay, 1.0)
     state_offsets = (batch * heads + head) * p_width * n_width + p[:, None] * n_width + n[None, :]
     state_mask = p_inside[:, None] & n_inside[None, :]
     state = tl.load(state_ptr + state_offsets, mask=state_mask, other=0.0)
@@ -113,6 +122,7 @@ def decode_step(
     d_h: Tensor,
     tail_bkf: Tensor,
     state_bhpn: Tensor,
+    keep_b: Tensor | None = None,
 ) -> Tensor:
     """One token of every sequence, from its projections to the gated output; tails and state move on in place.
 
@@ -127,6 +137,7 @@ def decode_step(
         d_h: the skip of each head.
         tail_bkf: the last k - 1 projected inputs of x, B and C (b, k - 1, f), contiguous; updated.
         state_bhpn: the state, float32, contiguous; updated.
+        keep_b: 0 where the token is padding, which neither writes to the state nor lets it decay; None where none is.
 
     Returns:
         The gated output (b, h * p) in the dtype of x, for the output projection. It has no gradient.
@@ -142,6 +153,7 @@ def decode_step(
     with on_device(state_bhpn):
         _step[(batch, heads)](
             *(x_bf, b_bf, c_bf, z_bf, a_log_bh, weight_fk, bias_f, z_bias_f, d_h, tail_bkf, state_bhpn, output_bf),
+            *(keep_b, 0 if keep_b is None else keep_b.stride(0)),
             *(heads, p_width, n_width, *weight_fk.stride()),
             NUM_LAGS=weight_fk.shape[1] - 1,
             TILE_P=tile_p,

@@ -147,9 +147,13 @@ def _writable(tensor: torch.Tensor) -> bool:
 class StudentCache(Cache):
     """A layer of memory for every decoder layer of a student.
 
+    The student's forward leaves its ``padding_mask`` here, (b, at least l) and 0 at padding, or None.
+
     Args:
         config: the student's configuration; ``config.mixer["grafted_layers"]`` names the recurrent ones.
     """
+
+    padding_mask: torch.Tensor | None = None
 
     def __init__(self, config: Any) -> None:
         grafted = set(config.mixer["grafted_layers"])

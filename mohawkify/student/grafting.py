@@ -125,7 +125,10 @@ def grafted_forward(model_class: Any) -> Callable[..., Any]:
         elif kwargs["use_cache"]:
             kwargs["past_key_values"] = StudentCache(self.config)
         mask = kwargs.get("attention_mask")
-        kwargs["padding_mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        kwargs["padding_mask"] = padding_mask
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"].padding_mask = padding_mask
         return teacher_forward(self, **kwargs)
 
     return forward

@@ -185,7 +185,10 @@ class DiscreteMamba2(nn.Module):
         continues = memory is not None and memory.num_tokens > 0
         batch, length, _ = hidden_bld.shape
         if memory is not None and length == 1 and not torch.is_grad_enabled():
-            return self._step(hidden_bld[:, 0], memory).unsqueeze(1), None
+            if padding_mask is None:  # some families' layers keep keywords from their attention
+                padding_mask = getattr(cache, "padding_mask", None)
+            keep_b = None if padding_mask is None else padding_mask[:, -1]
+            return self._step(hidden_bld[:, 0], keep_b, memory).unsqueeze(1), None
         starts_bl = keep_bl = None
         if length > 1:
             if self.reads_mask and attention_mask is not None:
@@ -205,8 +208,8 @@ class DiscreteMamba2(nn.Module):
             memory.write(tail_bkf, state_bhpn, length)
         return out_bld, None
 
-    def _step(self, hidden_bd: Tensor, memory: Any) -> Tensor:
-        """One token, its memory moved on in place."""
+    def _step(self, hidden_bd: Tensor, keep_b: Tensor | None, memory: Any) -> Tensor:
+        """One token, its memory moved on in place. Nobody looks whether it is padding: that would wait for a GPU."""
         batch, heads = hidden_bd.shape[0], self.num_heads
         x_bf, b_bf, c_bf = self.x_proj(hidden_bd), self.b_proj(hidden_bd), self.c_proj(hidden_bd)
         convs = (self.x_conv, self.b_conv, self.c_conv)
@@ -220,7 +223,7 @@ class DiscreteMamba2(nn.Module):
         )
         gated_bf = self.step(
             x_bf, b_bf, c_bf, self.z_proj(hidden_bd), self._a_log(hidden_bd),
-            (weight_fk, bias_f), self.z_bias, self.d, tail_bkf, state_bhpn,
+            (weight_fk, bias_f), self.z_bias, self.d, tail_bkf, state_bhpn, keep_b,
         )  # fmt: skip
         memory.advance(1)
         return self.out_proj(gated_bf.to(self.out_proj.weight.dtype))
