@@ -37,7 +37,7 @@ RANKS = (
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory", "train.deepspeed_config"),
+    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
     ("plan",),
     ("family_docs",),
     ("demo", "ops"),
@@ -82,18 +82,12 @@ FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "job
 FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 
 # Functions outside storage.py that write files themselves. All but the last line's are handed a temporary folder by
-# storage.atomic_directory, but for `_saving_code`, which is transformers' own save_pretrained in the hands of whoever
-# calls it; the last line's belong to the developers' script that made the demo teacher, and to no run.
+# storage.atomic_directory; the last line's belong to no run: they made the demo teacher, or are save_pretrained.
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
-    *(
-        "student/save.py:_saving_code",
-        "export/export.py:export_run",
-        "export/mlx.py:write_mlx",
-        "data/teacher_logits.py:_write_records",
-    ),
-    *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer"),
+    *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
+    *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer", "student/save.py:_saving_code"),
 }
 WRITING_METHODS = {
     *("write_text", "write_bytes", "touch", "mkdir", "rmdir", "rename", "unlink", "symlink_to", "hardlink_to", "chmod"),

@@ -165,12 +165,22 @@ def _repaired(rng: Random, model: type[BaseModel], section: dict[str, Any]) -> d
 def draw_schema(rng: Random) -> bytes:
     """A recipe made from the schema, in block or flow style, sometimes mutated."""
     data = _sample_section(rng, Recipe)
+    if rng.random() < 0.8:
+        _share_an_order(rng, data)
     if rng.random() < 0.15:
         data = mutate_json(rng, data)
     text = dump_yaml(data) if rng.random() < 0.5 else render(data)
     if rng.random() < 0.15:
         text = mutate_lines(rng, text)
     return text.encode("utf-8", "surrogatepass")
+
+
+def _share_an_order(rng: Random, data: Any) -> None:
+    """Give the stages lengths that divide the longest one; drawn ones hardly ever do."""
+    for stage in data["stages"].values():
+        for section in (stage, stage.get("finish")):
+            if isinstance(section, dict) and "sequence_length" in section:
+                section["sequence_length"] = 2 ** rng.randint(1, 12)
 
 
 def draw_shipped(rng: Random) -> bytes:
