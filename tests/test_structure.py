@@ -37,7 +37,7 @@ RANKS = (
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory"),
+    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory", "train.deepspeed_config"),
     ("plan",),
     ("family_docs",),
     ("demo", "ops"),

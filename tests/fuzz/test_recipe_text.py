@@ -177,10 +177,11 @@ def draw_schema(rng: Random) -> bytes:
 
 def _share_an_order(rng: Random, data: Any) -> None:
     """Give the stages lengths that divide the longest one; drawn ones hardly ever do."""
-    for stage in data["stages"].values():
-        for section in (stage, stage.get("finish")):
-            if isinstance(section, dict) and "sequence_length" in section:
-                section["sequence_length"] = 2 ** rng.randint(1, 12)
+    stages = data.get("stages")
+    sections = [stage for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    for section in (*sections, *(section.get("finish") for section in sections)):
+        if isinstance(section, dict) and "sequence_length" in section:
+            section["sequence_length"] = 2 ** rng.randint(1, 12)
 
 
 def draw_shipped(rng: Random) -> bytes:
