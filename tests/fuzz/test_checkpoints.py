@@ -99,9 +99,9 @@ class Checkpoints(RuleBasedStateMachine):
     def save_killed(self, index: int) -> None:
         """A kill somewhere in the save or in the rotation after it; a new process takes over."""
         self.step += 1
+        before = self._folder_number()
         if killed_at(index, lambda: save(self.directory, self.step)):
-            self.unsure.add(self.step)
-            self._may_have_rotated()
+            self._may_be_saved(before)
             self._take_over()
         else:
             self._is_saved(self.step)
@@ -110,13 +110,13 @@ class Checkpoints(RuleBasedStateMachine):
     def save_refused(self, index: int, number: int) -> None:
         """The disk is full, or broken, from one operation on."""
         self.step += 1
+        before = self._folder_number()
         try:
             with fault_at(index, raise_error(number)):
                 save(self.directory, self.step)
             self._is_saved(self.step)
         except StorageError:
-            self.unsure.add(self.step)
-            self._may_have_rotated()
+            self._may_be_saved(before)
 
     @precondition(lambda self: self._undamaged())
     @rule(
@@ -202,6 +202,19 @@ class Checkpoints(RuleBasedStateMachine):
         self.damaged &= present
         assert len(present - self.damaged) <= KEEP, "more checkpoints than are kept"
         assert len(self.whole) >= 1
+
+    def _folder_number(self) -> int | None:
+        """What tells the folder of this step from another in its place; None without one."""
+        path = self.directory / f"step-{self.step:08d}"
+        return path.stat().st_ino if path.exists() else None
+
+    def _may_be_saved(self, before: int | None) -> None:
+        """After a save that did not end well: a damaged folder of the same step may have been replaced, or not."""
+        if self._folder_number() != before:
+            self.damaged.discard(self.step)
+        if self.step not in self.damaged:
+            self.unsure.add(self.step)
+        self._may_have_rotated()
 
     def _may_have_rotated(self) -> None:
         """A save that did not end well may have deleted old checkpoints, if enough newer ones are there."""
