@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, Mohawk
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
+# Paths that the system does not even look for: Python's own questions, such as whether a folder is there, raise these.
+_REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 
 
 class Verbs(click.Group):
@@ -113,6 +116,8 @@ def describe(error: BaseException) -> tuple[str, str | None, int]:
     if is_out_of_memory(error):
         hint = "use a smaller compute.micro_batch_sequences or a shorter sequence_length"
         return f"out of memory: {error}", hint, MEMORY
+    if isinstance(error, OSError) and error.errno in _REFUSED_PATHS:
+        return f"{error.strerror}: {error.filename}", "check the paths on the command line and in the recipe", USAGE
     return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG
 
 

@@ -357,6 +357,16 @@ def test_every_way_to_run_out_of_memory_is_told_apart_from_damage(teacher, monke
     assert run(*convert("--output", teacher.parent / "out")).exit_code == 71
 
 
+@pytest.mark.parametrize(
+    "before",
+    [("data", "inspect"), ("doctor",), ("convert", "demo", "--recipe", "demo", "--output"), ("recipes", "cp", "demo")],
+)
+def test_a_path_that_is_too_long_is_no_bug(before):
+    result = run(*before, 5000 * "x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: File name too long: xxx")
+
+
 def test_a_cpu_without_memory_is_what_torch_calls_it(tmp_path):
     script = "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); torch.empty(2**40)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
