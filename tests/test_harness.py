@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mohawkify.errors import DataError, MissingExtraError, NumericsError, UsageError
 from mohawkify.evaluate import harness
-from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
+from mohawkify.evaluate.harness import ask_models
+from mohawkify.evaluate.harness_tasks import PRESETS, load_preset, load_questions
 from tests.conftest import ROOT, SHARED_DATA
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -95,9 +96,10 @@ def questions(tmp_path: Path) -> Path:
 
 
 def run(teacher: PreTrainedModel, tokenizer: Any, tasks: list[Any], **changes: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"batch_size": 8, "limit": 6, "num_fewshot": None, **changes}
+    found = {name: changes.pop(name) for name in ("num_fewshot", "include_path") if name in changes}
+    settings: dict[str, Any] = {"batch_size": 8, "limit": 6, **changes}
     models = settings.pop("models", {"teacher": teacher, "student": teacher})
-    return run_tasks(models, tokenizer, [str(task) for task in tasks], **settings)
+    return ask_models(models, tokenizer, load_questions([str(task) for task in tasks], **found), **settings)
 
 
 def benchmark(name: str) -> Path:
@@ -189,14 +191,14 @@ def test_the_llamba_preset_runs_on_local_copies(
     for name in PRESETS["llamba"].metrics:
         write_task(name, questions, LAST_WORD if name == "lambada_openai" else CHOICE)
     models = {"teacher": teacher, "student": teacher}
-    found = run_preset(models, tokenizer, "llamba", batch_size=8, limit=2, include_path=tmp_path)
+    found = ask_models(models, tokenizer, load_preset("llamba", tmp_path), batch_size=8, limit=2)
     chosen = [found["tasks"][task]["metrics"][metric]["teacher"] for task, metric in PRESETS["llamba"].metrics.items()]
     assert len(chosen) == 8
     assert found["num_fewshot"] == 0
     assert found["preset"]["average"]["teacher"] == pytest.approx(sum(chosen) / 8)
     assert found["preset"]["average"]["retention"] == 100.0
     with pytest.raises(UsageError, match="no preset named 'lamba'"):
-        run_preset(models, tokenizer, "lamba", batch_size=8, limit=2)
+        load_preset("lamba")
 
 
 def test_the_task_file_of_the_page_works(

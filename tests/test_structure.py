@@ -66,7 +66,7 @@ FENCES = {
     "fla": "ops/scan_libraries.py",
     "mamba_ssm": "ops/scan_libraries.py",
     **dict.fromkeys(("mlx", "mlx_lm"), "export/mlx*"),
-    "lm_eval": "evaluate/harness.py",
+    "lm_eval": "evaluate/harness*",
     "click": "cli*",
     "accelerate": "train/*",
     "deepspeed": "train/*",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,20 @@ from mohawkify.data.evaluation import evaluation_batches
 from mohawkify.data.selection import TextReader
 from mohawkify.errors import TeacherError, UsageError
 from mohawkify.evaluate.agreement import measure_agreement, measure_teacher
-from mohawkify.evaluate.harness import PRESETS, run_preset, run_tasks
+from mohawkify.evaluate.answers import Answers
+from mohawkify.evaluate.harness import ask_models
+from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
+from mohawkify.evaluate.provenance import provenance, text_sha256
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder
+from mohawkify.train.stop import StopRequest
 
 Report = Callable[[str], None]
 EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
+ANSWERS = "answers"  # the folder of a run where answers are kept until its evaluation is done
 
 
 def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
@@ -107,45 +114,60 @@ def evaluate_run(
 
     Returns:
         What `mohawkify.evaluate.report` reads: ``name`` and the figures of the ``student``; with a teacher its own,
-        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for.
+        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for, and
+        ``provenance`` (`mohawkify.evaluate.provenance`).
 
     Raises:
-        MohawkifyError: anything foreseeable, such as a teacher that is gone.
+        Interrupted: Ctrl-C or SIGTERM; the same call does not ask again what was answered.
+        MohawkifyError: anything foreseeable, such as a teacher that is gone, or another process at work in the run.
     """
-    names = _task_names(tasks, preset, limit, shots, include_path)
+    # First of all, because a mistyped task should not cost the loading of two models.
+    questions = _questions(tasks, preset, limit, shots, include_path)
+    with storage.run_lock(run.path), StopRequest() as stop:
+        try:
+            found = _measure(run, questions, device, report, against, teacher_source, limit, batch_size)
+            storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
+            storage.write_json(run.path / EVAL_JSON, found)
+            if (run.path / ANSWERS).is_dir():
+                storage.remove_directory(run.path / ANSWERS)
+        except KeyboardInterrupt:
+            stop.obey("before all was measured" + ("; the answers so far are kept" if questions else ""))
+            raise
+    return found
+
+
+def _measure(
+    run: RunFolder,
+    questions: Questions | None,
+    device: torch.device,
+    report: Report,
+    against: str,
+    teacher_source: str | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
     recipe = run.recipe()
     teacher_path = teacher_folder(run, teacher_source) if against == "teacher" else None
     report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
     models, tokenizer = load_run_models(run, teacher_path, device)
     student, teacher = models["student"], models.get("teacher")
-    # First, because a mistyped task should not cost a measurement.
-    asked: dict[str, Any] | None = None
-    if names or preset:
-        report(f"asking the questions of {preset or ', '.join(names)}")
-    if preset:
-        asked = run_preset(models, tokenizer, preset, batch_size=batch_size, limit=limit)
-    elif names:
-        asked = run_tasks(
-            models,
-            tokenizer,
-            names,
-            batch_size=batch_size,
-            limit=limit,
-            num_fewshot=shots,
-            include_path=include_path,
-        )
+    found: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
+    if questions is not None:
+        report(f"asking the questions of {questions.preset or ', '.join(questions.names)}")
+        answers = _answers(run, found["provenance"], models, batch_size, report)
+        found["tasks"] = ask_models(models, tokenizer, questions, batch_size=batch_size, limit=limit, answers=answers)
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = teacher_path or Path(run.teacher()["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
     known = _corpora(run)
     rows = text.held_out()
+    found["provenance"]["text"] = text_sha256(rows)
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
     if _corpora(run) != known:
         report(
             "warning: the text has moved or changed since the run; if it changed, its figures do not compare with these"
         )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
-    found: dict[str, Any] = {"name": run.results().get("name")}
     if teacher is None:
         found["student"] = {"perplexity": measure_teacher(student, batches)}
     else:
@@ -153,22 +175,35 @@ def evaluate_run(
         found["teacher"] = {"perplexity": agreement.teacher_perplexity}
         found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
         found["evaluation_tokens"] = agreement.tokens
-    if asked is not None:
-        found["tasks"] = asked
-    storage.write_json(run.path / EVAL_JSON, found)
-    storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
+    return found
+
+
+def _answers(
+    run: RunFolder, facts: dict[str, Any], models: dict[str, PreTrainedModel], batch_size: int, report: Report
+) -> dict[str, Answers]:
+    """Where each model's answers are kept: in a file that is named by all that they depend on but the questions."""
+    folder = run.path / ANSWERS
+    storage.ensure_writable(folder)
+    found = {}
+    for name in models:
+        of = [facts["versions"], facts["device"], facts[name], facts["student"]["files"], batch_size]
+        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+        found[name] = Answers(folder / f"{name}-{key[:16]}.jsonl")
+        if len(found[name]):
+            report(f"{len(found[name]):,} answers of the {name} are there already, from an evaluation that was stopped")
     return found
 
 
 def _corpora(run: RunFolder) -> set[str]:
     """The tokenised texts of a run by name; notes of what was checked do not count."""
-    return {entry.name for entry in run.corpora.iterdir() if not entry.name.startswith(".")}
+    entries = run.corpora.iterdir() if run.corpora.is_dir() else ()
+    return {entry.name for entry in entries if not entry.name.startswith(".")}
 
 
-def _task_names(
+def _questions(
     tasks: str | None, preset: str | None, limit: int | None, shots: int | None, include_path: Path | None
-) -> list[str]:
-    """The tasks asked for; refuses settings that nothing would heed."""
+) -> Questions | None:
+    """The questions asked for, None where there are none; refuses settings that nothing would heed."""
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is not None and not names:
         raise UsageError("--tasks names no task, expected names with commas between")
@@ -181,4 +216,6 @@ def _task_names(
     idle = [flag for flag, value in {"--limit": limit, **given}.items() if value is not None]
     if preset is None and not names and idle:
         raise UsageError(f"found {idle[0]} without --tasks or --preset, expected both or neither")
-    return names
+    if preset is not None:
+        return load_preset(preset)
+    return load_questions(names, shots, include_path) if names else None

@@ -1,0 +1,80 @@
+"""A model as lm-eval asks it. Imported where lm-eval is known to be installed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mohawkify.errors import DataError
+from mohawkify.evaluate.answers import Answers
+
+
+class CheckedLM(HFLM):
+    """Says what does not fit the window before the first forward pass, and does not ask what is answered.
+
+    lm-eval alone stops half-way, wordless.
+
+    Args:
+        model: teacher or student.
+        tokenizer: of both; copied, because lm-eval gives it a padding token.
+        batch_size: questions per forward pass.
+        answers: where answers are found and kept; None asks everything.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, answers: Answers | None
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self.truncated_requests = 0
+        self._answers = answers
+        if answers is not None:
+            self.set_cache_hook(answers)
+
+    def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether greedy writing would give them."""
+        return self._remaining("loglikelihood", requests, lambda rest: super(CheckedLM, self).loglikelihood(rest))
+
+    def loglikelihood_rolling(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[float]:
+        """Log-likelihoods of whole texts."""
+        return self._remaining(
+            "loglikelihood_rolling", requests, lambda rest: super(CheckedLM, self).loglikelihood_rolling(rest)
+        )
+
+    def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[str]:
+        """Texts written to the end; sampled ones depend on all that was drawn before, and are always written anew."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            return super().generate_until(requests)
+        return self._remaining("generate_until", requests, lambda rest: super(CheckedLM, self).generate_until(rest))
+
+    def _remaining(self, kind: str, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """The answers to all requests, in order; only what is not answered yet is asked."""
+        if self._answers is None:
+            return ask(requests)
+        known = [self._answers.find(kind, request.args) for request in requests]
+        self.truncated_requests += sum(
+            self._answers.was_cut(kind, request.args)
+            for request, answer in zip(requests, known, strict=True)
+            if answer is not None
+        )
+        rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
+        asked = iter(ask(rest) if rest else [])
+        return [next(asked) if answer is None else answer for answer in known]
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for request, context_ids, continuation_ids in requests:
+            if len(continuation_ids) > self.max_length:
+                raise DataError(
+                    f"an answer of {len(continuation_ids)} tokens does not fit the models' window of "
+                    f"{self.max_length}: {request[1].strip()[:60]!r}...",
+                    hint="leave out that task, or set a --limit below that question",
+                )
+            # The last token is only predicted, so one more than the window fits.
+            if len(context_ids) + len(continuation_ids) > self.max_length + 1:
+                self.truncated_requests += 1
+                if self._answers is not None:
+                    self._answers.will_be_cut("loglikelihood", request)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
