@@ -66,9 +66,9 @@ class _StrictLoader(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise YamlProblem("found an anchor or alias (& or *), which recipes do not use; quote the value", line)
+            raise YamlProblem("found an anchor or alias (& or *), which are refused; quote the value", line)
         if getattr(event, "tag", None) is not None:
-            raise YamlProblem("found a tag (!), which recipes do not use; quote the value", line)
+            raise YamlProblem("found a tag (!), which is refused; quote the value", line)
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise YamlProblem(f"found more than {MAX_NODES} values", line)

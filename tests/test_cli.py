@@ -313,7 +313,7 @@ def test_eval_asks_the_questions_of_a_task(inside):
     Path("questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     Path("cats.yaml").write_text(
         "task: cats\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {Path('questions.jsonl').resolve()}}}}}\n"
+        "dataset_kwargs: {data_files: {test: questions.jsonl}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}]\n"
     )

@@ -58,7 +58,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_well("convert", "tiny-llama", "--recipe", "tiny.yaml", "--output", "run")
     write_questions(folder, NUM_QUESTIONS)
     for name, settings in TASKS.items():
-        kwargs = {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")}
+        kwargs = {"data_files": {"test": "questions.jsonl"}}
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test"}
         text = yaml.safe_dump({**task, "doc_to_text": "{{q}}", **settings, "metadata": {"version": 1.0}})
         (folder / f"{name}.yaml").write_text(text)
@@ -69,6 +69,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The workplace as working directory, its run as it was afterwards."""
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     shutil.copytree("run", "untouched")
     yield workplace
     shutil.rmtree("run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +59,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What datasets keeps stays in the test's folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="module")
 def teacher(stories_teacher: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(stories_teacher)
@@ -69,12 +77,14 @@ def tokenizer(stories_teacher: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def write_task(tmp_path: Path) -> WriteTask:
-    """Writes a task file over a local JSON-lines file; its cache stays in the test's folder."""
+    """Writes a task file over a JSON-lines file, which is copied beside it."""
 
     def write(name: str, data: Path, settings: dict[str, Any], **changes: Any) -> Path:
         if not data.exists():
             pytest.skip(f"needs {data}, which is not here")
-        kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
+        if data.parent != tmp_path:
+            shutil.copyfile(data, tmp_path / data.name)
+        kwargs = {"data_files": {"test": data.name}}
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", **settings}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**task, "metadata": {"version": 3.0}, **changes}), encoding="utf-8")
@@ -207,7 +217,6 @@ def test_the_task_file_of_the_page_works(
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith('    {"query"'))
     task = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    task["dataset_kwargs"]["cache_dir"] = str(tmp_path / "cache")
     (tmp_path / "questions.jsonl").write_text(row, encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -271,7 +280,7 @@ def test_code_in_a_task_file_is_refused_and_not_run(
     outer = write_task("outer", questions, CHOICE, include="inner.yaml")
     (tmp_path / "inner.yaml").write_text("description: !function utils.text\n", encoding="utf-8")
     for tasks, include_path in (([direct], None), ([outer], None), (["direct"], tmp_path), (["arc_easy"], tmp_path)):
-        with pytest.raises(UsageError, match="has the tag !function") as caught:
+        with pytest.raises(UsageError, match=r"found a tag \(!\)") as caught:
             run(teacher, tokenizer, tasks, include_path=include_path)
         assert caught.value.exit_code == 2
     assert not (tmp_path / "ran").exists()
@@ -283,17 +292,52 @@ def test_code_in_a_task_file_is_refused_and_not_run(
         ({"unsafe_code": True}, "has the key unsafe_code"),
         ({"class": "os.system"}, "has the key class"),
         ({"use_prompt": "other.yaml:all"}, "has the key use_prompt"),
-        ({"metric_list": [{"metric": "./mine.py"}]}, "has the metric {'metric': './mine.py'}"),
-        ({"metric_list": [{**ACCURACY, "hf_evaluate": True}]}, "has the metric .*'acc'"),
+        ({"process_results": "utils.run"}, "has the key process_results"),
+        ({"metric_list": [{"metric": "./mine.py"}]}, "has the metric ./mine.py, which lm-eval does not have"),
+        ({"metric_list": [{**ACCURACY, "hf_evaluate": True}]}, "has the metric acc, "),
+        ({"metric_list": 5}, "metric_list: Input should be a valid list, found '5'"),
+        ({"metric_list": [{"metric": "acc", "x": 1}]}, "has the key metric_list.0.x"),
+        ({"generation_kwargs": {"custom_generate": "./evil"}}, "has the key generation_kwargs.custom_generate"),
+        ({"generation_kwargs": {"trust_remote_code": True}}, "has the key generation_kwargs.trust_remote_code"),
+        ({"filter_list": [{"name": "a", "filter": [{"function": "custom"}]}]}, "Input should be 'regex'"),
+        ({"dataset_kwargs": {"cache_dir": "/x"}}, "has the key dataset_kwargs.cache_dir"),
+        ({"dataset_kwargs": {"trust_remote_code": True}}, "has the key dataset_kwargs.trust_remote_code"),
+        ({"dataset_kwargs": {"data_files": "/etc/passwd"}}, "passwd lies outside of"),
+        ({"dataset_kwargs": {"data_files": ["../x.jsonl"]}}, "cannot be read: No such file"),
+        ({"dataset_kwargs": {"data_files": {"test": "out.jsonl"}}}, "out.jsonl lies outside of"),
+        ({"dataset_kwargs": {"data_files": {"test": "pipe"}}}, "pipe is not a plain file"),
+        ({"dataset_path": "pandas"}, "dataset_path: found 'pandas', expected a dataset of the Hub"),
+        ({"dataset_path": "../data"}, "dataset_path: found '../data'"),
+        ({"dataset_path": "here/data"}, "dataset_path: found 'here/data'"),
+        ({"dataset_path": "some/dataset"}, "data_files: expected none for a dataset of the Hub"),
+        ({"repeats": 100_000}, "repeats: Input should be less than"),
         ({"group": "g", "task": [{"alias": "x"}]}, "lists {'alias': 'x'} in a group"),
         ({"task": None}, "has neither a task: nor a group: name"),
         ({"include": "ours.yaml"}, "includes itself"),
         ({"include": "nowhere.yaml"}, "nowhere.yaml cannot be read: No such file"),
+        ({"include": "../outside.yaml"}, "outside.yaml lies outside of"),
+        ({"include": "circle.yaml"}, "circle.yaml cannot be read: "),
+        ({"include": "pipe"}, "pipe is not a plain file"),
+        ({"include": 3}, "includes 3, expected the name of a file"),
     ],
 )
 def test_task_files_that_are_refused(
-    changes: dict[str, Any], reason: str, teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path
+    changes: dict[str, Any],
+    reason: str,
+    teacher: Any,
+    tokenizer: Any,
+    write_task: WriteTask,
+    questions: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    folder = questions.parent
+    (folder.parent / "outside.yaml").write_text("description: x\n", encoding="utf-8")
+    (folder.parent / "out.jsonl").write_text("{}\n", encoding="utf-8")
+    (folder / "out.jsonl").symlink_to(folder.parent / "out.jsonl")
+    (folder / "circle.yaml").symlink_to(folder / "circle.yaml")
+    (folder / "here" / "data").mkdir(parents=True)
+    os.mkfifo(folder / "pipe")
+    monkeypatch.chdir(folder)
     task = write_task("ours", questions, CHOICE, **changes)
     with pytest.raises(UsageError, match=reason):
         run(teacher, tokenizer, [task])
@@ -309,7 +353,17 @@ def test_code_in_a_task_inside_a_group_is_refused(
         run(teacher, tokenizer, [group])
 
 
-@pytest.mark.parametrize(("text", "reason"), [("a: [", "is not YAML"), ("- a", "holds list"), ("\0", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [", "bad.yaml:1: not valid YAML"),
+        ("- a", "holds list"),
+        ("\0", "expected printable text"),
+        ("a: &a [x]\nb: *a", "bad.yaml:1: found an anchor or alias"),
+        ("task: " + "[" * 3000, "nested more than 16 levels deep"),
+        ("group: g\ntask: [g]", "the group g is a member of itself"),
+    ],
+)
 def test_files_that_are_no_tasks(text: str, reason: str, teacher: Any, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text, encoding="utf-8")
@@ -317,11 +371,40 @@ def test_files_that_are_no_tasks(text: str, reason: str, teacher: Any, tokenizer
         run(teacher, tokenizer, [path])
 
 
-def test_questions_that_are_not_there(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
+def test_questions_that_cannot_be_read(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
     task = write_task("ours", questions, CHOICE)
-    questions.unlink()
+    questions.write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"questions of task .*ours\.yaml cannot be loaded"):
         run(teacher, tokenizer, [task])
+    questions.unlink()
+    with pytest.raises(UsageError, match=r"questions\.jsonl cannot be read: No such file"):
+        run(teacher, tokenizer, [task])
+
+
+def test_rows_that_do_not_fit_the_templates(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path
+) -> None:
+    rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    rows[1]["endings"] = None
+    questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match="lm-eval cannot put the questions"):
+        run(teacher, tokenizer, [write_task("ours", questions, CHOICE)])
+
+
+def test_two_files_of_one_name(teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path) -> None:
+    task = write_task("ours", questions, CHOICE)
+    (task.parent / "other.yaml").write_text(task.read_text().replace("{{query}}", "So: {{query}}"), encoding="utf-8")
+    with pytest.raises(UsageError, match="is a second task file named ours"):
+        run(teacher, tokenizer, ["ours"], include_path=task.parent)
+    (task.parent / "other.yaml").unlink()
+    assert run(teacher, tokenizer, [task], include_path=task.parent)["tasks"]["ours"]["samples"] == 2
+
+
+def test_no_other_program_is_asked(
+    teacher: Any, tokenizer: Any, write_task: WriteTask, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.Popen", lambda *command, **_: pytest.fail(f"{command} was started"))
+    run(teacher, tokenizer, [write_task("ours", questions, CHOICE)])
 
 
 @pytest.fixture(scope="module")

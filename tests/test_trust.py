@@ -115,11 +115,23 @@ CASES = {
 if HAS_MLX:
     CASES["export mlx"] = Case(("export", "code", "--target", "mlx-q8", "--output", "export-mlx"))
 if HAS_TASKS:
-    CASES["task with a function"] = Case(("eval", "run", "--tasks", "function.yaml"), (USAGE,), "!function")
-    CASES["task with a class"] = Case(("eval", "run", "--tasks", "class.yaml"), (USAGE,), "class")
-    CASES["task that runs answers"] = Case(("eval", "run", "--tasks", "unsafe.yaml"), (USAGE,), "unsafe_code")
-    CASES["task whose text runs code"] = Case(("eval", "run", "--tasks", "template.yaml"), (INPUT,), "unsafe")
-    CASES["task of a script"] = Case(("eval", "run", "--tasks", "script.yaml"), (INPUT,), "cannot be loaded")
+    TASKS = {
+        "function": "found a tag",
+        "class": "has the key class",
+        "answers": "has the key unsafe_code",
+        "script": "dataset_path",
+        "pandas": "dataset_path",
+        "writing": "has the key generation_kwargs.custom_generate",
+        "outside": "outside of",
+        "including": "outside of",
+        "caching": "has the key dataset_kwargs.cache_dir",
+    }
+    CASES |= {
+        f"task {name}": Case(("eval", "run", "--tasks", f"task-{name}.yaml"), (USAGE,), says)
+        for name, says in TASKS.items()
+    }
+    CASES["task whose text runs code"] = Case(("eval", "run", "--tasks", "task-template.yaml"), (INPUT,), "unsafe")
+    CASES["task that is asked"] = Case(("eval", "run", "--tasks", "task-plain.yaml", "--limit", "3"))
 
 
 @dataclass(frozen=True)
@@ -193,16 +205,32 @@ def make_data(work: Path) -> None:
 
 
 def make_tasks(work: Path) -> None:
-    task = "task: {0}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: rows.jsonl}}}}\ntest_split: test\n"
-    texts = "doc_to_text: '{{text}}'\ndoc_to_target: ' x'\n"
-    (work / "function.yaml").write_text(task.format("function") + "doc_to_text: !function canary.run\n")
-    (work / "class.yaml").write_text("class: !!str canary.Run\ntask: class\n")
-    (work / "unsafe.yaml").write_text(task.format("unsafe") + texts + "unsafe_code: true\n")
-    attack = texts.replace("{{text}}", '{{ cycler.__init__.__globals__.os.system("touch CANARY") }}')
-    metric = "output_type: loglikelihood\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    (work / "template.yaml").write_text(task.format("template") + attack + metric)
-    script = task.format("script").replace("dataset_path: json", "dataset_path: ./teacher/data.py")
-    (work / "script.yaml").write_text(script.replace("dataset_kwargs", "metadata") + texts)
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": " x",
+        "output_type": "loglikelihood",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    writing = {"output_type": "generate_until", "metric_list": [{**task["metric_list"][0], "metric": "exact_match"}]}
+    attack = '{{ cycler.__init__.__globals__.os.system("touch CANARY") }}'
+    others: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "class": {"class": "canary.Run"},
+        "answers": {"unsafe_code": True},
+        "template": {"doc_to_text": attack},
+        "script": {"dataset_path": "./teacher/data.py"},
+        "pandas": {"dataset_path": "pandas", "dataset_kwargs": {"data_files": "pickle/pytorch_model.bin"}},
+        "writing": {**writing, "generation_kwargs": {"custom_generate": "./custom_generate"}},
+        "outside": {"dataset_kwargs": {"data_files": {"test": "../outside/secret.json"}}},
+        "including": {"include": "../outside/secret.json"},
+        "caching": {"dataset_kwargs": {"data_files": {"test": "rows.jsonl"}, "cache_dir": "../outside/cache"}},
+    }
+    for name, changes in others.items():
+        (work / f"task-{name}.yaml").write_text(json.dumps({"task": name, **task, **changes}))
+    (work / "task-function.yaml").write_text("task: function\ndoc_to_text: !function canary.run\n")
 
 
 def reseal(folder: Path, **more: Any) -> None:

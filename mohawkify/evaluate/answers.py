@@ -27,7 +27,8 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = {line.get("request"): line for line in storage.read_lines(path)}
+        lines = storage.read_lines(path)
+        self._known = {line["request"]: line for line in lines if isinstance(line.get("request"), str)}
         self._cut: set[str] = set()
 
     def __len__(self) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MohawkifyError, NumericsError, UsageError
@@ -102,24 +105,30 @@ def _common_window(windows: dict[str, int]) -> int:
 
 
 def _evaluate(language_model: Any, questions: Questions, limit: int | None) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    """Put the questions; lm-eval's own way in, simple_evaluate, would also ask pip and git about this machine."""
+    from lm_eval.evaluator import evaluate
 
+    random.seed(SEEDS["random_seed"])
+    numpy.random.seed(SEEDS["numpy_random_seed"])
+    torch.manual_seed(SEEDS["torch_random_seed"])
+    for task in questions.tasks.values():
+        if questions.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", questions.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=SEEDS["fewshot_random_seed"])
     try:
-        return simple_evaluate(
-            model=language_model,
-            tasks=questions.entries,
-            num_fewshot=questions.num_fewshot,
+        return evaluate(
+            lm=language_model,
+            task_dict={"tasks": questions.tasks, "groups": questions.groups},
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
-            task_manager=TaskManager(include_defaults=False),
-            **SEEDS,
         )
-    except MohawkifyError:
+    except (MohawkifyError, MemoryError, RuntimeError):  # ours, and those of the models
         raise
-    except AssertionError as error:  # lm-eval's way to refuse questions that do not fit the model
-        raise DataError(f"lm-eval refuses the questions: {first_line(error)}") from error
+    except Exception as error:  # whatever lm-eval and Jinja make of somebody's task
+        raise DataError(f"lm-eval cannot put the questions: {first_line(error)}") from error
 
 
 def _compare(scores: dict[str, dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:

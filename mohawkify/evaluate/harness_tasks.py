@@ -1,4 +1,4 @@
-"""The tasks of lm-eval: found, checked and loaded with their questions before a model is. Task files are plain data."""
+"""The tasks of lm-eval: found, checked and loaded with their questions before a model is."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mohawkify.errors import DataError, MissingExtraError, UsageError
+from mohawkify.evaluate.harness_files import SUFFIXES, group_members, read_task_file, refusal
 from mohawkify.shelf import nearest
-
-_SUFFIXES = (".yaml", ".yml")
-# Keys of a task file that make lm-eval import code, run a model's output, or read templates that nobody checked.
-_CODE_KEYS = ("class", "unsafe_code", "use_prompt")
 
 
 @dataclass(frozen=True)
@@ -58,15 +54,15 @@ class Questions:
 
     Args:
         names: what was asked for: tasks, groups, tags or files.
-        entries: lm-eval's Task and Group objects for them, in that order.
-        tasks: every single task by name, the members of groups included.
+        tasks: every single task of lm-eval by name, the members of groups included.
+        groups: its groups by name.
         num_fewshot: solved examples in front of every question; None for what each task says, which is mostly 0.
         preset: the published set that they are; None where they were named one by one.
     """
 
     names: list[str]
-    entries: list[Any]
     tasks: dict[str, Any]
+    groups: dict[str, Any]
     num_fewshot: int | None
     preset: str | None = None
 
@@ -95,29 +91,27 @@ def load_questions(tasks: list[str], num_fewshot: int | None = None, include_pat
     import_lm_eval()
     if not tasks:
         raise UsageError("no task is named, expected at least one", hint="lm-eval ls tasks lists the bundled ones")
-    files = {task: _check_task_file(Path(task)) for task in tasks if task.endswith(_SUFFIXES)}
-    manager = _task_manager(tasks, files, include_path)
-    entries: list[Any] = []
+    manager, names = _task_manager(tasks, include_path)
     owners: dict[str, str] = {}
     loaded: dict[str, Any] = {}
-    for spec in tasks:
+    groups: dict[str, Any] = {}
+    for spec, name in zip(tasks, names, strict=True):
         try:
             with quiet_lm_eval():
-                found = manager.load(spec)
+                found = manager.load(name)
         except Exception as error:  # whatever lm-eval, datasets, Jinja or the network make of somebody's task
             raise DataError(
                 f"the questions of task {spec} cannot be loaded: {first_line(error)}",
                 hint="the bundled tasks come from the Hub; for local data write a task file (docs/evaluation.md)",
             ) from error
-        for name, task in found["tasks"].items():
-            if name in owners:
-                raise UsageError(f"task {name} is asked for twice: by {owners[name]} and by {spec}")
-            owners[name] = spec
-            _check_task(name, task, num_fewshot)
+        for task_name, task in found["tasks"].items():
+            if task_name in owners:
+                raise UsageError(f"task {task_name} is asked for twice: by {owners[task_name]} and by {spec}")
+            owners[task_name] = spec
+            _check_task(task_name, task, num_fewshot)
         loaded |= found["tasks"]
-        groups = list((found.get("groups") or {}).values())
-        entries += groups[:1] or list(found["tasks"].values())  # the first group is the one asked for
-    return Questions(tasks, entries, loaded, num_fewshot)
+        groups |= found.get("groups") or {}
+    return Questions(tasks, loaded, groups, num_fewshot)
 
 
 def import_lm_eval() -> Any:
@@ -153,142 +147,99 @@ def quiet_lm_eval() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _task_manager(tasks: list[str], files: dict[str, dict[str, Any]], include_path: Path | None) -> Any:
-    """An index that knows every task; lm-eval's own 14,000, which take 10 s to read, only where one is needed."""
+def _task_manager(tasks: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
+    """An index that knows every task, and the names in it that the tasks asked for have.
+
+    lm-eval's own 14,000, which take 10 s to read, are there only where one is needed.
+    """
     from lm_eval.tasks import TaskManager
+
+    own, names = _own_tasks(tasks, include_path)
+    with quiet_lm_eval():
+        manager = TaskManager(include_defaults=False)
+        if _unknown(names, own):
+            manager = TaskManager()
+    manager.task_index.update(own)
+    unknown = _unknown(names, manager.task_index)
+    if unknown:
+        near = nearest(unknown[0], list(manager.task_index))
+        raise UsageError(
+            f"found no task named {unknown[0]!r} in lm-eval" + (f" or in {include_path}" if include_path else ""),
+            hint=f"did you mean {near}?" if near else "lm-eval ls tasks lists the bundled ones",
+        )
+    for name in names:
+        for leaf, config in _leaves(name, manager.task_index):
+            if config is not None and config.get("unsafe_code"):
+                raise refusal(f"task {leaf}", "runs code that the model writes")
+    return manager, names
+
+
+def _own_tasks(tasks: list[str], include_path: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Task files as entries of lm-eval's index that hold their settings, and the tasks asked for by name."""
+    from lm_eval.api import metrics  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import metric_registry
+    from lm_eval.tasks._index import TaskIndex
+
+    known_metrics = frozenset(metric_registry)
+    own: dict[str, Any] = {}
+
+    def read(path: Path) -> str:
+        settings = read_task_file(path, known_metrics)
+        name = str(settings.get("group", settings.get("task")))
+        if name in own and own[name].cfg != settings:
+            raise UsageError(f"{path} is a second task file named {name}, expected one")
+        TaskIndex.process_cfg(settings, None, own)
+        return name
 
     if include_path is not None:
         if not include_path.is_dir():
             raise UsageError(f"no such folder of tasks: {include_path}")
         for path in sorted(include_path.rglob("*.yaml")):
-            _check_task_file(path)
-    include = str(include_path) if include_path is not None else None
-    with quiet_lm_eval():
-        manager = TaskManager(include_path=include, include_defaults=False)
-        if _unknown(tasks, files, manager.task_index):
-            manager = TaskManager(include_path=include)
-    unknown = _unknown(tasks, files, manager.task_index)
-    if unknown:
-        near = nearest(unknown[0], manager.all_tasks)
-        raise UsageError(
-            f"found no task named {unknown[0]!r} in lm-eval" + (f" or in {include}" if include else ""),
-            hint=f"did you mean {near}?" if near else "lm-eval ls tasks lists the bundled ones",
-        )
-    for task in tasks:
-        for name, config in _leaves(task, files, manager.task_index):
-            if config is not None and config.get("unsafe_code"):
-                raise _refusal(f"task {name}", "runs code that the model writes")
-    return manager
+            read(path)
+    return own, [read(Path(task)) if task.endswith(SUFFIXES) else task for task in tasks]
 
 
-def _unknown(tasks: list[str], files: dict[str, dict[str, Any]], index: dict[str, Any]) -> list[str]:
-    return [name for task in tasks for name, config in _leaves(task, files, index) if config is None]
+def _unknown(names: list[str], index: dict[str, Any]) -> list[str]:
+    return [leaf for name in names for leaf, config in _leaves(name, index) if config is None]
 
 
 def _leaves(
-    task: str, files: dict[str, dict[str, Any]], index: dict[str, Any]
+    name: str, index: dict[str, Any], inside: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Every single task behind a name or file with its settings; None for a name that the index does not have."""
-    entry = index.get(task)
-    if task in files:
-        yield from _members(files[task], files, index)
-    elif entry is None:
-        yield task, None
+    """Every single task behind a name with its settings; None for a name that the index does not have."""
+    entry = index.get(name)
+    if name in inside:
+        raise UsageError(f"the group {name} is a member of itself")
+    if entry is None:
+        yield name, None
     elif entry.kind.name == "TAG":
         for member in sorted(entry.tags):
-            yield from _leaves(member, files, index)
+            yield from _leaves(member, index, (*inside, name))
     else:
-        yield from _members(entry.cfg, files, index)
+        yield from _members(entry.cfg, index, (*inside, name))
 
 
 def _members(
-    config: dict[str, Any], files: dict[str, dict[str, Any]], index: dict[str, Any]
+    config: dict[str, Any], index: dict[str, Any], inside: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """The single tasks of one task's or group's settings; a group names its members or defines them in place."""
     if "group" not in config:
         yield config["task"], config
         return
-    for member in _group_list(config):
+    for member in group_members(config):
         if isinstance(member, str):
-            yield from _leaves(member, files, index)
+            yield from _leaves(member, index, inside)
         elif member.get("group", member.get("task")) in index:
-            yield from _leaves(member.get("group", member.get("task")), files, index)
+            yield from _leaves(member.get("group", member.get("task")), index, inside)
             yield str(member), member
         else:
-            yield from _members(member, files, index)
-
-
-def _check_task_file(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a task file as plain data with the files it includes, and refuse what would make lm-eval run code."""
-    if path.resolve() in including:
-        raise UsageError(f"{path} includes itself")
-    try:
-        data = path.read_bytes()
-        for event in yaml.parse(data, Loader=yaml.SafeLoader):
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                raise _refusal(str(path), f"has the tag {tag}")
-        config = yaml.safe_load(data)
-    except OSError as error:
-        raise UsageError(f"the task file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {first_line(error)}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} holds {type(config).__name__}, expected the settings of a task")
-    merged: dict[str, Any] = {}
-    includes = config.pop("include", [])
-    for included in includes if isinstance(includes, list) else [includes]:
-        merged |= _check_task_file(path.parent / str(included), (*including, path.resolve()))
-    merged |= config
-    for settings in _settings(config):
-        _check_settings(path, settings)
-    if not including and not isinstance(merged.get("group", merged.get("task")), str):
-        raise UsageError(f"{path} has neither a task: nor a group: name, expected one")
-    return merged
-
-
-def _settings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings of a file and of the tasks that a group defines in place."""
-    yield config
-    for member in _group_list(config):
-        if isinstance(member, dict):
-            yield from _settings(member)
-
-
-def _group_list(config: dict[str, Any]) -> list[Any]:
-    """What the settings of a group list under ``task``: names of members, or their settings."""
-    members = config.get("task")
-    return members if isinstance(members, list) else []
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    from lm_eval.api import metrics  # noqa: F401 - fills the registry
-    from lm_eval.api.registry import metric_registry
-
-    for key in _CODE_KEYS:
-        if settings.get(key):
-            raise _refusal(str(path), f"has the key {key}")
-    for member in _group_list(settings):
-        named = isinstance(member, dict) and isinstance(member.get("group", member.get("task")), str)
-        if not named and not isinstance(member, str):
-            raise UsageError(f"{path} lists {member!r} in a group, expected a name or settings with a task: name")
-    for metric in settings.get("metric_list") or []:
-        known = isinstance(metric, dict) and str(metric.get("metric")) in metric_registry
-        if not known or metric.get("hf_evaluate"):
-            raise _refusal(str(path), f"has the metric {metric}, which lm-eval does not have and would fetch")
-
-
-def _refusal(what: str, why: str) -> UsageError:
-    return UsageError(
-        f"{what} {why}; a task must be plain data here",
-        hint="run such a task with lm-eval itself, on an exported student, if you trust it",
-    )
+            yield from _members(member, index, inside)
 
 
 def _check_task(name: str, task: Any, num_fewshot: int | None) -> None:
     """Refuse a loaded task that would not run as asked."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise _refusal(f"task {name}", "runs code that the model writes")
+        raise refusal(f"task {name}", "runs code that the model writes")
     if getattr(task, "MULTIMODAL", False):
         raise UsageError(f"task {name} has images or sound, expected text alone")
     if num_fewshot and task.get_config("num_fewshot") == 0:
