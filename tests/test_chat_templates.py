@@ -13,7 +13,6 @@ from mohawkify.data.conversation import render_conversation
 from mohawkify.errors import DataError
 from tests.bytes_tokenizer import bytes_tokenizer
 
-
 ATTACKS = [
     "{{ ''.__class__.__base__.__subclasses__() }}",
     "{{ messages.__class__.__mro__ }}",

@@ -22,7 +22,6 @@ import pytest
 from safetensors.torch import load_file
 
 from mohawkify.errors import INPUT, RECIPE, USAGE
-from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import RECIPE as RECIPE_TEXT
 from tests.commands import copy_of, make_recipe, make_teacher, run_well
 from tests.conftest import ROOT
