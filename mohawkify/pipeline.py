@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify import checkpoint, storage
+from mohawkify import checkpoint, disk, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.lock import run_lock
 from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
@@ -31,7 +32,7 @@ from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
-from mohawkify.student.save import save_student
+from mohawkify.student.save import save_student, weight_bytes
 from mohawkify.teacher.finishing import (
     Finishing,
     OtherTeacher,
@@ -117,7 +118,7 @@ def plan(
         utilisation=utilisation,
         price_per_hour=price_per_hour,
         memory_bytes=_memory_bytes(),
-        free_bytes=None if output is None else storage.free_bytes(output),
+        free_bytes=None if output is None else disk.free_bytes(output),
     )
     footprint = _footprint(inspection, student, recipe) if count else None
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
@@ -249,7 +250,7 @@ def _convert(
     finish_hashes = _agreed(own_hashes, "what finishes the run", world)
     run = RunFolder(output or RUNS / student.name)
     is_new = world.is_main and not run.path.exists()
-    with storage.run_lock(run.path) if world.is_main else nullcontext():
+    with run_lock(run.path) if world.is_main else nullcontext():
         try:
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
@@ -337,7 +338,7 @@ def _open(
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
     planned = _expected(inspection, student, recipe, device.type, world.size)
     if not run.checkpoints.is_dir():
-        storage.require_space(run.path, sum(planned["disk_bytes"].values()))
+        disk.require_space(run.path, sum(planned["disk_bytes"].values()))
     storage.write_json(run.plan_file, planned)
     storage.write_json(run.teacher_file, teacher)
     storage.write_json(run.student_file, student.to_json())
@@ -455,6 +456,7 @@ def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:
     results["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     run.write_results(results)
     storage.write_text(run.path / "report.md", markdown_report(results))
-    with storage.atomic_directory(run.final) as folder:
-        save_student(conversion.pair.student, tokenizer, folder)
+    student = conversion.pair.student
+    with storage.atomic_directory(run.final, needed=weight_bytes(student)) as folder:
+        save_student(student, tokenizer, folder)
     conversion.report(f"the student is in {run.final}")
