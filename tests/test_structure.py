@@ -34,7 +34,7 @@ RANKS = (
     ("strict_json", "strict_yaml"),
     ("disk", "shelf"),
     ("storage",),
-    ("lock", "recipe_fields"),
+    ("lock", "metrics_log", "recipe_fields"),
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),

@@ -128,6 +128,26 @@ def full_disk(times: int) -> Iterator[None]:
 
 
 @contextmanager
+def full_log(first: int, times: int) -> Iterator[None]:
+    """The disk has no room for some lines of the log, from one try to write one on, without long waits between."""
+    tries = 0
+
+    def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+        def append(*args: Any, **kwargs: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            if first <= tries < first + times:
+                with faults.fault_at(0, faults.raise_error(errno.ENOSPC), ("write",)):
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return append
+
+    with mock.patch.object(conversion, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
+        yield
+
+
+@contextmanager
 def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
     """A small disk of its own on a folder, copied back at the end; before a certain save it is filled to the brim.
 
