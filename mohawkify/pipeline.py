@@ -243,15 +243,17 @@ def _convert(
     backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    folder = world.main_first(lambda: find_folder(source))
-    hashes = _agreed(teacher_hashes(folder) if world.local_rank == 0 else None, f"the teacher in {folder}", world)
-    finishing = world.main_first(lambda: find_finishing(recipe))
-    own_hashes = finishing_hashes(finishing) if world.local_rank == 0 else None
-    finish_hashes = _agreed(own_hashes, "what finishes the run", world)
     run = RunFolder(output or RUNS / student.name)
     is_new = world.is_main and not run.path.exists()
+    # The lock comes before what takes minutes, such as hashing the teacher: a second process is refused at once.
     with run_lock(run.path) if world.is_main else nullcontext():
         try:
+            folder = world.main_first(lambda: find_folder(source))
+            own = teacher_hashes(folder) if world.local_rank == 0 else None
+            hashes = _agreed(own, f"the teacher in {folder}", world)
+            finishing = world.main_first(lambda: find_finishing(recipe))
+            own = finishing_hashes(finishing) if world.local_rank == 0 else None
+            finish_hashes = _agreed(own, "what finishes the run", world)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
             identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
@@ -333,12 +335,11 @@ def _open(
     if run.is_finished:
         run.checked_final()
         return None
-    storage.sweep_temporaries(run.path)
-    storage.sweep_temporaries(run.checkpoints)
+    storage.sweep_leftovers(run.path)  # of one that was refused, and killed while it was removed
+    for folder in (run.path, run.checkpoints, run.corpora):
+        storage.sweep_temporaries(folder, alone=True)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
     planned = _expected(inspection, student, recipe, device.type, world.size)
-    if not run.checkpoints.is_dir():
-        disk.require_space(run.path, sum(planned["disk_bytes"].values()))
     storage.write_json(run.plan_file, planned)
     storage.write_json(run.teacher_file, teacher)
     storage.write_json(run.student_file, student.to_json())
@@ -389,6 +390,7 @@ def _prepare(
     tokenizer = load_tokenizer(folder, vocabulary_size)
     text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
+    world.by_main(lambda: _require_room(run, text))
     note = finishing and require_fitting_tokens(finishing, teacher_name(str(folder)), tokenizer)
     if note:
         report(note)
@@ -435,6 +437,13 @@ def _prepare(
 
     conversion.load_first, conversion.load_other = load_first, load_other
     return conversion, tokenizer
+
+
+def _require_room(run: RunFolder, text: TextReader) -> None:
+    """Refuse a run that the disk cannot hold; one that has been saved looks before every checkpoint."""
+    if not run.checkpoints.is_dir():
+        planned = storage.read_json(run.plan_file)["disk_bytes"]
+        disk.require_space(run.path, planned["checkpoints"] + planned["final"] + text.bytes_to_write())
 
 
 def _spread(teacher: PreTrainedModel, layers: str, recipe: Recipe, device: torch.device, world: World) -> None:

@@ -53,9 +53,9 @@ def prepare_text(
     text.require_files()
     with run_lock(output):
         storage.ensure_writable(output)
+        storage.sweep_temporaries(output, alone=True)
         wanted = text.wanted
-        missing = [each for each in wanted.values() if not (output / each.key).exists()]
-        disk.require_space(output, sum(each.most_bytes for each in missing))
+        disk.require_space(output, text.bytes_to_write())
         text.training()
         text.held_out()
     corpora = {name: _facts(output / each.key) for name, each in wanted.items()}

@@ -207,12 +207,17 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(aside)
 
 
-def sweep_temporaries(directory: Path) -> list[str]:
-    """Remove everything half-written directly in a folder.
+def sweep_temporaries(directory: Path, *, alone: bool = False) -> list[str]:
+    """Remove what killed processes left half-written directly in a folder.
 
-    Call it at the start of a run, with the folder's lock held and before anything is written. The lock's holder alone
-    writes there, so that a temporary is left over even where its number now is that of a living process: numbers are
-    given out again, and in a container they repeat from start to start.
+    Call it before anything is written: a temporary that carries this process's own number is then the work of a
+    predecessor.
+
+    Args:
+        directory: the folder.
+        alone: whether this process alone writes there, as the holder of a lock does: then a temporary is left over even
+            where its number now is that of a living process. Numbers are given out again, and in a container they
+            repeat from start to start.
 
     Returns:
         The names removed.
@@ -220,9 +225,11 @@ def sweep_temporaries(directory: Path) -> list[str]:
     removed = []
     with clear_errors("clean up", directory):
         for path in sorted(directory.glob(".tmp-*")):
-            if _TEMPORARY_NAME.fullmatch(path.name) is not None:
-                _remove_tree(path)
-                removed.append(path.name)
+            match = _TEMPORARY_NAME.fullmatch(path.name)
+            if match is None or not (alone or _is_dead(int(match[2]))):
+                continue
+            _remove_tree(path)
+            removed.append(path.name)
     return removed
 
 
@@ -231,7 +238,7 @@ def sweep_leftovers(target: Path) -> None:
     with clear_errors("clean up beside", target):
         for path in target.parent.glob(".tmp-*"):
             match = _TEMPORARY_NAME.fullmatch(path.name)
-            if match is None or match[1] != target.name or _another_process_lives(int(match[2])):
+            if match is None or match[1] != target.name or not _is_dead(int(match[2])):
                 continue
             # That of another user is not ours to remove, and another process may be sweeping too.
             with suppress(PermissionError, FileNotFoundError):
@@ -261,16 +268,17 @@ def _temporary_for(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 
 
-def _another_process_lives(pid: int) -> bool:
+def _is_dead(pid: int) -> bool:
+    """Whether no other process has a number, so that what carries it is left over."""
     if pid == os.getpid():
-        return False
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return True
     except PermissionError:
         pass  # it lives, and belongs to another user
-    return True
+    return False
 
 
 def _end_of_whole_lines(file: FileIO) -> int:

@@ -116,7 +116,8 @@ def teach(
             with run_lock(output) if world.is_main else nullcontext():
                 if world.is_main:
                     storage.ensure_writable(output)
-                    storage.sweep_temporaries(output)
+                    for place in (output, corpora):
+                        storage.sweep_temporaries(place, alone=True)
                     _require_room(text, segment, layout, output)
                 report("reading the text")
                 task = world.main_first(lambda: _task(text, segment))
@@ -151,8 +152,7 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
 
 def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Path) -> None:
     """Refuse before the text is read where the disk cannot hold it with its logits, as far as that can be known."""
-    recipe, wanted = text.recipe, text.wanted[segment.data]
-    needed = 0 if (text.directory / wanted.key).exists() else wanted.most_bytes
+    recipe, needed = text.recipe, text.bytes_to_write(segment.data)
     if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
         most = segment.num_steps * recipe.stages.distill.batch_sequences
         most = min(most, tokens_wanted(recipe, segment.data) // segment.sequence_length)

