@@ -7,7 +7,6 @@ safetensors alone loads changed values without complaint. Nothing in it is ever 
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
+from mohawkify.errors import CheckpointError, NumericsError, UsageError
 from mohawkify.storage import (
     atomic_directory,
-    free_bytes,
     read_json,
     remove_directory,
-    require_space,
     verify_directory,
     write_json,
 )
@@ -34,7 +31,6 @@ TensorGroup = Literal["model", "optimizer", "rng"]
 
 _FORMAT = 1
 _STATE_NAME = "state.json"
-_FULL_DISK = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")  # safetensors gives the number in words only
 _FOLDER_NAME = re.compile(r"step-[0-9]{8,}")
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +77,8 @@ def save_checkpoint(
 
     Raises:
         NumericsError: a tensor or a number of the state is not finite; nothing is written.
-        StorageError: the disk is full or refuses the files.
+        DiskFullError: the disk has no room for it.
+        StorageError: the disk refuses the files.
     """
     for kind, tensors in (("model", model_tensors), ("optimizer", optimizer_tensors)):
         _require_finite(kind, tensors)
@@ -92,8 +89,9 @@ def save_checkpoint(
         remove_directory(target)
     random_tensors = rng_tensors() if random_tensors is None else random_tensors
     groups = {"model": model_tensors, "optimizer": optimizer_tensors, "rng": random_tensors}
-    require_space(directory, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
-    with atomic_directory(target, facts={"checkpoint_format": _FORMAT, "global_step": global_step}) as folder:
+    needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
+    facts = {"checkpoint_format": _FORMAT, "global_step": global_step}
+    with atomic_directory(target, facts=facts, needed=needed) as folder:
         for name, tensors in groups.items():
             save_tensors(folder / f"{name}.safetensors", tensors)
         write_json(folder / _STATE_NAME, dict(state))
@@ -104,23 +102,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file, inside a folder that `atomic_directory` handed out.
 
     Any layout is accepted; tensors that share memory are each written in full.
-
-    Raises:
-        StorageError: the file could not be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        save_file(_separate(tensors), path)
-    except SafetensorError as error:
-        if _FULL_DISK.search(str(error)):
-            needed = sum(tensor.nbytes for tensor in tensors.values())
-            raise DiskFullError(
-                f"cannot write {path}: it needs {needed:,} bytes, {free_bytes(path.parent):,} are free",
-                hint="free some space, or choose a folder on another disk",
-            ) from error
-        raise StorageError(f"cannot write {path}: {error}", hint="is the disk full, or the folder gone?") from error
+    save_file(_separate(tensors), path)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mohawkify import checkpoint, storage
+from mohawkify import checkpoint
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
 from mohawkify.data.reading import Stretch
@@ -22,6 +22,7 @@ from mohawkify.data.selection import stage_recipes, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.evaluate.agreement import measure_agreement
+from mohawkify.metrics_log import MetricsLog
 from mohawkify.plan import STAGES
 from mohawkify.recipe import Recipe
 from mohawkify.run import RunFolder
@@ -112,8 +113,12 @@ class Conversion:
     load_first: Callable[[], PreTrainedModel] | None = None
     load_other: Callable[[OtherTeacher], PreTrainedModel] | None = None
     start_tracking: Callable[[int], Tracking] | None = None
+    _metrics: MetricsLog = field(init=False)
     _is_finishing: bool = field(default=False, init=False)
     _tracking: Tracking | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._metrics = MetricsLog(self.run.metrics_file, self.report)
 
     def train(self, stop: StopRequest) -> None:
         """Run all stages from wherever the folder's newest valid checkpoint is.
@@ -316,7 +321,7 @@ class Conversion:
             **({} if leap is None else {"spike": leap}),
             **({} if jump is None else {"saturated": jump[1]}),
         }
-        storage.append_line(self.run.metrics_file, record)
+        self._metrics.append(record)
         if self._tracking is not None:
             figures = {f"{position.stage}/{name}": value for name, value in record.items() if name != "global_step"}
             self._tracking.log(figures, position.global_step)
@@ -337,6 +342,7 @@ class Conversion:
         deadline = time.monotonic() + self.disk_wait
         while True:
             try:
+                self._metrics.flush()
                 checkpoint.save_checkpoint(
                     self.run.checkpoints,
                     global_step=position.global_step,

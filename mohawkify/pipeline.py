@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify import checkpoint, storage
+from mohawkify import checkpoint, disk, storage
 from mohawkify.conversion import Conversion, Report
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.lock import run_lock
 from mohawkify.ops import backend
 from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
@@ -31,7 +32,7 @@ from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
-from mohawkify.student.save import save_student
+from mohawkify.student.save import save_student, weight_bytes
 from mohawkify.teacher.finishing import (
     Finishing,
     OtherTeacher,
@@ -117,7 +118,7 @@ def plan(
         utilisation=utilisation,
         price_per_hour=price_per_hour,
         memory_bytes=_memory_bytes(),
-        free_bytes=None if output is None else storage.free_bytes(output),
+        free_bytes=None if output is None else disk.free_bytes(output),
     )
     footprint = _footprint(inspection, student, recipe) if count else None
     return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
@@ -242,15 +243,17 @@ def _convert(
     backend.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
-    folder = world.main_first(lambda: find_folder(source))
-    hashes = _agreed(teacher_hashes(folder) if world.local_rank == 0 else None, f"the teacher in {folder}", world)
-    finishing = world.main_first(lambda: find_finishing(recipe))
-    own_hashes = finishing_hashes(finishing) if world.local_rank == 0 else None
-    finish_hashes = _agreed(own_hashes, "what finishes the run", world)
     run = RunFolder(output or RUNS / student.name)
     is_new = world.is_main and not run.path.exists()
-    with storage.run_lock(run.path) if world.is_main else nullcontext():
+    # The lock comes before what takes minutes, such as hashing the teacher: a second process is refused at once.
+    with run_lock(run.path) if world.is_main else nullcontext():
         try:
+            folder = world.main_first(lambda: find_folder(source))
+            own = teacher_hashes(folder) if world.local_rank == 0 else None
+            hashes = _agreed(own, f"the teacher in {folder}", world)
+            finishing = world.main_first(lambda: find_finishing(recipe))
+            own = finishing_hashes(finishing) if world.local_rank == 0 else None
+            finish_hashes = _agreed(own, "what finishes the run", world)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
             identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
@@ -332,12 +335,11 @@ def _open(
     if run.is_finished:
         run.checked_final()
         return None
-    storage.sweep_temporaries(run.path)
-    storage.sweep_temporaries(run.checkpoints)
+    storage.sweep_leftovers(run.path)  # of one that was refused, and killed while it was removed
+    for folder in (run.path, run.checkpoints, run.corpora):
+        storage.sweep_temporaries(folder, alone=True)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
     planned = _expected(inspection, student, recipe, device.type, world.size)
-    if not run.checkpoints.is_dir():
-        storage.require_space(run.path, sum(planned["disk_bytes"].values()))
     storage.write_json(run.plan_file, planned)
     storage.write_json(run.teacher_file, teacher)
     storage.write_json(run.student_file, student.to_json())
@@ -388,6 +390,7 @@ def _prepare(
     tokenizer = load_tokenizer(folder, vocabulary_size)
     text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
     text.require_files()
+    world.by_main(lambda: _require_room(run, text))
     note = finishing and require_fitting_tokens(finishing, teacher_name(str(folder)), tokenizer)
     if note:
         report(note)
@@ -436,6 +439,13 @@ def _prepare(
     return conversion, tokenizer
 
 
+def _require_room(run: RunFolder, text: TextReader) -> None:
+    """Refuse a run that the disk cannot hold; one that has been saved looks before every checkpoint."""
+    if not run.checkpoints.is_dir():
+        planned = storage.read_json(run.plan_file)["disk_bytes"]
+        disk.require_space(run.path, planned["checkpoints"] + planned["final"] + text.bytes_to_write())
+
+
 def _spread(teacher: PreTrainedModel, layers: str, recipe: Recipe, device: torch.device, world: World) -> None:
     """Spread a teacher over the processes, by the library that trains the student."""
     from mohawkify.train.sharded_teacher import shard_teacher
@@ -455,6 +465,7 @@ def _finish(conversion: Conversion, tokenizer: PreTrainedTokenizerBase) -> None:
     results["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     run.write_results(results)
     storage.write_text(run.path / "report.md", markdown_report(results))
-    with storage.atomic_directory(run.final) as folder:
-        save_student(conversion.pair.student, tokenizer, folder)
+    student = conversion.pair.student
+    with storage.atomic_directory(run.final, needed=weight_bytes(student)) as folder:
+        save_student(student, tokenizer, folder)
     conversion.report(f"the student is in {run.final}")

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mohawkify import storage
+from mohawkify import disk, storage
 from mohawkify.data.corpus import Corpus, checked_facts, load_corpus, read_note
 from mohawkify.data.encoding import tokenizer_hash
 from mohawkify.data.selection import TextReader
 from mohawkify.errors import MohawkifyError, UsageError
+from mohawkify.lock import run_lock
 from mohawkify.recipe import Recipe
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.load import load_tokenizer
@@ -50,11 +51,11 @@ def prepare_text(
         recipe, load_tokenizer(folder, vocab_size), output, folder, vocab_size, num_workers=num_workers, report=report
     )
     text.require_files()
-    with storage.run_lock(output):
+    with run_lock(output):
         storage.ensure_writable(output)
+        storage.sweep_temporaries(output, alone=True)
         wanted = text.wanted
-        missing = [each for each in wanted.values() if not (output / each.key).exists()]
-        storage.require_space(output, sum(each.most_bytes for each in missing))
+        disk.require_space(output, text.bytes_to_write())
         text.training()
         text.held_out()
     corpora = {name: _facts(output / each.key) for name, each in wanted.items()}

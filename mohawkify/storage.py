@@ -1,15 +1,14 @@
-"""Everything that reaches the disk goes through here: whole files, whole folders, the run's log and its lock.
+"""Everything that reaches the disk goes through here: whole files, whole folders and the run's log.
 
 A file or folder appears under its name complete or not at all, whenever the process is killed or the power fails: it is
 written beside its place as `.tmp-<name>-<pid>`, flushed to the disk, renamed, and the rename flushed too. Other modules
 only write inside a temporary folder that `atomic_directory` hands them. What the operating system refuses becomes one
-`StorageError` that names the path and the reason.
+`StorageError` that names the path and the reason; so does what it refuses a library that writes inside that folder.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,25 +21,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
+from mohawkify.disk import clear_errors, require_space
+from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
 from mohawkify.strict_json import parse_json, render_json, spell_non_finite
 
 MANIFEST_NAME = "manifest.json"
-LOCK_NAME = ".lock"
 
 _MANIFEST_FORMAT = "mohawkify-manifest"
 _MANIFEST_VERSION = 1
-_TEMPORARY_NAME = re.compile(r"\.tmp-.+-(\d{1,9})", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_HINTS = {
-    errno.ENOSPC: "free some space, or choose a folder on another disk",
-    errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
-    errno.EFBIG: "the limit on the size of a file is reached: see `ulimit -f`",
-    errno.EACCES: "choose a folder you may write to",
-    errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.ENOTDIR: "a part of the path is a file: choose another folder",
-}
+_TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-(\d{1,9})", re.DOTALL)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -51,8 +40,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     path = _absolute(path)
     temporary = _temporary_for(path)
-    with _clear_errors("write", path):
-        temporary.unlink(missing_ok=True)  # left by a killed process that had our number
+    with clear_errors("write", path, len(data)):
+        sweep_leftovers(path)
         try:
             _write_new_file(temporary, data)
             os.rename(temporary, path)
@@ -80,14 +69,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a strict JSON file; raise `CheckpointError` if it is not: NaN, infinities and duplicate keys are refused."""
-    with _clear_errors("read", path):
+    with clear_errors("read", path):
         data = path.read_bytes()
     return parse_json(data, str(path))
 
 
 def file_sha256(path: Path) -> str:
     """Hash the content of a file: 64 hexadecimal digits."""
-    with _clear_errors("read", path), path.open("rb") as file:
+    with clear_errors("read", path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -95,13 +84,14 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record to a log as a line of strict JSON, after dropping a torn last line.
 
     A number that is not finite is written as the string "nan", "inf" or "-inf", which `float()` reads back. The line is
-    handed to the operating system but not forced to the disk: it outlives the process, not a power cut.
+    handed to the operating system but not forced to the disk: it outlives the process, but a power cut only once
+    `flush_file` has been called.
 
     Raises:
         StorageError: the line could not be written; the log is as it was.
     """
     line = json.dumps(spell_non_finite(record), allow_nan=False).encode() + b"\n"
-    with _clear_errors("append to", path), path.open("a+b", buffering=0) as file:
+    with clear_errors("append to", path, len(line)), path.open("a+b", buffering=0) as file:
         end = _end_of_whole_lines(file)
         file.truncate(end)
         try:
@@ -110,6 +100,17 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def flush_file(path: Path) -> None:
+    """Force a file and its name to the disk, so that they outlive a power cut.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    with clear_errors("flush", path):
+        _sync(path, os.O_RDONLY)
+        _sync_directory(path.parent)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -122,7 +123,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         StorageError: the file cannot be read.
         CheckpointError: a line is not a JSON object.
     """
-    with _clear_errors("read", path):
+    with clear_errors("read", path):
         if not path.exists():
             return []
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -136,26 +137,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def atomic_directory(target: Path, *, facts: Mapping[str, Any] | None = None, manifest: bool = True) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, *, facts: Mapping[str, Any] | None = None, manifest: bool = True, needed: int | None = None
+) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
     The block writes into the temporary folder it is given. When it ends, the manifest is added, everything is flushed
-    to the disk and the folder is renamed to the target. When it raises, the temporary folder is removed.
+    to the disk and the folder is renamed to the target. When it raises, the temporary folder is removed. What a killed
+    process left of the same target is removed first.
 
     Args:
         target: the folder to create: it must not exist yet, or be empty. Missing parents are created.
         facts: what the manifest says beside the files: any JSON object; read when the block ends.
         manifest: whether to write `manifest.json`, which `verify_directory` needs.
+        needed: bytes that the block will write, where that is known: refused at once where the disk has less.
 
     Raises:
+        DiskFullError: the disk has no room, or has none left.
         StorageError: the target is in use, or the folder could not be written.
     """
     target = _absolute(target)
     temporary = _temporary_for(target)
-    with _clear_errors("write", target):
-        _make_directory(target.parent)
+    with clear_errors("write", target, needed):
         _require_vacant(target)
-        _remove_tree(temporary)  # left by a killed process that had our number
+        sweep_leftovers(target)
+        if needed is not None:
+            require_space(target, needed)
+        make_directory(target.parent)
         try:
             temporary.mkdir()
             yield temporary
@@ -180,7 +188,7 @@ def verify_directory(path: Path) -> dict[str, Any]:
         UsageError: another version of mohawkify wrote the manifest.
     """
     try:
-        with _clear_errors("read", path):
+        with clear_errors("read", path):
             manifest = _read_manifest(path / MANIFEST_NAME)
             _compare(path, manifest["files"])
     except StorageError as error:  # for the caller a file that cannot be read is as bad as a changed one
@@ -192,99 +200,63 @@ def remove_directory(path: Path) -> None:
     """Remove a folder so that a kill on the way leaves a temporary folder to sweep, never half of this one."""
     path = _absolute(path)
     aside = _temporary_for(path)
-    with _clear_errors("remove", path):
-        _remove_tree(aside)
+    with clear_errors("remove", path):
+        sweep_leftovers(path)
         os.rename(path, aside)
         _sync_directory(path.parent)
         shutil.rmtree(aside)
 
 
-def sweep_temporaries(directory: Path) -> list[str]:
+def sweep_temporaries(directory: Path, *, alone: bool = False) -> list[str]:
     """Remove what killed processes left half-written directly in a folder.
 
-    Call it at the start of a run, with the lock held and before anything is written: a temporary that carries this
-    process's own number is then the work of a predecessor (in a container, process numbers repeat).
+    Call it before anything is written: a temporary that carries this process's own number is then the work of a
+    predecessor.
+
+    Args:
+        directory: the folder.
+        alone: whether this process alone writes there, as the holder of a lock does: then a temporary is left over even
+            where its number now is that of a living process. Numbers are given out again, and in a container they
+            repeat from start to start.
 
     Returns:
         The names removed.
     """
     removed = []
-    with _clear_errors("clean up", directory):
+    with clear_errors("clean up", directory):
         for path in sorted(directory.glob(".tmp-*")):
             match = _TEMPORARY_NAME.fullmatch(path.name)
-            if match is None or _another_process_lives(int(match[1])):
+            if match is None or not (alone or _is_dead(int(match[2]))):
                 continue
             _remove_tree(path)
             removed.append(path.name)
     return removed
 
 
-@contextmanager
-def run_lock(directory: Path) -> Iterator[None]:
-    """Hold a folder for this process alone; the kernel frees it when the process ends, however it ends.
-
-    Raises:
-        UsageError: another process holds the folder.
-        StorageError: the lock file could not be created or locked.
-    """
-    handle = _take_lock(directory)
-    try:
-        yield
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with a forked child that is still alive
-        os.close(handle)
+def sweep_leftovers(target: Path) -> None:
+    """Remove what dead processes left of one file or folder beside its place, where other processes may write too."""
+    with clear_errors("clean up beside", target):
+        for path in target.parent.glob(".tmp-*"):
+            match = _TEMPORARY_NAME.fullmatch(path.name)
+            if match is None or match[1] != target.name or not _is_dead(int(match[2])):
+                continue
+            # That of another user is not ours to remove, and another process may be sweeping too.
+            with suppress(PermissionError, FileNotFoundError):
+                _remove_tree(path)
 
 
 def ensure_writable(directory: Path) -> None:
     """Create a folder if it is missing and prove, or refuse, that a file can be written in it."""
     directory = _absolute(directory)
-    probe = _temporary_for(directory / "probe")
-    with _clear_errors("write in", directory):
-        _make_directory(directory)
-        probe.unlink(missing_ok=True)
+    place = directory / "probe"
+    probe = _temporary_for(place)
+    with clear_errors("write in", directory):
+        make_directory(directory)
+        sweep_leftovers(place)
         try:
             _write_new_file(probe, b"probe\n")
         finally:
             probe.unlink(missing_ok=True)
-
-
-def free_bytes(directory: Path) -> int:
-    """Ask how many bytes this user may still write in a folder, which need not exist yet."""
-    directory = _absolute(directory)
-    with _clear_errors("look at", directory):
-        while not directory.exists():
-            directory = directory.parent
-        return shutil.disk_usage(directory).free
-
-
-def require_space(directory: Path, needed: int) -> None:
-    """Refuse to begin writing `needed` bytes that the disk cannot hold."""
-    free = free_bytes(directory)
-    if free < needed:
-        raise DiskFullError(f"{directory} needs {needed:,} bytes, {free:,} are free", hint=_HINTS[errno.ENOSPC])
-
-
-@contextmanager
-def _clear_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn an error of the operating system into one line: what was tried, where, and why it failed."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # not from the operating system: some libraries derive their own errors from OSError
-            raise
-        reason = error.strerror or str(error)
-        if error.filename is not None and str(error.filename) != str(path):
-            reason = f"{reason} ({error.filename})"
-        if error.errno in _FULL:
-            raise DiskFullError(f"cannot {action} {path}: {reason}{_free(path)}", hint=_HINTS[error.errno]) from error
-        raise StorageError(f"cannot {action} {path}: {reason}", hint=_HINTS.get(error.errno)) from error
-
-
-def _free(path: Path) -> str:
-    """Say what is free where a file was to be written, if that can be asked."""
-    with suppress(OSError, StorageError):
-        return f"; {free_bytes(path.parent):,} bytes are free"
-    return ""
 
 
 def _absolute(path: Path) -> Path:
@@ -296,58 +268,17 @@ def _temporary_for(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 
 
-def _is_named(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-def _another_process_lives(pid: int) -> bool:
+def _is_dead(pid: int) -> bool:
+    """Whether no other process has a number, so that what carries it is left over."""
     if pid == os.getpid():
-        return False
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
+        return True
     except PermissionError:
         pass  # it lives, and belongs to another user
-    return True
-
-
-def _take_lock(directory: Path) -> int:
-    """Lock a folder and leave our process number for the message that another process will show."""
-    with _clear_errors("lock", directory):
-        handle = _lock_file(directory)
-        while not _is_named(handle, directory / LOCK_NAME):  # its holder removed the folder in the meantime
-            os.close(handle)
-            handle = _lock_file(directory)
-        try:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, b"%d\n" % os.getpid(), 0)
-        except BaseException:
-            os.close(handle)
-            raise
-    return handle
-
-
-def _lock_file(directory: Path) -> int:
-    _make_directory(_absolute(directory))
-    handle = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(handle)
-        raise UsageError(
-            f"another process (pid {holder}) is working in {directory}",
-            hint="wait for it to end, or choose another output folder",
-        ) from error
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+    return False
 
 
 def _end_of_whole_lines(file: FileIO) -> int:
@@ -445,13 +376,13 @@ def _require_vacant(target: Path) -> None:
         raise StorageError(f"{target} is not empty", hint=hint)
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
     """Create a folder and its missing parents so that they outlive a power cut."""
     if directory.is_dir():
         return
     if directory.exists():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
-    _make_directory(directory.parent)
+    make_directory(directory.parent)
     directory.mkdir(exist_ok=True)
     _sync_directory(directory.parent)
 
@@ -481,7 +412,11 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from mohawkify import storage
+from mohawkify import disk, storage
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.encoding import tokenizer_hash
 from mohawkify.data.packing import packed_batch
@@ -22,6 +22,7 @@ from mohawkify.data.reading import sequences_of
 from mohawkify.data.selection import TextReader, epochs_of, stretch_of, tokens_wanted
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import UsageError
+from mohawkify.lock import run_lock
 from mohawkify.ops.distill_chunks import head_logits
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe import Recipe, Segment
@@ -112,10 +113,11 @@ def teach(
     with StopRequest() as stop:
         try:
             # The main process alone locks and sweeps; the others wait until the folder is as it should be.
-            with storage.run_lock(output) if world.is_main else nullcontext():
+            with run_lock(output) if world.is_main else nullcontext():
                 if world.is_main:
                     storage.ensure_writable(output)
-                    storage.sweep_temporaries(output)
+                    for place in (output, corpora):
+                        storage.sweep_temporaries(place, alone=True)
                     _require_room(text, segment, layout, output)
                 report("reading the text")
                 task = world.main_first(lambda: _task(text, segment))
@@ -150,13 +152,12 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
 
 def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Path) -> None:
     """Refuse before the text is read where the disk cannot hold it with its logits, as far as that can be known."""
-    recipe, wanted = text.recipe, text.wanted[segment.data]
-    needed = 0 if (text.directory / wanted.key).exists() else wanted.most_bytes
+    recipe, needed = text.recipe, text.bytes_to_write(segment.data)
     if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
         most = segment.num_steps * recipe.stages.distill.batch_sequences
         most = min(most, tokens_wanted(recipe, segment.data) // segment.sequence_length)
         needed += max(0, most - _num_written(output, layout)) * layout.record_bytes
-    storage.require_space(output, needed)
+    disk.require_space(output, needed)
 
 
 def _num_written(output: Path, layout: Layout) -> int:
@@ -188,10 +189,10 @@ def _begin(
     needed = max(0, len(task.sequences) - _num_written(output, layout)) * layout.record_bytes
     report(
         f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
-        f" per token: {total:,} bytes, {storage.free_bytes(output):,} are free"
+        f" per token: {total:,} bytes, {disk.free_bytes(output):,} are free"
     )
     vocabulary = first.tokenizer.get_vocab()
-    storage.require_space(output, needed + VOCABULARY_BYTES * len(vocabulary))
+    disk.require_space(output, needed + VOCABULARY_BYTES * len(vocabulary))
     facts = {
         "teacher": teacher.facts(),
         "tokenizer": tokenizer_hash(first.tokenizer),

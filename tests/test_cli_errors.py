@@ -17,7 +17,7 @@ from mohawkify import pipeline
 from mohawkify.cli import main
 from mohawkify.cli_errors import describe
 from mohawkify.errors import is_out_of_memory
-from mohawkify.storage import run_lock
+from mohawkify.lock import run_lock
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 from tests.faults import content_of

@@ -197,6 +197,18 @@ def test_a_damaged_shard_is_made_again_with_all_behind_it(tmp_path: Path, damage
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_only_what_is_missing_has_to_find_room(tmp_path: Path) -> None:
+    wanted = want(sources(tmp_path, "plain"), num_tokens=5 * SHARD)
+    whole = prepare.bytes_to_write(wanted, tmp_path / "c")
+    assert whole == wanted.most_bytes > 0
+    with pytest.raises(Killed):
+        build_corpus(wanted, tmp_path / "c", progress=kill_at(3 * SHARD + 200))
+    assert 0 < prepare.bytes_to_write(wanted, tmp_path / "c") <= whole - 3 * SHARD * 4
+    build_corpus(wanted, tmp_path / "c")
+    assert prepare.bytes_to_write(wanted, tmp_path / "c") == 0
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_a_kill_between_the_last_shard_and_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = want(sources(tmp_path, "mixture"))
     build_corpus(wanted, tmp_path / "whole")

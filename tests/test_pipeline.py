@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify.errors import CheckpointError, DataError, RecipeError, UsageError
+from mohawkify import disk, pipeline
+from mohawkify.data.selection import tokens_wanted
+from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeError, UsageError
+from mohawkify.lock import run_lock
 from mohawkify.pipeline import convert, plan
+from mohawkify.prepare import prepare_text
 from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
-from mohawkify.storage import read_lines
+from mohawkify.storage import read_json, read_lines
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import Interrupted
 from tests.tiny import save_teacher, tiny_teacher
@@ -186,6 +191,53 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
     with pytest.raises(DataError):
         convert(str(teacher_folder), wrong, output=tmp_path / "run", resume="auto", report=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_before_the_teacher_is_read(teacher_folder, recipe, tmp_path, monkeypatch):
+    for name in ("find_folder", "teacher_hashes", "find_finishing", "finishing_hashes"):
+        monkeypatch.setattr(pipeline, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
+    with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="another process"):
+        convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+
+
+class Begun(Exception):
+    """The run would go on from here."""
+
+
+def begin(*args: object, **kwargs: object) -> None:
+    raise Begun
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whole_run, tmp_path, monkeypatch):
+    expected = read_json(whole_run.plan_file)["disk_bytes"]
+    kept = expected["checkpoints"] + expected["final"]
+    text = 4 * (tokens_wanted(recipe, "train") + recipe.evaluation.tokens)
+    prepare_text(str(teacher_folder), recipe, tmp_path / "prepared", num_workers=0, report=lambda line: None)
+
+    def start(free: int, **more: Any) -> None:
+        wanted = {"recipe": recipe, "output": tmp_path / "run", "resume": "auto", "report": lambda line: None, **more}
+        monkeypatch.setattr(disk, "free_bytes", lambda directory: free)
+        convert(str(teacher_folder), **wanted)
+
+    with pytest.raises(DiskFullError, match=f"needs {kept + text:,} bytes, {kept + text - 1:,} are free"):
+        start(kept + text - 1)
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "load_teacher", begin)
+        with pytest.raises(Begun):
+            start(kept + text)
+        # Text that was tokenised before takes nothing, and how much there is of one that may be short, nobody knows.
+        unlimited = apply_overrides(recipe, ["data.epochs=null"])
+        for more in ({"prepared": tmp_path / "prepared"}, {"recipe": unlimited, "output": tmp_path / "unlimited"}):
+            with pytest.raises(DiskFullError, match=f"needs {kept:,} bytes, {kept - 1:,} are free"):
+                start(kept - 1, **more)
+            with pytest.raises(Begun):
+                start(kept, **more)
+    monkeypatch.setattr(pipeline, "use_kernels", begin)
+    with pytest.raises(Begun):  # a start that tokenised the text and was killed
+        start(kept + text, output=tmp_path / "killed")
+    with pytest.raises(Begun):
+        start(kept, output=tmp_path / "killed")
 
 
 def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path):

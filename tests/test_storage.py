@@ -12,19 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import storage
+from mohawkify import disk
+from mohawkify.disk import free_bytes, require_space
 from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify.lock import run_lock
 from mohawkify.storage import (
     append_line,
     atomic_directory,
     ensure_writable,
     file_sha256,
-    free_bytes,
     read_json,
     read_lines,
     remove_directory,
-    require_space,
-    run_lock,
     write_bytes,
     write_json,
     write_text,
@@ -35,7 +34,7 @@ from tests.faults import content_of, fault_at, killed_at, raise_error
 def start_holder(directory: Path) -> subprocess.Popen[str]:
     """Start a process that locks the folder and stays; return once it holds the lock."""
     script = (
-        "import sys, time, pathlib; from mohawkify.storage import run_lock\n"
+        "import sys, time, pathlib; from mohawkify.lock import run_lock\n"
         "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, text=True)
@@ -243,7 +242,7 @@ class TestLock:
 
     def test_of_several_processes_at_once_one_wins(self, tmp_path: Path) -> None:
         script = (
-            "import sys, pathlib; from mohawkify.errors import UsageError; from mohawkify.storage import run_lock\n"
+            "import sys, pathlib; from mohawkify.errors import UsageError; from mohawkify.lock import run_lock\n"
             "sys.stdin.readline()\n"
             "try:\n"
             "    with run_lock(pathlib.Path(sys.argv[1])): print('won', flush=True); sys.stdin.readline()\n"
@@ -325,7 +324,7 @@ class TestSpace:
         assert list(tmp_path.iterdir()) == []
 
     def test_too_little_space_names_path_needed_and_free(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(storage, "free_bytes", lambda directory: 1_000)
+        monkeypatch.setattr(disk, "free_bytes", lambda directory: 1_000)
         require_space(tmp_path, 1_000)
         with pytest.raises(StorageError) as caught:
             require_space(tmp_path, 1_001)

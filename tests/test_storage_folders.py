@@ -7,17 +7,21 @@ import json
 import os
 import random
 import re
+import resource
 import stat
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from mohawkify import storage
-from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify import disk, storage
+from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
 from mohawkify.storage import atomic_directory, remove_directory, sweep_temporaries, verify_directory
+from tests.bytes_tokenizer import bytes_tokenizer
 from tests.faults import content_of, fault_at, killed_at, raise_error
 
 FAILING_OPERATIONS = ("open", "mkdir", "rename", "fsync", "fchmod")
@@ -200,6 +204,98 @@ class TestAtomicDirectory:
         (stale / "half").touch()
         assert "half" not in content_of(make_folder(tmp_path / "out"))
 
+    def test_too_little_space_is_found_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(disk, "free_bytes", lambda directory: 1_000)
+        with atomic_directory(tmp_path / "fits", needed=1_000) as folder:
+            write_files(folder)
+        target = tmp_path / "no" / "room"
+        with (
+            pytest.raises(DiskFullError, match=rf"{target} needs 1,001 bytes, 1,000 are free"),
+            atomic_directory(target, needed=1_001),
+        ):
+            pytest.fail("the block must not begin")
+        assert os.listdir(tmp_path) == ["fits"]
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_a_full_disk_names_what_is_needed_and_free(self, tmp_path: Path, number: int) -> None:
+        with pytest.raises(DiskFullError) as caught, atomic_directory(tmp_path / "out", needed=1_234):
+            raise_error(number)()
+        wanted = rf"cannot write {tmp_path}/out: {os.strerror(number)}; 1,234 bytes are needed, [\d,]+ are free"
+        assert re.fullmatch(wanted, caught.value.message)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def write_tensors(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(5_000)}, folder / "model.safetensors")
+
+
+def write_tokenizer(folder: Path) -> None:
+    bytes_tokenizer().save_pretrained(folder)
+
+
+def write_mlx_tensors(folder: Path) -> None:
+    mx = pytest.importorskip("mlx.core", reason="needs mlx: pip install 'mohawkify[mlx]'")
+    mx.save_safetensors(str(folder / "model.safetensors"), {"weight": mx.zeros(5_000)})
+
+
+class TestLibraries:
+    """What the system refuses a library that writes inside the folder, in that library's own words."""
+
+    @pytest.mark.parametrize(
+        ("write", "reason"),
+        [
+            (write_tensors, "File too large"),
+            (write_tokenizer, "File too large"),
+            (write_mlx_tensors, r"\[write\] Unable to write [\d,]+ bytes to file\.; [\d,]+ bytes are free"),
+        ],
+        ids=["safetensors", "tokenizers", "mlx"],
+    )
+    def test_a_real_limit_on_file_size(self, tmp_path: Path, write: Callable[[Path], None], reason: str) -> None:
+        with pytest.raises(StorageError) as caught, atomic_directory(tmp_path / "out") as folder, limited(1_000):
+            write(folder)
+        assert re.fullmatch(rf"cannot write {tmp_path}/out: {reason}", caught.value.message)
+        assert "ulimit" in str(caught.value.hint)
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_a_full_disk_in_words_is_a_full_disk(self, tmp_path: Path, number: int) -> None:
+        told = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        for error in (SafetensorError(told), Exception(told)):
+            with (
+                pytest.raises(DiskFullError, match="9 bytes are needed, "),
+                atomic_directory(tmp_path / "out", needed=9),
+            ):
+                raise error
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            SafetensorError("Error while deserializing header"),
+            Exception("a tokenizer that cannot be written"),
+            RuntimeError("the network broke (os error 104)"),
+            RuntimeError("[matmul] Last dimension of first input must match"),
+            CheckpointError("the student could not be loaded: No such file (os error 2)"),
+        ],
+        ids=str,
+    )
+    def test_any_other_error_passes_as_it_is(self, tmp_path: Path, error: Exception) -> None:
+        with pytest.raises(type(error)) as caught, atomic_directory(tmp_path / "out"):
+            raise error
+        assert caught.value is error
+
 
 class TestVerify:
     def test_flipped_bits_are_found(self, tmp_path: Path) -> None:
@@ -289,15 +385,18 @@ class TestVerify:
 
 
 class TestTemporaries:
-    def test_sweep_takes_the_dead_and_leaves_the_living(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_sweep_takes_the_dead_and_where_it_is_alone_the_living(self, tmp_path: Path, alone: bool) -> None:
         dead = dead_pid()
         abandoned = {f".tmp-folder-{dead}", f".tmp-file.json-{dead}", f".tmp-ours-{os.getpid()}"}
-        kept = {f".tmp-live-{os.getppid()}", ".tmp-", ".tmp-x-notapid", "step-1"}
+        living = {f".tmp-live-{os.getppid()}", ".tmp-first-1"}
+        kept = {".tmp-", ".tmp-x-notapid", "step-1"}
+        abandoned, kept = (abandoned | living, kept) if alone else (abandoned, kept | living)
         for name in abandoned | kept:
             (tmp_path / name).mkdir()
             (tmp_path / name / "half").touch()
         (tmp_path / f".tmp-plain-{dead}").touch()
-        assert set(sweep_temporaries(tmp_path)) == abandoned | {f".tmp-plain-{dead}"}
+        assert set(sweep_temporaries(tmp_path, alone=alone)) == abandoned | {f".tmp-plain-{dead}"}
         assert set(os.listdir(tmp_path)) == kept
 
     def test_sweep_of_a_missing_folder(self, tmp_path: Path) -> None:
@@ -309,6 +408,30 @@ class TestTemporaries:
         (tmp_path / f".tmp-x-{dead_pid()}").symlink_to(tmp_path / "precious")
         sweep_temporaries(tmp_path)
         assert content_of(tmp_path) == {"precious/file": b""}
+
+    def test_a_target_s_own_leftovers_go_before_it_is_written_or_removed(self, tmp_path: Path) -> None:
+        work: list[Callable[[Path], object]] = [
+            make_folder,
+            remove_directory,
+            lambda target: storage.write_bytes(target, b"x"),
+        ]
+        for number, do in enumerate(work):
+            place = tmp_path / str(number)
+            dead = dead_pid()
+            kept = {f".tmp-out-{os.getppid()}", f".tmp-out-2-{dead}", f".tmp-other-{dead}", ".tmp-out-notapid"}
+            for name in {f".tmp-out-{dead}", f".tmp-out-{os.getpid()}"} | kept:
+                (place / name).mkdir(parents=True)
+                (place / name / "half").touch()
+            if do is remove_directory:
+                (place / "out").mkdir()
+            do(place / "out")
+            assert {name for name in os.listdir(place) if name.startswith(".tmp-")} == kept
+
+    def test_a_killed_writer_s_leftover_goes_at_the_next_try(self, tmp_path: Path) -> None:
+        for index in range(8):
+            assert killed_at(index, lambda: make_folder(tmp_path / "out"))
+        make_folder(tmp_path / "out")
+        assert os.listdir(tmp_path) == ["out"]
 
     def test_a_folder_is_removed_whole_at_any_kill(self, tmp_path: Path) -> None:
         index = 0

@@ -32,8 +32,9 @@ LONGEST_FILE = 500
 RANKS = (
     ("errors", "adapter", "spec", "unsupported"),
     ("strict_json", "strict_yaml"),
-    ("shelf", "storage"),
-    ("recipe_fields",),
+    ("disk", "shelf"),
+    ("storage",),
+    ("lock", "metrics_log", "recipe_fields"),
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),
@@ -81,12 +82,14 @@ FORBIDDEN_METHODS = {"extractall"}
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_TRUE = {"shell", "trust_remote_code", "allow_pickle"}
 
-# Functions outside storage.py that write files themselves. All but the last line's are handed a temporary folder by
-# storage.atomic_directory; the last line's belong to no run: they made the demo teacher, or are save_pretrained.
+# Functions outside storage.py that write files themselves. Those of the first lines are handed a temporary folder by
+# storage.atomic_directory; the lock's file is never renamed; the last line's belong to no run: they made the demo
+# teacher, or are save_pretrained.
 WRITERS = {
     *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
+    *("lock.py:_take_lock", "lock.py:_lock_file"),
     *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer", "student/save.py:_saving_code"),
 }
 WRITING_METHODS = {
@@ -103,17 +106,8 @@ WRITING_CALLS = {
 }
 
 LIGHT_MODULES = (
-    "errors",
-    "spec",
-    "adapter",
-    "shelf",
-    "strict_yaml",
-    "recipe",
-    "storage",
-    "checkpoint",
-    "run",
-    "plan",
-    "cli",
+    *("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe"),
+    *("storage", "checkpoint", "run", "plan", "cli"),
 )
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mohawkify import storage
+from mohawkify import disk, storage
 from mohawkify.data import teacher_logits
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, TeacherError, UsageError
@@ -211,7 +211,7 @@ main({[*arguments, str(killed)]!r})
 
 
 def test_teach_says_what_it_takes_before_it_takes_it(teacher, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "free_bytes", lambda directory: 10_000)
+    monkeypatch.setattr(disk, "free_bytes", lambda directory: 10_000)
     result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "logits")
     assert result.exit_code == DiskFullError.exit_code
     assert "10,000 are free" in result.stderr

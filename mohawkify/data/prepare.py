@@ -158,6 +158,14 @@ def build_corpus(
     return load_corpus(target)
 
 
+def bytes_to_write(wanted: Wanted, directory: Path) -> int:
+    """What `build_corpus` has yet to write if the text does not end before: nothing where the corpus is there."""
+    if (directory / wanted.key).exists():
+        return 0
+    written = directory.glob(f"{UNFINISHED}{wanted.key}/shard-*/*.bin")
+    return max(0, wanted.most_bytes - sum(file.stat().st_size for file in written))
+
+
 class _Work:
     """A corpus in the making.
 

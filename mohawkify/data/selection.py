@@ -16,7 +16,7 @@ from mohawkify.data.evaluation import evaluation_rows
 from mohawkify.data.files import find_files
 from mohawkify.data.hub import Report, ignore
 from mohawkify.data.packing import num_sequences
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import Wanted, build_corpus, bytes_to_write
 from mohawkify.data.reading import Stretch
 from mohawkify.data.telling import Telling
 from mohawkify.errors import DataError
@@ -207,6 +207,22 @@ class TextReader:
                 wanted, self.directory, num_workers=self.num_workers, progress=telling.see, report=self.report
             )
 
+    def bytes_to_write(self, *names: str) -> int:
+        """What the text that is not tokenised yet will take on the disk, as far as that is known.
+
+        Text that is read as often as need be may be short: how much of it there is shows when it has been read.
+
+        Args:
+            names: of ``train``, ``finish`` and ``validation``; all without a name.
+        """
+        known = [
+            self.wanted[name]
+            for name in names or self.wanted
+            if name == "validation" or epochs_of(self.recipe, name) is not None
+        ]
+        missing = [each for each in known if not is_prepared(each.key, self.directory, self.prepared)]
+        return sum(bytes_to_write(each, self.directory) for each in missing)
+
     def _wanted(self, sources: Sequence[Source], num_tokens: int) -> Wanted:
         return Wanted(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
 
@@ -234,6 +250,11 @@ class TextReader:
             f" {needed} times",
             hint=f"give more text or fewer tokens to the stages, or allow it with {key}: {needed} (null: no limit)",
         )
+
+
+def is_prepared(key: str, directory: Path, prepared: Path | None) -> bool:
+    """Whether a corpus lies elsewhere than among a run's own, so that the run makes none."""
+    return (directory / f"{key}.json").is_file() or (prepared is not None and (prepared / key).is_dir())
 
 
 def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | None:

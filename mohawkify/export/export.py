@@ -18,7 +18,7 @@ from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, w
 from mohawkify.run import finished_run
 from mohawkify.shelf import nearest
 from mohawkify.storage import atomic_directory
-from mohawkify.student.save import load_student, save_student, save_tokenizer
+from mohawkify.student.save import load_student, save_student, save_tokenizer, weight_bytes
 
 Report = Callable[[str], None]
 
@@ -78,7 +78,7 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
     tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
     ids_bl = sample_ids(student)
     plain: list[str] = []
-    with atomic_directory(output) as folder:
+    with atomic_directory(output, needed=_least_bytes(student, DTYPES[dtype], wanted.bits)) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
             plain = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
@@ -112,6 +112,11 @@ def _export_mlx(final: Path, student: Any, ids_bl: Tensor, folder: Path, dtype: 
     if dtype != "float32" or bits is not None:
         require_same_model(compare(_torch_logits(student), mlx_logits(model), ids_bl))
     return write_mlx(model, config, folder, dtype, bits)
+
+
+def _least_bytes(student: Any, dtype: torch.dtype, bits: int | None) -> int:
+    """What an export takes on the disk at the least: of a quantised one, what leaves every number its bits."""
+    return weight_bytes(student, dtype) if bits is None else student.num_parameters() * bits // 8
 
 
 def _target(name: str) -> Target:

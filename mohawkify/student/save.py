@@ -90,6 +90,14 @@ def save_student(
     _write_code(adapter, directory)
 
 
+def weight_bytes(student: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """What the weights take on the disk as `save_student` writes them; the rest of the folder is small."""
+    model: Any = student
+    dtype, tied = dtype or model.dtype, model.all_tied_weights_keys
+    kept = ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+    return sum(tensor.numel() * _dtype_of(name, tensor, dtype).itemsize for name, tensor in kept)
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a tokenizer without what transformers notes about where it was loaded from."""
     tokenizer.save_pretrained(directory)
@@ -188,9 +196,14 @@ def _auto_map(adapter: Adapter) -> dict[str, str]:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_floating_point():
-        tensor = tensor.to(torch.promote_types(dtype, torch.float32) if is_precise(name) else dtype)
-    return tensor.contiguous()
+    return tensor.to(_dtype_of(name, tensor, dtype)).contiguous()
+
+
+def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In what precision a tensor is written."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.promote_types(dtype, torch.float32) if is_precise(name) else dtype
 
 
 def _write_code(adapter: Adapter, directory: Path) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from mohawkify import storage
 from mohawkify.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
 from mohawkify.errors import StorageError, UsageError
+from mohawkify.lock import run_lock
 from tests.faults import fault_at, killed_at, raise_error
 from tests.fuzz import profile
 from tests.fuzz.campaign import counted
@@ -155,7 +156,7 @@ class Checkpoints(RuleBasedStateMachine):
     @rule()
     def second_process(self) -> None:
         """Another process is refused while one holds the folder, and welcome afterwards."""
-        with storage.run_lock(self.run):
+        with run_lock(self.run):
             assert not self._can_lock()
         assert self._can_lock()
 
@@ -228,7 +229,7 @@ class Checkpoints(RuleBasedStateMachine):
 
     def _take_over(self) -> None:
         """What a new process does first; nothing half-written is left after it."""
-        with storage.run_lock(self.run):
+        with run_lock(self.run):
             storage.sweep_temporaries(self.directory)
         assert not list(self.directory.glob(".tmp-*"))
         present = {_step_of(path) for path in list_checkpoints(self.directory)}
@@ -244,7 +245,7 @@ class Checkpoints(RuleBasedStateMachine):
 
 def _lock_or_fail(run: Path) -> None:
     code = 1
-    with suppress(UsageError), storage.run_lock(run):
+    with suppress(UsageError), run_lock(run):
         code = 0
     os._exit(code)
 

@@ -1,7 +1,8 @@
 """A disk that loses power: what was done is recorded, and every state it may be found in afterwards is laid out.
 
-Nothing is certain but what was flushed. The content of a file that was not is old, empty, zero, torn or new; of the
-names of a folder that was not, each change is there or not, whatever came before or after it.
+Nothing is certain but what was flushed. The content of a file that was not is old, empty, zero, torn or new, of a file
+that has only grown what was added to it; of the names of a folder that was not, each change is there or not, whatever
+came before or after it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ class File:
         """What a power cut may leave."""
         if self.now == self.sure:
             return self.sure
-        torn = self.now[: len(self.now) // 2]
-        return {"old": self.sure, "empty": b"", "zero": bytes(len(self.now)), "torn": torn, "new": self.now}[mode]
+        kept = self.sure if self.now.startswith(self.sure) else b""
+        added = self.now[len(kept) :]
+        found = {"empty": b"", "zero": bytes(len(added)), "torn": added[: len(added) // 2], "new": added}
+        return self.sure if mode == "old" else kept + found[mode]
 
 
 @dataclass(eq=False)
@@ -62,6 +65,10 @@ def recorded(top: Path) -> Iterator[list[Operation]]:
             if top in (path, *path.parents):
                 if name in ("rename", "replace"):
                     further = Path(args[1])
+                elif name == "create" and "a" in kwargs.get("mode", args[1]):
+                    kind = "append"
+                elif name == "truncate":
+                    further = args[0]
                 elif name == "write":
                     further = args[0].encode() if isinstance(args[0], str) else bytes(args[0])
                 elif name == "save_file":
@@ -107,12 +114,15 @@ class Disk:
         parent, last = self._find(path.parent), path.name
         assert isinstance(parent, Folder)
         node = parent.now.get(last)
-        if name == "create":
+        if name in ("create", "append"):
             if node is None:
                 self._change(parent, ("link", last, File()))
-            else:
+            elif name == "create":
                 assert isinstance(node, File)
                 node.now = b""
+        elif name == "truncate":
+            assert isinstance(node, File)
+            node.now = node.now[:further]
         elif name == "write":
             assert isinstance(node, File)
             node.now += further

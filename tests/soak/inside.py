@@ -37,6 +37,7 @@ EVENTS = {
     "tensors saved": ("mohawkify.checkpoint", "write_json"),
     "rotating": ("mohawkify.checkpoint", "rotate"),
     "finishing": ("mohawkify.pipeline", "save_student"),
+    "weights written": ("mohawkify.student.save", "save_tokenizer"),
 }
 # Functions during which operations on the disk are counted.
 WINDOWS = {
@@ -128,6 +129,26 @@ def full_disk(times: int) -> Iterator[None]:
 
 
 @contextmanager
+def full_log(first: int, times: int) -> Iterator[None]:
+    """The disk has no room for some lines of the log, from one try to write one on, without long waits between."""
+    tries = 0
+
+    def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+        def append(*args: Any, **kwargs: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            if first <= tries < first + times:
+                with faults.fault_at(0, faults.raise_error(errno.ENOSPC), ("write",)):
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return append
+
+    with mock.patch.object(conversion, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
+        yield
+
+
+@contextmanager
 def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
     """A small disk of its own on a folder, copied back at the end; before a certain save it is filled to the brim.
 
@@ -182,15 +203,16 @@ def limited(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def bounded(checkpoints: str, say_to: str) -> Iterator[None]:
-    """Look at a folder of checkpoints before every operation on the disk, and write down the most there ever were."""
-    most = 0
+def bounded(output: str, say_to: str) -> Iterator[None]:
+    """Look at a run before every operation on the disk; write down the most checkpoints and bytes there ever were."""
+    most = {"checkpoints": 0, "bytes": 0}
+    checkpoints = os.path.join(output, "checkpoints")
 
     def looking(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            nonlocal most
-            if os.path.isdir(checkpoints):
-                most = max(most, sum("step-" in name for name in os.listdir(checkpoints)))
+            names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
+            most["checkpoints"] = max(most["checkpoints"], sum("step-" in name for name in names))
+            most["bytes"] = max(most["bytes"], size_of(Path(output)))
             return original(*args, **kwargs)
 
         return operation
@@ -199,7 +221,12 @@ def bounded(checkpoints: str, say_to: str) -> Iterator[None]:
         with faults.replaced(looking, CHANGING):
             yield
     finally:
-        Path(say_to).write_text(str(most))
+        Path(say_to).write_text(json.dumps(most))
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import torch
 
-from mohawkify import checkpoint, storage
+from mohawkify import checkpoint, conversion, storage
 from mohawkify.errors import CheckpointError
+from mohawkify.recipe import parse_recipe
+from mohawkify.run import RunFolder
+from mohawkify.train.loop import StepReport
+from mohawkify.train.world import World
+from tests.commands import RECIPE
 from tests.faults import content_of
 from tests.soak import SEED, chooser, trials
 from tests.soak.disk import Disk, hash_of, recorded, write_out
@@ -107,6 +112,33 @@ def test_p4_a_power_cut_while_a_folder_or_a_file_is_written(tmp_path):
             assert (place / "results.json").read_bytes() == new
 
     with Tally("P4", "power cut after every operation of results and final folder, unflushed writes lost") as tally:
+        survive(tally, top, work, check)
+
+
+def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_path):
+    top = tmp_path / "run"
+    top.mkdir()
+    recipe = parse_recipe(RECIPE, "tiny.yaml")
+    run = conversion.Conversion(
+        RunFolder(top), recipe, "identity", None, {}, [], torch.device("cpu"), World(), lambda line: None
+    )  # type: ignore[arg-type]
+    tensors, position = {"weight": torch.ones(3)}, conversion.Position(stage="orient")
+
+    def work() -> None:
+        for step in (1, 2, 3):
+            position.stage_step = position.global_step = step
+            run._log(StepReport(step, 16, 1e-3, 1.0, 0.1, {"loss": 2.5}), position, None)
+            if step != 2:
+                run._write(tensors, tensors, {}, position, None, None)  # type: ignore[arg-type]
+
+    def check(place: Path, is_done: bool) -> None:
+        found = checkpoint.newest_valid(place / "checkpoints", lambda line: None)
+        saved = 0 if found is None else found.global_step
+        assert saved == 3 or not is_done
+        logged = [line["global_step"] for line in storage.read_lines(place / "metrics.jsonl")]
+        assert logged[:saved] == list(range(1, saved + 1)), f"a checkpoint of step {saved} beside the lines {logged}"
+
+    with Tally("P4", "power cut after every operation of three steps and two saves") as tally:
         survive(tally, top, work, check)
 
 

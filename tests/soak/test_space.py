@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,9 +11,28 @@ from pathlib import Path
 import pytest
 
 from tests.soak import IS_SOAK, SEED, chooser, trials
-from tests.soak.runs import Tally, compare_runs, require_checkpoints, require_one_line
+from tests.soak.runs import (
+    KILLED,
+    Tally,
+    compare_runs,
+    copy_run,
+    figures_of,
+    require_checkpoints,
+    require_one_line,
+)
+from tests.soak.server import Ended
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO")
+# What is flushed or removed needs no room of its own.
+SPACE = re.compile(r"[\d,]+ bytes are needed, [\d,]+ are free|cannot (flush|remove) .*; [\d,]+ bytes are free")
+
+
+def require_space_told(ended: Ended, error: str, place: Path) -> None:
+    """Fail unless a command ended with exit code 74 and one line: the place and, of a full disk, the bytes."""
+    assert ended.code == 74, f"{ended.code}: {ended.output}"
+    require_one_line(ended)
+    assert str(place) in ended.output
+    assert error == "EIO" or SPACE.search(ended.output), ended.output
 
 
 def test_p6_an_error_at_every_operation_of_a_save(workshop, tmp_path):
@@ -30,13 +50,66 @@ def test_p6_an_error_at_every_operation_of_a_save(workshop, tmp_path):
             run = tmp_path / f"{error}-{index}"
             with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", run):
                 ended = workshop.convert(run, fault="disk", window="save", call=5, index=index, action=error)
-                assert ended.code == 74, f"{ended.code}: {ended.output}"
-                require_one_line(ended)
-                assert str(run) in ended.output
-                if error != "EIO":
-                    assert "bytes" in ended.output
+                require_space_told(ended, error, run)
                 require_checkpoints(run, at_least=4)
                 workshop.finish(run)
+
+
+@pytest.fixture(scope="module")
+def trained(workshop, tmp_path_factory) -> Path:
+    """A run that was killed when only its report and the student were left to write."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    ended = workshop.convert(run, fault="at", events=[("finishing", 1, "SIGKILL")])
+    assert ended.code == KILLED, ended.output
+    return run
+
+
+def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
+    """The error comes while the report and the finished student are written."""
+    count, count_to = copy_run(trained, tmp_path / "count"), tmp_path / "count.json"
+    ended = workshop.convert(
+        count, fault="disk", window="finish", call=1, index=-1, action="EIO", count_to=str(count_to)
+    )
+    assert ended.code == 0, ended.output
+    names = json.loads(count_to.read_text())
+    cases = [(index, error) for error in ERRORS for index in range(len(names))]
+    # Safetensors tells its errors in words.
+    always = [(names.index("save_file"), "ENOSPC")]
+    draw = chooser("P6 end", 0)
+    with Tally("P6", "ENOSPC, EDQUOT or EIO at an operation of the report and the final export") as tally:
+        for index, error in always + draw.sample(cases, min(trials(1, len(cases)), len(cases))):
+            run = copy_run(trained, tmp_path / f"{error}-{index}")
+            with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", run):
+                ended = workshop.convert(run, fault="disk", window="finish", call=1, index=index, action=error)
+                if ended.code or names[index] != "mkdir":  # libraries ask for the folder that is there, and do not mind
+                    require_space_told(ended, error, run)
+                assert not list(run.glob(".tmp-*"))
+                workshop.finish(run)
+
+
+def test_p6_a_log_that_takes_no_lines(workshop, tmp_path):
+    """Of stage 3, whose only checkpoint is at its end, no line can be written for a while."""
+    sparse = ("--set", "checkpoint.every_steps=100")
+    with Tally("P6", "no room for the lines of the log") as tally:
+        run = tmp_path / "in-time"
+        with tally.trial("space comes before the checkpoint", run):
+            ended = workshop.convert(run, *sparse, fault="full_log", first=5, times=2)
+            assert ended.code == 0, ended.output
+            assert ended.output.count("the lines are kept until the next checkpoint") == 1
+            assert list(figures_of(run)) == list(figures_of(workshop.whole)), "the lines are in another order"
+            compare_runs(run, workshop.whole)
+        run = tmp_path / "waiting"
+        with tally.trial("space comes while the checkpoint waits", run):
+            ended = workshop.convert(run, *sparse, "--disk-wait", 60, fault="full_log", first=5, times=5)
+            assert ended.code == 0, ended.output
+            assert ended.output.count("more for space") == 2
+            compare_runs(run, workshop.whole)
+        run = tmp_path / "never"
+        with tally.trial("no space comes", run):
+            ended = workshop.convert(run, *sparse, fault="full_log", first=5, times=10**9)
+            require_space_told(ended, "ENOSPC", run / "metrics.jsonl")
+            require_checkpoints(run, at_least=4)
+            workshop.finish(run, *sparse)
 
 
 def test_p6_waiting_for_space(workshop, tmp_path):
