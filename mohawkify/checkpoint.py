@@ -131,7 +131,7 @@ def newest_valid(directory: Path, report: Callable[[str], None]) -> Checkpoint |
     """
     for path in reversed(list_checkpoints(directory)):
         try:
-            return _open(path)
+            return open_checkpoint(path)
         except CheckpointError as error:
             report(f"skipping the damaged checkpoint {path.name}: {error.message}")
     return None
@@ -246,8 +246,16 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
         _logger.warning("the random state of %s starts anew: the checkpoint was written without it", name)
 
 
-def _open(path: Path) -> Checkpoint:
-    """Verify a checkpoint and read its state."""
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint and read its state.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        CheckpointError: a file is missing, extra or changed, or it is the checkpoint of another step.
+        UsageError: another version of mohawkify wrote it.
+    """
     manifest = verify_directory(path)
     facts = manifest["facts"]
     if facts.get("checkpoint_format") != _FORMAT:
@@ -265,7 +273,7 @@ def _open(path: Path) -> Checkpoint:
 
 def _is_valid(path: Path) -> bool:
     try:
-        _open(path)
+        open_checkpoint(path)
     except CheckpointError:
         return False
     return True

@@ -449,8 +449,8 @@ def doctor(folder: Path | None, as_json: bool) -> None:
     """Say what is installed and what is missing, or whether a folder is sound.
 
     Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher, a run,
-    a checkpoint or an export as FOLDER: whether every byte is as it was written and what a command would refuse;
-    nothing in it is run. The exit code is then 0 where it is sound and 66 where not.
+    a checkpoint, an export, prepared text or teacher logits as FOLDER: whether every byte is as it was written and what
+    a command would refuse; nothing in it is run. The exit code is then 0 where it is sound and 66 where not.
     """
     if folder is not None:
         from mohawkify.verdict import judge

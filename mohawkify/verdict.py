@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mohawkify.checkpoint import list_checkpoints
-from mohawkify.data.corpus import read_note
+from mohawkify.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
+from mohawkify.data.corpus import noted_corpus, verify_corpus
+from mohawkify.data.teacher_logits import ABOUT, TeacherLogits
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
-from mohawkify.recipe import load_recipe
 from mohawkify.run import RunFolder, run_identity
 from mohawkify.storage import MANIFEST_NAME, file_sha256, read_json, read_lines, verify_directory
 from mohawkify.teacher.claims import (
@@ -35,7 +36,7 @@ BF16_EXPONENT = 0x7F80
 
 
 def judge(folder: Path) -> dict[str, Any]:
-    """Examine a teacher, a run, a checkpoint, a finished student or an export.
+    """Examine a teacher, a run, a checkpoint, a finished student, an export, prepared text or teacher logits.
 
     Args:
         folder: where it lies.
@@ -48,7 +49,7 @@ def judge(folder: Path) -> dict[str, Any]:
         UsageError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}", hint="a teacher, a run, a checkpoint or an export is a folder")
+        raise UsageError(f"no such folder: {folder}", hint="name a folder that mohawkify writes or reads")
     kind = _kind(folder)
     findings = _KINDS[kind](folder)
     return {
@@ -63,47 +64,93 @@ def judge(folder: Path) -> dict[str, Any]:
 def _kind(folder: Path) -> str:
     if (folder / "recipe.yaml").is_file():
         return "run"
-    if re.fullmatch(r"step-\d{8,}", folder.name) and (folder / "state.json").exists():
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    if re.fullmatch(r"step-[0-9]{8,}", folder.name) and (has_manifest or (folder / "state.json").exists()):
         return "checkpoint"
-    if (folder / MANIFEST_NAME).is_file():
+    if _is_corpus(folder):
+        return "prepared text"
+    if has_manifest:
         return "student or export"
-    return "teacher" if (folder / "config.json").exists() else NOTHING
+    if (folder / "config.json").exists():
+        return "teacher"
+    if (folder / ABOUT).is_dir():
+        return "teacher logits"
+    return "prepared text" if any(_is_corpus(path) for path in folder.glob("[!.]*")) else NOTHING
+
+
+def _is_corpus(path: Path) -> bool:
+    return (path / MANIFEST_NAME).is_file() and any(path.glob("shard-*"))
 
 
 def _judge_run(folder: Path) -> list[dict[str, Any]]:
+    run = RunFolder(folder)
     findings = [
-        _finding("recipe.yaml", lambda: load_recipe(folder / "recipe.yaml")),
+        _finding("recipe.yaml", run.recipe),
         _finding("metrics.jsonl", lambda: _require_log(folder)),
-        _finding("recipe and teacher are those of the checkpoints", lambda: _require_identity(folder)),
+        _finding("teacher.json", run.teacher_files),
+        _finding("the teacher's files are those of the run", lambda: _require_same_teacher(run)),
+        _finding("results.json", run.results),
     ]
-    for name in ("plan.json", "teacher.json", "student.json", "results.json", "eval.json"):
+    for name in ("plan.json", "student.json", "eval.json"):
         if (folder / name).exists():
-            findings.append(_finding(name, lambda name=name: read_json(folder / name)))  # type: ignore[misc]
-    corpora = folder / "corpora"
-    for corpus in sorted(corpora.glob("[!.]*")) if corpora.is_dir() else []:
-        findings.append(_finding(f"corpora/{corpus.name}", lambda path=corpus: _require_corpus(path)))  # type: ignore[misc]
-    for checkpoint in list_checkpoints(folder / "checkpoints"):
-        findings += _named(f"checkpoints/{checkpoint.name}", _judge_checkpoint(checkpoint))
-    if (folder / "final").is_dir():
-        findings += _named("final", _judge_sealed(folder / "final"))
+            findings.append(_finding(name, partial(_require_object, folder / name)))
+    findings += _named("corpora", _judge_corpora(run.corpora))
+    for checkpoint in list_checkpoints(run.checkpoints):
+        findings += _named(f"checkpoints/{checkpoint.name}", _judge_checkpoint(checkpoint, run))
+    if run.final.is_dir():
+        findings += _named("final", _judge_sealed(run.final))
     return findings
 
 
-def _require_corpus(path: Path) -> None:
-    """Hash tokenised text, where need be the text elsewhere that a note leads to."""
-    verify_directory(read_note(path)[0] if path.suffix == ".json" else path)
+def _judge_checkpoint(folder: Path, run: RunFolder | None = None) -> list[dict[str, Any]]:
+    opened: list[Checkpoint] = []
 
-
-def _judge_checkpoint(folder: Path) -> list[dict[str, Any]]:
     def numbers() -> None:
         for name in ("model", "optimizer"):
             _require_finite(read_header(folder / f"{name}.safetensors"))
 
-    return [
-        _finding("every byte as it was written", lambda: verify_directory(folder)),
-        _finding("state.json", lambda: read_json(folder / "state.json")),
+    findings = [
+        _finding("every byte as it was written", lambda: opened.append(open_checkpoint(folder))),
         _finding("all numbers finite", numbers),
     ]
+    if run is not None and opened:
+        findings.append(_finding("recipe and teacher are the run's", lambda: _require_identity(opened[0], run)))
+    return findings
+
+
+def _judge_text(folder: Path) -> list[dict[str, Any]]:
+    if _is_corpus(folder):
+        return [_finding("every byte as it was written", lambda: verify_corpus(folder))]
+    return _judge_corpora(folder)
+
+
+def _judge_corpora(folder: Path) -> list[dict[str, Any]]:
+    """Hash tokenised text, where need be the text elsewhere that a note leads to."""
+    paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir() or path.suffix == ".json")
+    return [
+        _finding(
+            path.name,
+            partial(noted_corpus, path, verify_corpus) if path.suffix == ".json" else partial(verify_corpus, path),
+        )
+        for path in paths
+    ]
+
+
+def _judge_logits(folder: Path) -> list[dict[str, Any]]:
+    opened: list[TeacherLogits] = []
+
+    def shards(logits: TeacherLogits) -> None:
+        for number in sorted(set(range(logits.num_shards)) - set(logits.missing())):
+            logits.verify_shard(number)
+
+    findings = [_finding("what they are of", lambda: opened.append(TeacherLogits(folder)))]
+    for logits in opened:
+        findings += [
+            _finding("vocabulary", logits.vocabulary),
+            _finding("all shards are there", logits.require_complete),
+            _finding("every record as it was written", partial(shards, logits)),
+        ]
+    return findings + _named("corpora", _judge_corpora(folder / "corpora"))
 
 
 def _judge_sealed(folder: Path) -> list[dict[str, Any]]:
@@ -118,11 +165,16 @@ def _judge_teacher(folder: Path) -> list[dict[str, Any]]:
     return [
         _finding("config.json", lambda: require_config(config)),
         _finding("files lie inside the folder", lambda: require_own_files(folder)),
-        _finding("weights are plain safetensors", lambda: require_plain_weights(config, read_json(config))),
+        _finding("weights are plain safetensors", lambda: require_plain_weights(config, require_config(config))),
         _finding("shards, index and headers agree", lambda: read_tensors(folder)),
         _finding("all numbers finite", lambda: _require_finite(read_tensors(folder))),
         _finding("tokenizer", lambda: require_tokenizer_files(folder)),
     ]
+
+
+def _require_object(path: Path) -> None:
+    if not isinstance(read_json(path), dict):
+        raise CheckpointError(f"{path} is not a JSON object")
 
 
 def _require_log(folder: Path) -> None:
@@ -130,21 +182,22 @@ def _require_log(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'metrics.jsonl'} is missing or empty, though steps were taken")
 
 
-def _require_identity(folder: Path) -> None:
-    """Compare with the checkpoints what a run would be refused for when it continues or is measured."""
-    facts = RunFolder(folder).teacher()
+def _require_same_teacher(run: RunFolder) -> None:
+    """Compare what a run would be refused for when it continues or is measured."""
+    facts = run.teacher()
     teacher = Path(facts["folder"])
     for name, digest in sorted(facts["files"].items()) if teacher.is_dir() else ():
         if Path(name).name == name and file_sha256(teacher / name) != digest:
             raise TeacherError(f"{teacher / name} is not the file that the run was made from")
-    identity = run_identity(RunFolder(folder).recipe(), RunFolder(folder).teacher_files())
-    for checkpoint in list_checkpoints(folder / "checkpoints"):
-        if read_json(checkpoint / "state.json").get("identity") != identity:
-            raise CheckpointError(f"{checkpoint.name} belongs to another recipe or teacher")
+
+
+def _require_identity(checkpoint: Checkpoint, run: RunFolder) -> None:
+    if checkpoint.state.get("identity") != run_identity(run.recipe(), run.teacher_files()):
+        raise CheckpointError(f"{checkpoint.path.name} belongs to another recipe or teacher")
 
 
 def _judge_nothing(folder: Path) -> list[dict[str, Any]]:
-    says = "no config.json, no recipe.yaml and no manifest: nothing that mohawkify writes or reads"
+    says = "no config.json, no recipe.yaml, no manifest and no text: nothing that mohawkify writes or reads"
     return [{"what": "what it is", "sound": False, "says": f"{folder} holds {says}"}]
 
 
@@ -152,6 +205,8 @@ _KINDS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "run": _judge_run,
     "checkpoint": _judge_checkpoint,
     "student or export": _judge_sealed,
+    "prepared text": _judge_text,
+    "teacher logits": _judge_logits,
     "teacher": _judge_teacher,
     NOTHING: _judge_nothing,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +13,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mohawkify import storage
+from mohawkify.data import corpus
 from mohawkify.verdict import judge
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with a teacher, a finished run of it, and an export."""
+    """A folder with a teacher, a finished run of it, an export, its text, and logits of it."""
     folder = tmp_path_factory.mktemp("work")
     make_teacher(folder / "teacher")
     recipe = make_recipe(folder)
     run_well("convert", folder / "teacher", "--recipe", recipe, "--output", folder / "run")
     run_well("export", folder / "run", "--target", "hf", "--output", folder / "export")
+    arguments = (folder / "teacher", "--recipe", recipe, "--output")
+    run_well("data", "prepare", *arguments, folder / "text")
+    run_well("teach", *arguments, folder / "logits", "--stage-phase", "train", "--top-k", "3")
     return folder
 
 
 def checkpoint_of(folder: Path) -> Path:
     return max((folder / "run" / "checkpoints").iterdir())
+
+
+def corpus_of(folder: Path) -> Path:
+    return min((folder / "text").glob("[!.]*"))
 
 
 PARTS = {
@@ -36,7 +47,11 @@ PARTS = {
     "checkpoint": ("checkpoint", checkpoint_of),
     "student": ("student or export", lambda folder: folder / "run" / "final"),
     "export": ("student or export", lambda folder: folder / "export"),
+    "text": ("prepared text", lambda folder: folder / "text"),
+    "corpus": ("prepared text", corpus_of),
+    "logits": ("teacher logits", lambda folder: folder / "logits"),
 }
+MODELS = ("teacher", "run", "checkpoint", "student", "export")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -49,7 +64,7 @@ def test_what_is_as_it_was_written_is_sound(work, part):
     assert "sound" in run_well("doctor", place(work)).stdout
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", MODELS)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_weights_are_named(work, tmp_path, part, damage):
     copy_of(work, tmp_path / "work")
@@ -69,6 +84,136 @@ def test_damaged_weights_are_named(work, tmp_path, part, damage):
     assert "REFUSED" in refused.stdout
     assert "model.safetensors" in refused.stdout
     assert not judge(folder)["sound"]
+
+
+def content_below(folder: Path, pattern: str) -> Path:
+    """The first file of a pattern."""
+    return min(folder.rglob(pattern))
+
+
+@pytest.mark.parametrize(
+    ("part", "pattern"),
+    [
+        ("text", "shard-*/tokens.bin"),
+        ("text", "shard-*/offsets.bin"),
+        ("corpus", "shard-*/tokens.bin"),
+        ("logits", "about/sequences.bin"),
+        ("logits", "about/vocabulary.json"),
+        ("logits", "shard-*/records.bin"),
+        ("logits", "corpora/*/shard-*/tokens.bin"),
+    ],
+)
+def test_damaged_text_and_logits_are_named(work, tmp_path, part, pattern):
+    copy_of(work, tmp_path / "work")
+    folder = PARTS[part][1](tmp_path / "work")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    file = content_below(folder, pattern)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+    refused = run("doctor", folder)
+    assert refused.exit_code == 66
+    assert file.name in refused.stdout
+    assert before.keys() == set(folder.rglob("*")), "the doctor has written something"
+
+
+def test_text_that_was_noted_as_checked_is_hashed_all_the_same(work, tmp_path):
+    folder = corpus_of(copy_of(work, tmp_path / "work"))
+    stamps = {file: file.stat() for file in folder.rglob("*.bin")}
+    for file, before in stamps.items():
+        content = file.read_bytes()
+        file.write_bytes(bytes(len(content)))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    storage.write_json(folder.parent / f".checked-{folder.name}.json", corpus._stamps(folder))
+    corpus.checked_facts(folder)  # as a conversion would, which trusts the note
+    assert not judge(folder)["sound"]
+    assert not judge(folder.parent)["sound"]
+
+
+def test_text_elsewhere_that_a_run_notes_is_judged(work, tmp_path):
+    copy_of(work, tmp_path / "work")
+    corpora, text = tmp_path / "work" / "run" / "corpora", corpus_of(tmp_path / "work")
+    note = corpora / f"{text.name}.json"
+    facts = storage.read_json(text / storage.MANIFEST_NAME)["facts"]
+    storage.write_json(note, {"folder": str(text), "fingerprint": facts["fingerprint"]})
+    assert judge(tmp_path / "work" / "run")["sound"]
+    storage.write_json(note, {"folder": str(text), "fingerprint": "0" * 64})
+    assert said(tmp_path / "work" / "run") == [f"{text} holds other text than when the run began"]
+    storage.write_json(note, {"folder": str(tmp_path / "gone"), "fingerprint": "0" * 64})
+    assert "which is not there" in said(tmp_path / "work" / "run")[0]
+
+
+def test_logits_that_lack_a_shard_are_not_sound(work, tmp_path):
+    folder = copy_of(work / "logits", tmp_path / "logits")
+    shutil.rmtree(min(folder.glob("shard-*")))
+    assert said(folder) == [f"{folder} lacks 1 of 1 shards of teacher logits"]
+
+
+def said(folder: Path) -> list[str]:
+    """What the doctor says of a folder that is not sound."""
+    return [finding["says"] for finding in judge(folder)["findings"] if not finding["sound"]]
+
+
+def seal(folder: Path, **facts: object) -> None:
+    """Let a folder's manifest fit its files again, as whoever wrote them would."""
+    manifest = folder / storage.MANIFEST_NAME
+    facts = storage.read_json(manifest)["facts"] | facts
+    manifest.unlink()
+    storage._write_manifest(folder, facts)
+
+
+def of_another_step(checkpoint: Path) -> None:
+    seal(checkpoint, global_step=3)
+
+
+def of_another_format(checkpoint: Path) -> None:
+    seal(checkpoint, checkpoint_format=99)
+
+
+def with_a_list_as_state(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("[]")
+    seal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (of_another_step, "was written as the checkpoint of step 3"),
+        (of_another_format, "has checkpoint format 99, this mohawkify reads format 1"),
+        (with_a_list_as_state, "state.json is not a JSON object"),
+    ],
+)
+def test_a_checkpoint_that_no_run_continues_from_is_not_sound(work, tmp_path, damage, says):
+    checkpoint = checkpoint_of(copy_of(work, tmp_path / "work"))
+    damage(checkpoint)
+    for folder in (checkpoint, tmp_path / "work" / "run"):
+        assert [says in line for line in said(folder)] == [True]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "student.json", "eval.json", "results.json", "teacher.json"])
+def test_a_file_of_a_run_that_holds_a_list_is_not_sound(work, tmp_path, name):
+    folder = copy_of(work / "run", tmp_path / "run")
+    (folder / name).write_text("[]")
+    assert any(name in line for line in said(folder))
+
+
+def test_a_teachers_configuration_that_is_a_list_is_refused(work, tmp_path):
+    folder = copy_of(work / "teacher", tmp_path / "teacher")
+    (folder / "config.json").write_text("[]")
+    assert set(said(folder)) == {f"{folder / 'config.json'} holds a list, expected a JSON object"}
+    for command in ("inspect", "doctor"):
+        assert run(command, folder).exit_code == 66
+
+
+def test_a_students_configuration_that_is_a_list_is_refused(work, tmp_path):
+    copy_of(work, tmp_path / "work")
+    final = tmp_path / "work" / "run" / "final"
+    (final / "config.json").write_text("[]")
+    seal(final)
+    for target in ("hf", "mlx"):
+        refused = run("export", tmp_path / "work" / "run", "--target", target, "--output", tmp_path / target)
+        assert refused.exit_code == 66
+        assert "config.json holds a list, expected a JSON object" in refused.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: i
 OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
 COMPLETION_FILE = "completion.bin"  # a byte per token, 0 or 1; only where it makes a difference
 OFFSET_DTYPE = np.dtype("<i8")
+_SHARD_NAME = re.compile(r"shard-[0-9]{5,}")
 _TICK_NANOSECONDS = 2_000_000_000  # the coarsest clock by which file systems note a change
 
 
@@ -97,9 +99,24 @@ def load_corpus(folder: Path) -> Corpus:
     Raises:
         DataError: a file is missing, extra or changed.
     """
+    return _mapped(folder, checked_facts)
+
+
+def verify_corpus(folder: Path) -> Corpus:
+    """Map a corpus from disk after hashing every file, whatever was noted before; nothing is written.
+
+    Raises:
+        DataError: a file is missing, extra or changed.
+    """
+    return _mapped(folder, lambda folder: dict(storage.verify_directory(folder)["facts"]))
+
+
+def _mapped(folder: Path, read_facts: Callable[[Path], dict[str, Any]]) -> Corpus:
     try:
-        facts = checked_facts(folder)
-        shards = [folder / name for name in facts["shards"]]
+        facts = read_facts(folder)
+        shards = [folder / name for name in facts["shards"] if _SHARD_NAME.fullmatch(name)]
+        if not shards or len(shards) != len(facts["shards"]) or not isinstance(facts["fingerprint"], str):
+            raise ValueError("its manifest does not say what it holds")
         is_masked = facts["completion_tokens"] is not None
         tokens = [np.memmap(shard / TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r") for shard in shards]
         completion = [np.memmap(shard / COMPLETION_FILE, dtype=np.uint8, mode="r") for shard in shards if is_masked]
@@ -161,6 +178,29 @@ def read_note(note: Path) -> tuple[Path, str]:
         case {"folder": str(folder), "fingerprint": str(fingerprint)}:
             return Path(folder), fingerprint
     raise CheckpointError(f"{note} does not say where the tokenised text lies", hint="remove it")
+
+
+def noted_corpus(note: Path, load: Callable[[Path], Corpus]) -> Corpus:
+    """A run's tokenised text that is not its own.
+
+    Args:
+        note: says where it lies, and which it was.
+        load: `load_corpus` or `verify_corpus`.
+
+    Raises:
+        DataError: it is no longer where it was, is damaged, or is another.
+        CheckpointError: the note does not say it.
+    """
+    folder, fingerprint = read_note(note)
+    if not folder.is_dir():
+        raise DataError(
+            f"{note} says that the run's tokenised text lies in {folder}, which is not there",
+            hint=f"bring it back; or remove {note}, and it is made again from the text",
+        )
+    corpus = load(folder)
+    if corpus.fingerprint != fingerprint:
+        raise DataError(f"{folder} holds other text than when the run began", hint="bring back the text it held")
+    return corpus
 
 
 def _stamps(folder: Path) -> dict[str, list[int]]:

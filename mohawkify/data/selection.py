@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mohawkify import storage
-from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, read_note
+from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, noted_corpus
 from mohawkify.data.evaluation import evaluation_rows
 from mohawkify.data.files import find_files
 from mohawkify.data.hub import Report, ignore
@@ -272,16 +272,7 @@ def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | 
     if (directory / key).exists():
         return None
     if note.is_file():
-        folder, fingerprint = read_note(note)
-        if not folder.is_dir():
-            raise DataError(
-                f"{note} says that the run's tokenised text lies in {folder}, which is not there",
-                hint=f"bring it back; or remove {note}, and it is made again from the text",
-            )
-        corpus = load_corpus(folder)
-        if corpus.fingerprint != fingerprint:
-            raise DataError(f"{folder} holds other text than when the run began", hint="bring back the text it held")
-        return corpus
+        return noted_corpus(note, load_corpus)
     if prepared is None or not (prepared / key).is_dir():
         return None
     corpus = load_corpus(prepared / key)

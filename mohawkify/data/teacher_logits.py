@@ -14,21 +14,23 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mohawkify import storage
 from mohawkify.errors import CheckpointError, DataError, UsageError
-from mohawkify.ops.losses import TopK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mohawkify.ops.losses import TopK
 
 FORMAT = 1
 SHARD_BYTES = 1 << 26
 LEAST_LOG_PROB = -1e4  # float16 ends at -65504; below -104 a probability is 0 in float32 anyway
+ABOUT = "about"  # the folder that makes another one a folder of teacher logits
 
-_ABOUT = "about"
 _SIZES = ("sequence_length", "top_k", "vocabulary_size", "shard_sequences")
 _VOCABULARY_FILE = "vocabulary.json"
 _SEQUENCES_FILE = "sequences.bin"  # sorted, little-endian signed 64-bit
@@ -45,6 +47,10 @@ def top_tokens(logits_tv: Tensor, num_tokens: int) -> TopK:
         logits_tv: a teacher's logits after some tokens.
         num_tokens: k, at most v.
     """
+    import torch
+
+    from mohawkify.ops.losses import TopK
+
     log_probs_tv = torch.log_softmax(logits_tv.float(), dim=-1)
     log_probs_tk, ids_tk = log_probs_tv.topk(num_tokens, dim=-1)
     # Summed up from its own tokens: one minus the others would lose it where it is small.
@@ -121,7 +127,7 @@ class TeacherLogits:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            manifest = storage.verify_directory(folder / _ABOUT)
+            manifest = storage.verify_directory(folder / ABOUT)
         except CheckpointError as error:
             raise DataError(
                 f"{folder} holds no teacher logits: {error.message}",
@@ -129,8 +135,8 @@ class TeacherLogits:
             ) from error
         self.facts = _checked(manifest["facts"], folder)
         self.layout = Layout(**{key: self.facts[key] for key in _SIZES})
-        self.sequences = np.fromfile(folder / _ABOUT / _SEQUENCES_FILE, dtype=_SEQUENCE_DTYPE)
-        self._seal = storage.file_sha256(folder / _ABOUT / storage.MANIFEST_NAME)
+        self.sequences = np.fromfile(folder / ABOUT / _SEQUENCES_FILE, dtype=_SEQUENCE_DTYPE)
+        self._seal = storage.file_sha256(folder / ABOUT / storage.MANIFEST_NAME)
         self._verified: set[int] = set()
 
     @staticmethod
@@ -151,11 +157,11 @@ class TeacherLogits:
         """
         facts = {"teacher_logits_format": FORMAT, **facts, **asdict(layout)}
         order = np.ascontiguousarray(sequences, dtype=_SEQUENCE_DTYPE)
-        if not (folder / _ABOUT).exists():
+        if not (folder / ABOUT).exists():
             foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
             if set(foreign) - {"corpora"}:
                 raise UsageError(f"{folder} is not empty (it holds {foreign[0]})", hint="choose another --output")
-            with storage.atomic_directory(folder / _ABOUT, facts=facts) as about:
+            with storage.atomic_directory(folder / ABOUT, facts=facts) as about:
                 # Tokenizers list their tokens in another order every time.
                 by_id = sorted(vocabulary.items(), key=lambda item: item[1])
                 storage.write_json(about / _VOCABULARY_FILE, dict(by_id))
@@ -196,9 +202,9 @@ class TeacherLogits:
 
     def vocabulary(self) -> dict[str, int]:
         """The id of every token."""
-        vocabulary = storage.read_json(self.folder / _ABOUT / _VOCABULARY_FILE)
+        vocabulary = storage.read_json(self.folder / ABOUT / _VOCABULARY_FILE)
         if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
-            raise DataError(f"{self.folder / _ABOUT / _VOCABULARY_FILE} is no vocabulary")
+            raise DataError(f"{self.folder / ABOUT / _VOCABULARY_FILE} is no vocabulary")
         return vocabulary
 
     def require_complete(self) -> None:
@@ -235,11 +241,28 @@ class TeacherLogits:
         Raises:
             DataError: a sequence is not there, or a shard is damaged; a shard is verified when it is first read.
         """
+        import torch
+
+        from mohawkify.ops.losses import TopK
+
         self.require_sequences(np.asarray(sequences))
         decoded = [self._read_one(int(place)) for place in np.searchsorted(self.sequences, sequences)]
         ids, log_probs, log_rest = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*decoded, strict=True))
         total = torch.logaddexp(log_probs.logsumexp(-1), log_rest)
         return TopK(ids, log_probs - total.unsqueeze(-1), log_rest - total)
+
+    def verify_shard(self, number: int) -> None:
+        """Refuse a shard that `read` would refuse, whichever of its sequences is asked for.
+
+        Args:
+            number: which one.
+
+        Raises:
+            DataError: it is missing, damaged, of other logits, or holds what are no probabilities.
+        """
+        first = number * self.layout.shard_sequences
+        for place in range(first, first + len(self.shard_sequences(number))):
+            self._read_one(place)
 
     def _read_one(self, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         number, row = divmod(place, self.layout.shard_sequences)

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from mohawkify.errors import CheckpointError
 from mohawkify.run import RunFolder
 from mohawkify.storage import read_json
 from mohawkify.teacher.locate import HUB_ID, teacher_name
@@ -71,7 +72,10 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    facts = read_json(file) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return facts
 
 
 def _description(teacher: str, student: dict[str, Any]) -> str:

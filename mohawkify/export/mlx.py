@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import resources, util
 from pathlib import Path
@@ -16,8 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
-from mohawkify.storage import read_json
-from mohawkify.student.save import family_of
+from mohawkify.student.save import family_of, student_config
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (64, 32)  # weights that share a scale; the first that divides a weight's rows is taken
@@ -36,7 +34,7 @@ def require_mlx(final: Path) -> None:
     """
     if util.find_spec("mlx_lm") is None:
         raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
-    adapter = family_of(read_json(final / "config.json").get("model_type", ""))
+    adapter = family_of(student_config(final).get("model_type", ""))
     if adapter.mlx_module is None:
         raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
 
@@ -58,7 +56,7 @@ def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
 
     from mohawkify.export import mlx_model
 
-    adapter = family_of(read_json(final / "config.json")["model_type"])
+    adapter = family_of(student_config(final)["model_type"])
     config = _mlx_config(final, adapter)
     teacher = _teacher_modules(final, adapter)
     try:
@@ -146,7 +144,7 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 def _teacher_modules(final: Path, adapter: Adapter) -> Any:
     """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
-    config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
+    config = student_config(final)
     for key in ("model_type", "architectures", "auto_map", "mixer"):
         config.pop(key, None)
     with torch.device("meta"):
@@ -174,7 +172,7 @@ def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths:
 
 def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
     """The student's configuration as mlx-lm reads it: transformers' keys, and beside them the older names."""
-    config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
+    config = student_config(final)
     config.pop("auto_map", None)
     for alias, name in getattr(transformers, adapter.config_class).attribute_map.items():
         if name in config:

@@ -123,7 +123,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
         CheckpointError: not a student, or damaged: tensors missing, left over or misshapen.
     """
     path = directory / "config.json"
-    values = {key: value for key, value in read_json(path).items() if not CODE_KEYS.fullmatch(key)}
+    values = {key: value for key, value in student_config(directory).items() if not CODE_KEYS.fullmatch(key)}
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
     try:
         require_plain_weights(path, values)
@@ -149,6 +149,14 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"the student in {directory} {wording} tensor {names[0]}{more}")
     return student.eval()
+
+
+def student_config(directory: Path) -> dict[str, Any]:
+    """The configuration in a student's folder; raises CheckpointError if it is none."""
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / 'config.json'} holds a {type(config).__name__}, expected a JSON object")
+    return config
 
 
 def family_of(model_type: str) -> Adapter:

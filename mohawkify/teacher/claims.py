@@ -67,19 +67,27 @@ class ClaimedTensor:
     end: int
 
 
-def require_config(path: Path) -> None:
+def require_config(path: Path) -> dict[str, Any]:
     """Refuse a config.json that is none, or whose sizes no model has: laying it out could take all time and memory.
 
+    Returns:
+        What it says.
+
     Raises:
-        TeacherError: not a file of JSON, too long, or a size beyond every published model's.
+        TeacherError: a pointer, too long, no JSON object, or a size beyond every published model's.
         CheckpointError: not strict JSON.
     """
     _refuse_pointer(path)
     if path.stat().st_size > _LONGEST_CONFIG:
         raise TeacherError(f"{path} has {path.stat().st_size:,} bytes, expected a configuration of a few thousand")
     config = read_json(path)
-    if isinstance(config, dict):
-        _require_sizes(path, config, depth=0)
+    if not isinstance(config, dict):
+        raise TeacherError(
+            f"{path} holds a {type(config).__name__}, expected a JSON object",
+            hint="expected the config.json of a transformers model",
+        )
+    _require_sizes(path, config, depth=0)
+    return config
 
 
 def require_own_files(folder: Path) -> None:

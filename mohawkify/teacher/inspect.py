@@ -13,7 +13,6 @@ from torch import nn
 from mohawkify.adapter import Adapter, AttentionWeights
 from mohawkify.errors import TeacherError
 from mohawkify.spec import TeacherSpec
-from mohawkify.storage import read_json
 from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.claims import CODE_KEYS, require_config
 from mohawkify.teacher.locate import find_config
@@ -68,9 +67,8 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
         TeacherError: a broken configuration, sizes that no model has, or an unknown family.
         CheckpointError: not strict JSON.
     """
-    require_config(path)
-    raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = require_config(path)
+    if not isinstance(raw.get("model_type"), str):
         raise TeacherError(f"{path} has no model_type", hint="expected the config.json of a transformers model")
     if raw["model_type"].startswith("mohawk_"):
         raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mohawkify.errors import TeacherError, is_out_of_memory
-from mohawkify.storage import file_sha256, read_json
+from mohawkify.storage import file_sha256
 from mohawkify.student.grafting import attention_implementation
 from mohawkify.teacher.claims import (
     INTEGER_BYTES,
     ClaimedTensor,
     read_tensors,
+    require_config,
     require_distinct_ids,
     require_plain_weights,
     require_tokenizer_files,
@@ -41,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
             them, quantised weights.
     """
     files = sorted({tensor.file for tensor in read_tensors(folder).values()})
-    require_plain_weights(folder / "config.json", read_json(folder / "config.json"))
+    require_plain_weights(folder / "config.json", require_config(folder / "config.json"))
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as opened:

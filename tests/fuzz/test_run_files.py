@@ -1,4 +1,7 @@
-"""Any content of a run's small files: read as before, or one clear error; nothing outside the folder is opened."""
+"""Any content of a run's small files: read as before, or one clear error; nothing outside the folder is opened.
+
+The doctor says of each what reading it says, and raises nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ from mohawkify import storage
 from mohawkify.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.errors import CheckpointError, MohawkifyError
 from mohawkify.run import RunFolder, finished_run
+from mohawkify.verdict import judge
 from tests.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, mutate_lines, odd_value, render, render_twice
 
 STEP = "checkpoints/step-00000004"
+JUDGED = 0.25  # of the inputs are shown to the doctor too, who reads all of the run
+BYTES = "every byte as it was written"
 STATE = {
     "identity": "0" * 64,
     "text": {"train": "1" * 64},
@@ -93,7 +99,8 @@ def draw(rng: Random) -> bytes:
     else:
         value = _mutated_manifest(rng, data) if name.endswith("manifest.json") else mutate_json(rng, json.loads(data))
         data = (render_twice(rng, value) if rng.random() < 0.05 else render(value)).encode("utf-8", "surrogatepass")
-    return encode({name: data}, sealed=name.startswith(STEP) and rng.random() < 0.5)
+    is_sealed = name.startswith(STEP) and rng.random() < 0.5
+    return encode({name: data}, sealed=is_sealed, judged=rng.random() < JUDGED)
 
 
 def _mutated_manifest(rng: Random, data: bytes) -> Any:
@@ -162,15 +169,22 @@ def test_any_small_file(run_folder: Path) -> None:
             (run_folder / name).write_bytes(changes[name] or b"")
             if is_sealed:
                 _seal(run_folder, name)
+            # What was made up may name a teacher anywhere, which the doctor reads.
+            with inside(run_folder, only_written=True):
+                findings = judge(run_folder)["findings"] if facts.get("judged", True) else []
+            part = f"{STEP}: {BYTES}" if name.startswith(STEP) else name
+            is_sound = {finding["what"]: finding["sound"] for finding in findings}.get(part)
             with inside(run_folder):
                 try:
                     found = read_all(run_folder, name)
                 except MohawkifyError as error:
                     require_message(error)
+                    assert not is_sound, "the doctor calls sound what is refused"
                     return
-        if name.startswith(STEP) and not is_sealed:
+        if name.startswith(STEP):
+            assert is_sound in (None, found is not None)
             same = changes[name] == originals()[name]
-            assert found == (expected if same else None)
+            assert is_sealed or found == (expected if same else None)
 
     run_campaign("run-files", 1500, draw, check)
 

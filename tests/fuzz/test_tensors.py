@@ -19,6 +19,7 @@ from mohawkify.checkpoint import load_tensors, newest_valid, restore_rng, save_c
 from mohawkify.errors import CheckpointError, TeacherError, UsageError
 from mohawkify.teacher.claims import INDEX_FILE
 from mohawkify.teacher.load import load_teacher, weight_files
+from mohawkify.verdict import judge
 from tests.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
@@ -28,6 +29,8 @@ from tests.tiny import tiny_teacher
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U16", "f32", "", 3, None)
 STEP = "step-00000004"
 GROUPS = ("model", "optimizer", "rng")
+JUDGED = 0.25  # of the inputs are shown to the doctor too
+WEIGHTS = ("weights are plain safetensors", "shards, index and headers agree")
 MODEL = {"a.weight": (4, 3), "a.bias": (3,), "b.weight": (2, 2)}
 FACTS = {"checkpoint_format": 1, "global_step": 4}
 
@@ -193,7 +196,7 @@ def draw_teacher(rng: Random) -> bytes:
         changes[name] = mutate_bytes(rng, files[name])
     else:
         changes = dict(zip(shards, [files[name] for name in reversed(shards)], strict=True))
-    return encode(changes)
+    return encode(changes, judged=rng.random() < JUDGED)
 
 
 @pytest.mark.parametrize(("name", "number"), [("files", 2500), ("loaded", 40)])
@@ -204,11 +207,14 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
     wanted = _state(folder)
 
     def check(case: bytes) -> None:
-        changes, _ = decode(case)
+        changes, facts = decode(case)
         with changed(folder, original, changes), inside(folder):
+            findings = judge(folder)["findings"] if facts.get("judged", True) else []
+            is_sound = all(each["sound"] for each in findings if each["what"] in WEIGHTS)
             try:
                 files = weight_files(folder)
                 assert all(file.parent == folder and file.is_file() for file in files)
+                assert is_sound, "the doctor refuses weights that are read"
                 if name == "loaded":
                     found = _state(folder)
                     assert found.keys() == wanted.keys()
