@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
+from mohawkify.manifest import Beat, no_beat
 from mohawkify.storage import (
     atomic_directory,
     free_bytes,
@@ -62,6 +63,7 @@ def save_checkpoint(
     optimizer_tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     random_tensors: Mapping[str, Tensor] | None = None,
+    beat: Beat = no_beat,
 ) -> Path:
     """Write a checkpoint, complete or not at all.
 
@@ -75,6 +77,7 @@ def save_checkpoint(
         optimizer_tensors: the optimiser's tensors by name.
         state: a JSON object: where the run stands, and the hashes of what it started from.
         random_tensors: the state of the random generators of all processes; None for that of this one.
+        beat: called after every file that is written or flushed, and every part of one that is hashed.
 
     Returns:
         The checkpoint's folder.
@@ -87,15 +90,17 @@ def save_checkpoint(
         _require_finite(kind, tensors)
     target = directory / f"step-{global_step:08d}"
     if target.is_dir():
-        if _is_valid(target):
+        if _is_valid(target, beat):
             return target
         remove_directory(target)
     random_tensors = rng_tensors() if random_tensors is None else random_tensors
     groups = {"model": model_tensors, "optimizer": optimizer_tensors, "rng": random_tensors}
     require_space(directory, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
-    with atomic_directory(target, facts={"checkpoint_format": _FORMAT, "global_step": global_step}) as folder:
+    facts = {"checkpoint_format": _FORMAT, "global_step": global_step}
+    with atomic_directory(target, facts=facts, beat=beat) as folder:
         for name, tensors in groups.items():
             save_tensors(folder / f"{name}.safetensors", tensors)
+            beat()
         write_json(folder / _STATE_NAME, dict(state))
     return target
 
@@ -200,8 +205,13 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def rotate(directory: Path, keep: int) -> None:
+def rotate(directory: Path, keep: int, beat: Beat = no_beat) -> None:
     """Delete the checkpoints older than the newest `keep` valid ones, which are verified first.
+
+    Args:
+        directory: the run's folder of checkpoints.
+        keep: how many stay.
+        beat: called after every part of a file that is hashed, and every folder that is removed.
 
     Raises:
         ValueError: `keep` is less than one.
@@ -216,7 +226,8 @@ def rotate(directory: Path, keep: int) -> None:
     for path in reversed(paths):
         if num_valid == keep:
             remove_directory(path)
-        elif _is_valid(path):
+            beat()
+        elif _is_valid(path, beat):
             num_valid += 1
 
 
@@ -261,9 +272,9 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
         _logger.warning("the random state of %s starts anew: the checkpoint was written without it", name)
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, beat: Beat = no_beat) -> Checkpoint:
     """Verify a checkpoint and read its state."""
-    manifest = verify_directory(path)
+    manifest = verify_directory(path, beat)
     facts = manifest["facts"]
     if facts.get("checkpoint_format") != _FORMAT:
         raise UsageError(
@@ -278,9 +289,9 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path=path, global_step=_step_of(path), state=state)
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: Path, beat: Beat) -> bool:
     try:
-        _open(path)
+        _open(path, beat)
     except CheckpointError:
         return False
     return True

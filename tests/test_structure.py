@@ -32,8 +32,8 @@ LONGEST_FILE = 500
 RANKS = (
     ("errors", "adapter", "spec", "unsupported"),
     ("strict_json", "strict_yaml"),
-    ("shelf", "storage"),
-    ("recipe_fields",),
+    ("manifest", "shelf"),
+    ("recipe_fields", "storage"),
     ("recipe_types",),
     ("recipe_stages",),
     ("recipe",),
