@@ -9,7 +9,6 @@ only write inside a temporary folder that `atomic_directory` hands them. What th
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -22,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from mohawkify.disk import clear_errors, require_space
-from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify.errors import CheckpointError, StorageError
+from mohawkify.manifest import (
+    MANIFEST_NAME,
+    Beat,
+    files_below,
+    manifest_of,
+    no_beat,
+    raise_error,
+    read_manifest,
+    require_listed_files,
+    sha256_of,
+)
 from mohawkify.strict_json import parse_json, render_json, spell_non_finite
 
-MANIFEST_NAME = "manifest.json"
-
-_MANIFEST_FORMAT = "mohawkify-manifest"
-_MANIFEST_VERSION = 1
 _TEMPORARY_NAME = re.compile(r"\.tmp-(.+)-(\d{1,9})", re.DOTALL)
 
 
@@ -76,8 +82,8 @@ def read_json(path: Path) -> Any:
 
 def file_sha256(path: Path) -> str:
     """Hash the content of a file: 64 hexadecimal digits."""
-    with clear_errors("read", path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with clear_errors("read", path):
+        return sha256_of(path)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -138,7 +144,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def atomic_directory(
-    target: Path, *, facts: Mapping[str, Any] | None = None, manifest: bool = True, needed: int | None = None
+    target: Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    manifest: bool = True,
+    needed: int | None = None,
+    beat: Beat = no_beat,
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
@@ -151,6 +162,7 @@ def atomic_directory(
         facts: what the manifest says beside the files: any JSON object; read when the block ends.
         manifest: whether to write `manifest.json`, which `verify_directory` needs.
         needed: bytes that the block will write, where that is known: refused at once where the disk has less.
+        beat: called whenever a part of a file has been hashed, or a file flushed.
 
     Raises:
         DiskFullError: the disk has no room, or has none left.
@@ -168,8 +180,8 @@ def atomic_directory(
             temporary.mkdir()
             yield temporary
             if manifest:
-                _write_manifest(temporary, facts or {})
-            _sync_tree(temporary)
+                _write_manifest(temporary, facts or {}, beat)
+            _sync_tree(temporary, beat)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -177,8 +189,8 @@ def atomic_directory(
         _sync_directory(target.parent)
 
 
-def verify_directory(path: Path) -> dict[str, Any]:
-    """Hash every file of a folder again and compare with its manifest.
+def verify_directory(path: Path, beat: Beat = no_beat) -> dict[str, Any]:
+    """Hash every file of a folder again and compare with its manifest; `beat` is called on the way.
 
     Returns:
         The manifest: "facts" as given to `atomic_directory`, "files" with the size and hash of each.
@@ -189,8 +201,8 @@ def verify_directory(path: Path) -> dict[str, Any]:
     """
     try:
         with clear_errors("read", path):
-            manifest = _read_manifest(path / MANIFEST_NAME)
-            _compare(path, manifest["files"])
+            manifest = read_manifest(path / MANIFEST_NAME)
+            require_listed_files(path, manifest["files"], beat)
     except StorageError as error:  # for the caller a file that cannot be read is as bad as a changed one
         raise CheckpointError(error.message) from error
     return manifest
@@ -293,72 +305,8 @@ def _end_of_whole_lines(file: FileIO) -> int:
     return file.readall().rfind(b"\n") + 1
 
 
-def _write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
-    files = {name: _describe(directory / name) for name in sorted(_files_below(directory))}
-    body = {"format": _MANIFEST_FORMAT, "version": _MANIFEST_VERSION, "facts": dict(facts), "files": files}
-    _write_new_file(directory / MANIFEST_NAME, _sealed(body, directory / MANIFEST_NAME))
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    manifest = parse_json(data, str(path))
-    if not isinstance(manifest, dict) or manifest.get("format") != _MANIFEST_FORMAT:
-        raise CheckpointError(f"{path} is not a manifest of mohawkify")
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    try:
-        # Comparing the text, not the values, finds a changed space as well.
-        is_sealed = _sealed(body, path) == data
-    except NumericsError:  # it holds what is never written, such as nesting without end
-        is_sealed = False
-    if not is_sealed:
-        raise CheckpointError(f"{path} has changed: it does not carry its own hash")
-    if manifest.get("version") != _MANIFEST_VERSION:
-        raise UsageError(
-            f"{path} has version {manifest.get('version')}, this mohawkify reads version {_MANIFEST_VERSION}",
-            hint="use the version of mohawkify that wrote it",
-        )
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("facts"), dict):
-        raise CheckpointError(f"{path} lists no files or no facts")
-    return manifest
-
-
-def _compare(directory: Path, listed: dict[str, Any]) -> None:
-    """Refuse the first file that is missing, extra or changed."""
-    present = _files_below(directory) - {MANIFEST_NAME}
-    for name in sorted(listed.keys() ^ present):
-        problem = "is not in the manifest" if name in present else "is missing"
-        raise CheckpointError(f"{directory / name} {problem}")
-    for name in sorted(listed):
-        found = _describe(directory / name)
-        if found != listed[name]:
-            content = f"{found['bytes']:,} bytes with sha256 {found['sha256'][:12]}..."
-            raise CheckpointError(f"{directory / name} has changed: it now holds {content}")
-
-
-def _sealed(body: dict[str, Any], path: Path) -> bytes:
-    """Render a manifest with the hash of its own text, so that a change to the manifest shows too."""
-    seal = hashlib.sha256(render_json(body, path).encode()).hexdigest()
-    return render_json({**body, "sha256": seal}, path).encode()
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    return {"bytes": status.st_size, "sha256": file_sha256(path)}
-
-
-def _files_below(directory: Path) -> set[str]:
-    """Name all that is not a folder, relative to the top; a link is never followed."""
-    names: set[str] = set()
-    for folder, folders, files in os.walk(directory, onerror=_raise):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        names.update((Path(folder) / name).relative_to(directory).as_posix() for name in files + links)
-    return names
-
-
-def _raise(error: OSError) -> None:
-    raise error
+def _write_manifest(directory: Path, facts: Mapping[str, Any], beat: Beat = no_beat) -> None:
+    _write_new_file(directory / MANIFEST_NAME, manifest_of(directory, facts, beat))
 
 
 def _write_new_file(path: Path, data: bytes) -> None:
@@ -394,20 +342,21 @@ def _remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(directory: Path) -> None:
+def _sync_tree(directory: Path, beat: Beat) -> None:
     """Flush all files and folders to the disk, and give the files the permissions of the folder.
 
     The permissions because safetensors 0.8 creates files that only their owner can read (measured).
     """
     permissions = stat.S_IMODE(directory.stat().st_mode) & 0o666
-    for name in _files_below(directory):
+    for name in files_below(directory):
         handle = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             os.fchmod(handle, permissions)
             os.fsync(handle)
         finally:
             os.close(handle)
-    for folder, _, _ in os.walk(directory, topdown=False, onerror=_raise):
+        beat()
+    for folder, _, _ in os.walk(directory, topdown=False, onerror=raise_error):
         _sync_directory(Path(folder))
 
 

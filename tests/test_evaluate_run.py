@@ -18,7 +18,8 @@ import yaml
 
 from mohawkify.evaluate import run as evaluation
 from mohawkify.evaluate.answers import Answers
-from mohawkify.storage import file_sha256, run_lock
+from mohawkify.lock import run_lock
+from mohawkify.storage import file_sha256
 from tests.commands import make_recipe, make_teacher, run, run_well
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")

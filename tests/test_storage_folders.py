@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mohawkify import disk, storage
+from mohawkify import disk, manifest, storage
 from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
 from mohawkify.storage import atomic_directory, remove_directory, sweep_temporaries, verify_directory
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -367,7 +367,7 @@ class TestVerify:
     def test_a_newer_manifest_is_refused_but_not_called_damaged(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(storage, "_MANIFEST_VERSION", 2)
+        monkeypatch.setattr(manifest, "_VERSION", 2)
         target = make_folder(tmp_path / "out")
         monkeypatch.undo()
         with pytest.raises(UsageError, match="has version 2"):

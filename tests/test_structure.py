@@ -32,7 +32,7 @@ LONGEST_FILE = 500
 RANKS = (
     ("errors", "adapter", "spec", "unsupported"),
     ("strict_json", "strict_yaml"),
-    ("disk", "shelf"),
+    ("disk", "manifest", "shelf"),
     ("storage",),
     ("lock", "metrics_log", "recipe_fields"),
     ("recipe_types",),

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from mohawkify import __version__, storage
+from mohawkify.manifest import MANIFEST_NAME
 from mohawkify.run import RunFolder
 
 
@@ -27,7 +28,7 @@ def provenance(run: RunFolder, models: Mapping[str, PreTrainedModel], device: to
         ``versions`` by package, ``device``, and for each model its ``precision`` and the sha256 of its ``files``; the
         tokenizer, which both use, lies with the student's.
     """
-    manifest = storage.read_json(run.final / storage.MANIFEST_NAME)
+    manifest = storage.read_json(run.final / MANIFEST_NAME)
     files = {
         "teacher": run.teacher()["files"],
         "student": {name: entry["sha256"] for name, entry in manifest["files"].items()},

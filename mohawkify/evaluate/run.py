@@ -21,6 +21,7 @@ from mohawkify.evaluate.harness import ask_models
 from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
 from mohawkify.evaluate.provenance import provenance, text_sha256
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.lock import run_lock
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
@@ -123,7 +124,7 @@ def evaluate_run(
     """
     # First of all, because a mistyped task should not cost the loading of two models.
     questions = _questions(tasks, preset, limit, shots, include_path)
-    with storage.run_lock(run.path), StopRequest() as stop:
+    with run_lock(run.path), StopRequest() as stop:
         try:
             found = _measure(run, questions, device, report, against, teacher_source, limit, batch_size)
             storage.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))

@@ -20,6 +20,7 @@ import torch
 from mohawkify import storage
 from mohawkify.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.errors import CheckpointError, MohawkifyError
+from mohawkify.manifest import sealed
 from mohawkify.run import RunFolder, finished_run
 from mohawkify.verdict import judge
 from tests.faults import content_of
@@ -121,7 +122,7 @@ def _seal(folder: Path, name: str) -> None:
     try:
         body = json.loads(manifest.read_bytes())
         if isinstance(body, dict):
-            manifest.write_bytes(storage._sealed({key: body[key] for key in body if key != "sha256"}, manifest))
+            manifest.write_bytes(sealed({key: body[key] for key in body if key != "sha256"}, manifest))
     except (ValueError, RecursionError, MohawkifyError):
         pass  # it is not strict JSON: nothing to seal
 
