@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError, is_out_of_memory
+from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError, is_out_of_memory, printable
 
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
@@ -128,6 +128,5 @@ def say_error(message: str, hint: str | None) -> None:
 
 
 def _one_line(text: str) -> str:
-    # Names come from strangers' files: nothing in them may steer the terminal.
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

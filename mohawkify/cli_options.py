@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from click.shell_completion import CompletionItem
 
+from mohawkify.errors import printable
+
 if TYPE_CHECKING:
     from mohawkify.recipe import Recipe
 
@@ -96,9 +98,9 @@ def working() -> AbstractContextManager[TextIO]:
 
 def say(line: str) -> None:
     """Tell the user something on standard error."""
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)
 
 
 def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
     """Print what a verb found on standard output."""
-    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))
+    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else printable(as_text(found)))

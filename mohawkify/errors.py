@@ -143,3 +143,8 @@ class MissingExtraError(MohawkifyError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed", hint=f'pip install "mohawkify[{extra}]"')
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: names come from strangers' files, and nothing in them may steer it. Lines stay lines."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)

@@ -32,6 +32,7 @@ def sha256_of(path: Path, beat: Beat = no_beat) -> str:
     """Hash the content of a file: 64 hexadecimal digits; `beat` is called after every part of it."""
     digest = hashlib.sha256()
     try:
+        require_plain(path)
         with path.open("rb") as file:
             while part := file.read(_PART_BYTES):
                 digest.update(part)
@@ -40,6 +41,16 @@ def sha256_of(path: Path, beat: Beat = no_beat) -> str:
         error.filename = error.filename or str(path)  # reading, unlike opening, does not say of what
         raise
     return digest.hexdigest()
+
+
+def require_plain(path: Path) -> None:
+    """Refuse what is no file with an end: reading a pipe or a device could take for ever.
+
+    Raises:
+        OSError: there is nothing, or it is not a plain file or a link to one.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 
 def manifest_of(directory: Path, facts: Mapping[str, Any], beat: Beat) -> bytes:

@@ -31,6 +31,7 @@ from mohawkify.manifest import (
     raise_error,
     read_manifest,
     require_listed_files,
+    require_plain,
     sha256_of,
 )
 from mohawkify.strict_json import parse_json, render_json, spell_non_finite
@@ -76,6 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a strict JSON file; raise `CheckpointError` if it is not: NaN, infinities and duplicate keys are refused."""
     with clear_errors("read", path):
+        require_plain(path)
         data = path.read_bytes()
     return parse_json(data, str(path))
 
@@ -132,6 +134,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     with clear_errors("read", path):
         if not path.exists():
             return []
+        require_plain(path)
         lines = path.read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):

@@ -17,6 +17,7 @@ from mohawkify import storage
 from mohawkify.data import corpus
 from mohawkify.verdict import judge
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
+from tests.teacher_damage import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,37 @@ def test_logits_that_lack_a_shard_are_not_sound(work, tmp_path):
     folder = copy_of(work / "logits", tmp_path / "logits")
     shutil.rmtree(min(folder.glob("shard-*")))
     assert said(folder) == [f"{folder} lacks 1 of 1 shards of teacher logits"]
+
+
+def pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def device(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [pipe, device])
+@pytest.mark.parametrize("name", ["run/plan.json", "run/teacher.json", "run/metrics.jsonl", "run/final/config.json"])
+def test_what_has_no_end_is_not_read(work, tmp_path, make, name):
+    copy_of(work, tmp_path / "work")
+    file = tmp_path / "work" / name
+    file.unlink(missing_ok=True)
+    make(file)
+    top = tmp_path / "work" / name.split("/")[0]
+    assert any("not a plain file" in says or "leads out of" in says for says in said(top)), said(top)
+
+
+def test_a_teacher_that_is_a_folder_of_devices_is_not_hashed(work, tmp_path):
+    copy_of(work, tmp_path / "work")
+    edit_json(tmp_path / "work" / "run" / "teacher.json", folder="/dev", files={"zero": "0" * 64})
+    assert any("zero: not a plain file" in says for says in said(tmp_path / "work" / "run"))
+
+
+def test_nothing_in_a_folder_steers_the_terminal(work, tmp_path):
+    folder = copy_of(work / "teacher", tmp_path / "teacher")
+    (folder / "evil\x1b[2J.bin").write_bytes(b"")
+    assert "\x1b" not in run("doctor", folder).output
 
 
 def said(folder: Path) -> list[str]:
