@@ -52,11 +52,17 @@ def test_p25_no_memory_left(workshop, tmp_path):
                 workshop.finish(run)
 
 
-@pytest.fixture(scope="module")
-def exported(workshop, tmp_path_factory) -> Path:
-    """An export that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    ended = workshop.server.run(workshop.folder, "export", workshop.whole, "--target", "hf", "--output", folder)
+# The kinds of export, and how many of each sort of trial there are on every change and in a soak.
+TARGETS = {"hf": ((3, None), (1, 20), (1, 5)), "mlx-q4": ((1, None), (0, 20), (0, 5))}
+
+
+@pytest.fixture(params=TARGETS)
+def exported(request, workshop, tmp_path) -> Path:
+    """An export that nothing disturbed; its folder has the name of the target."""
+    if request.param.startswith("mlx"):
+        pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install 'mohawkify[mlx]'")
+    folder = tmp_path / "exported" / request.param
+    ended = workshop.server.run(workshop.folder, "export", workshop.whole, "--target", folder.name, "--output", folder)
     assert ended.code == 0, ended.output
     return folder
 
@@ -75,8 +81,11 @@ def require_whole_or_absent(folder: Path, exported: Path) -> bool:
 def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
     run, count_to = copy_run(workshop.whole, tmp_path / "run"), tmp_path / "count.json"
 
+    target = exported.name
+    at_operations, at_times, on_full_disks = TARGETS[target]
+
     def arguments(output: Path) -> list[str]:
-        return ["export", str(run), "--target", "hf", "--output", str(output)]
+        return ["export", str(run), "--target", target, "--output", str(output)]
 
     begin = time.perf_counter()
     ended = workshop.server.run(
@@ -86,11 +95,13 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
     seconds = time.perf_counter() - begin
     assert ended.code == 0, ended.output
     names = json.loads(count_to.read_text())
-    draw = chooser("P22", 0)
+    draw = chooser("P22" if target == "hf" else f"P22 {target}", 0)
     before = content_of(run)
-    with Tally("P22", "SIGKILL or a full disk during an export") as tally:
-        for index in sorted(draw.sample(range(len(names)), min(trials(3, len(names)), len(names)))):
-            output = tmp_path / f"kill-{index}" / "hf"
+    what = "an export" if target == "hf" else f"an export to {target}"
+    with Tally("P22", f"SIGKILL or a full disk during {what}") as tally:
+        number = min(trials(at_operations[0], at_operations[1] or len(names)), len(names))
+        for index in sorted(draw.sample(range(len(names)), number)):
+            output = tmp_path / f"kill-{index}" / target
             with tally.trial(f"killed at operation {index} ({names[index]}), seed {SEED}", output.parent):
                 ended = workshop.server.run(
                     workshop.folder, *arguments(output), fault="disk", window="export", call=1, index=index,
@@ -99,8 +110,8 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
                 assert ended.code == KILLED, ended.output
                 tally.note("whole after the kill", require_whole_or_absent(output, exported))
                 again(workshop, arguments(output), output, exported)
-        for trial in range(trials(1, 20)):
-            output = tmp_path / f"time-{trial}" / "hf"
+        for trial in range(trials(*at_times)):
+            output = tmp_path / f"time-{trial}" / target
             with tally.trial(f"killed at a random time, trial {trial} of seed {SEED}", output.parent):
                 child = workshop.server.start(workshop.folder, *arguments(output))
                 time.sleep(draw.uniform(0, seconds))
@@ -108,8 +119,8 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
                 child.wait()
                 tally.note("whole after the kill", require_whole_or_absent(output, exported))
                 again(workshop, arguments(output), output, exported)
-        for trial in range(trials(1, 5)):
-            output, index = tmp_path / f"full-{trial}" / "hf", draw.randrange(len(names) - 1)
+        for trial in range(trials(*on_full_disks)):
+            output, index = tmp_path / f"full-{trial}" / target, draw.randrange(len(names) - 1)
             with tally.trial(f"disk full at operation {index} ({names[index]}), seed {SEED}", output.parent):
                 ended = workshop.server.run(
                     workshop.folder, *arguments(output), fault="disk", window="export", call=1, index=index,
