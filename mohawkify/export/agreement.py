@@ -21,7 +21,7 @@ LENGTH = 160  # longer than a chunk of either scan; less where the model has few
 LOGIT_TOLERANCE = 1e-4  # of float32, relative to the largest logit (at least 1)
 # Nats by which the run may prefer its own first choice to the export's while the two count as a tie. bfloat16 measured:
 # up to 0.13 for trained students, which plain top-1 of 99.9 % therefore does not allow for; of random ones of all
-# families three lose up to two tokens of 640 by a nat, through sharp attention or another expert.
+# families some lose up to two tokens of 640 by a nat, through sharp attention or another expert.
 TIE = 1.0
 LEAST_NEAR_TOP1 = 0.99
 # Nats per token, by bits; beyond it an export is broken, not just coarse: a hardly trained student reaches 1.3 with 4.
