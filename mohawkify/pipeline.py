@@ -27,12 +27,13 @@ from mohawkify.plan import Machine, layout_of, make_plan
 from mohawkify.plan_gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.plan_memory import Footprint
 from mohawkify.recipe import Recipe, comparable_text, dump_recipe
-from mohawkify.run import RUNS, RunFolder, run_identity
+from mohawkify.run import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.spec import StudentSpec
 from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student, weight_bytes
+from mohawkify.teacher.claims import text_hashes
 from mohawkify.teacher.finishing import (
     Finishing,
     OtherTeacher,
@@ -251,10 +252,13 @@ def _convert(
             folder = world.main_first(lambda: find_folder(source))
             own = teacher_hashes(folder) if world.local_rank == 0 else None
             hashes = _agreed(own, f"the teacher in {folder}", world)
+            own = text_hashes(folder) if world.local_rank == 0 else None
+            text_files = _agreed(own, f"the tokenizer in {folder}", world)
             finishing = world.main_first(lambda: find_finishing(recipe))
             own = finishing_hashes(finishing) if world.local_rank == 0 else None
             finish_hashes = _agreed(own, "what finishes the run", world)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
+            facts |= {"text_files": text_files}
             facts |= {"finish_files": finish_hashes} if finish_hashes else {}
             identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
             if identity is None:
@@ -331,7 +335,8 @@ def _open(
         The identity of the run, or None where it is finished.
     """
     storage.ensure_writable(run.path)
-    identity = _claim(run, recipe, teacher["files"] | teacher.get("finish_files", {}), resume)
+    hashes = teacher["files"] | teacher.get("finish_files", {})
+    identity = _claim(run, recipe, hashes, teacher["text_files"], resume)
     if run.is_finished:
         run.checked_final()
         return None
@@ -346,7 +351,7 @@ def _open(
     return identity
 
 
-def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) -> str:
+def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], text_files: dict[str, str], resume: str) -> str:
     """Take a fresh folder, or continue a run of the same recipe and teacher; the identity is a hash of both.
 
     What changes a result by rounding only may be another: the file then says how the run goes on.
@@ -356,8 +361,14 @@ def _claim(run: RunFolder, recipe: Recipe, hashes: dict[str, str], resume: str) 
         if resume == "never":
             raise UsageError(f"{run.path} already holds a run", hint="choose another --output, or --resume auto")
         recorded = run.teacher_files() if run.teacher_file.is_file() else hashes
+        recorded_text = run.text_files() if run.teacher_file.is_file() else None
+        changed_text = [] if recorded_text is None else changed_files(recorded_text, text_files)
         is_same_recipe = comparable_text(run.recipe()) == comparable_text(recipe)
-        for same, what in ((is_same_recipe, "recipe"), (recorded == hashes, "teacher")):
+        for same, what in (
+            (is_same_recipe, "recipe"),
+            (recorded == hashes, "teacher"),
+            (not changed_text, f"{', '.join(changed_text)} of its teacher"),
+        ):
             if not same:
                 raise UsageError(
                     f"{run.path} holds a run with another {what}", hint="choose another --output, or remove that folder"

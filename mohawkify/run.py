@@ -21,6 +21,11 @@ def run_identity(recipe: Recipe, teacher_files: Mapping[str, str]) -> str:
     return hashlib.sha256((comparable_text(recipe) + repr(sorted(teacher_files.items()))).encode()).hexdigest()
 
 
+def changed_files(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The names under which two sets of hashes differ, sorted."""
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one conversion.
@@ -133,6 +138,21 @@ class RunFolder:
         if not isinstance(finish, dict) or not all(isinstance(value, str) for value in finish.values()):
             raise CheckpointError(f"{self.teacher_file} does not say which teacher finishes the run")
         return facts["files"] | finish
+
+    def text_files(self) -> dict[str, str] | None:
+        """The hashes of the teacher's files that decide how text is cut and written, which are no part of the identity.
+
+        Returns:
+            None for a run that was begun before they were recorded.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        files = self.teacher().get("text_files")
+        is_sound = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+        if files is not None and not is_sound:
+            raise CheckpointError(f"{self.teacher_file} does not say how its teacher cuts text")
+        return files
 
     def results(self) -> dict[str, Any]:
         """What has been measured so far.

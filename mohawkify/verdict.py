@@ -17,7 +17,7 @@ from mohawkify.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from mohawkify.data.corpus import noted_corpus, verify_corpus
 from mohawkify.data.teacher_logits import ABOUT, TeacherLogits
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
-from mohawkify.run import RunFolder, run_identity
+from mohawkify.run import RunFolder, changed_files, run_identity
 from mohawkify.storage import MANIFEST_NAME, file_sha256, read_json, read_lines, verify_directory
 from mohawkify.teacher.claims import (
     ClaimedTensor,
@@ -27,6 +27,7 @@ from mohawkify.teacher.claims import (
     require_own_files,
     require_plain_weights,
     require_tokenizer_files,
+    text_hashes,
 )
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
@@ -189,6 +190,10 @@ def _require_same_teacher(run: RunFolder) -> None:
     for name, digest in sorted(facts["files"].items()) if teacher.is_dir() else ():
         if Path(name).name == name and file_sha256(teacher / name) != digest:
             raise TeacherError(f"{teacher / name} is not the file that the run was made from")
+    text_files = run.text_files()
+    changed = changed_files(text_files, text_hashes(teacher)) if text_files is not None and teacher.is_dir() else []
+    if changed:
+        raise TeacherError(f"{teacher / changed[0]} is not the file that the run was made from")
 
 
 def _require_identity(checkpoint: Checkpoint, run: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The shape of the repository: who may import whom, who may write files, what is never called, what the pages name.
+"""The shape of the repository: who may import whom, who may write files, and what is never called.
 
 The sources are read as syntax trees, not imported; one test starts a fresh Python to see what the light modules load.
 """
@@ -6,7 +6,6 @@ The sources are read as syntax trees, not imported; one test starts a fresh Pyth
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -17,11 +16,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-from mohawkify.errors import EXIT_CODES
-from mohawkify.family_docs import with_reference
-from mohawkify.shelf import adapter_names
-from mohawkify.unsupported import UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mohawkify"
@@ -98,11 +92,18 @@ WRITING_METHODS = {
     *("save_model", "save_config", "save_safetensors", "save_weights", "save_gguf"),
 }
 WRITING_CALLS = {
-    *("json.dump", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt"),
+    *("json.dump", "numpy.save", "numpy.savez", "numpy.savez_compressed", "numpy.savetxt", "logging.FileHandler"),
     *(f"os.{name}" for name in ("open", "rename", "renames", "replace", "remove", "unlink", "mkdir", "makedirs")),
     *(f"os.{name}" for name in ("rmdir", "removedirs", "link", "symlink", "truncate", "ftruncate", "chmod", "pwrite")),
+    *(f"os.{name}" for name in ("write", "writev", "pwritev", "sendfile", "copy_file_range", "mkfifo", "utime")),
     *(f"shutil.{name}" for name in ("copy", "copy2", "copyfile", "copytree", "move", "rmtree", "make_archive")),
+    *("shutil.copyfileobj", "shutil.unpack_archive", "tempfile.TemporaryFile", "tempfile.SpooledTemporaryFile"),
     *(f"tempfile.{name}" for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory")),
+}
+# What writes if its mode says so: the mode's place among the arguments, and whether it writes without one.
+MODES = {
+    **dict.fromkeys(("open", "io.open", "os.fdopen", "io.FileIO", "gzip.open", "zipfile.ZipFile"), (1, False)),
+    "numpy.memmap": (2, True),
 }
 
 LIGHT_MODULES = (
@@ -213,10 +214,11 @@ def writes(call: ast.Call, names: dict[str, str]) -> bool:
         return False
     if name in WRITING_CALLS:
         return True
-    if name == "open" or (last == "open" and isinstance(call.func, ast.Attribute)):
-        position = 1 if name in ("open", "io.open") else 0
+    if name in MODES or (last == "open" and isinstance(call.func, ast.Attribute)):
+        position, writes_without = MODES.get(name, (0, False))
         modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[position:][:1]
-        return any(not isinstance(mode, ast.Constant) or set(str(mode.value)) & set("wax+") for mode in modes)
+        written = (not isinstance(mode, ast.Constant) or set(str(mode.value)) & set("wax+") for mode in modes)
+        return any(written) if modes else writes_without
     if last == "replace" and isinstance(call.func, ast.Attribute):  # of a path: that of a string takes two
         return len(call.args) == 1 and not call.keywords
     return last in WRITING_METHODS
@@ -374,6 +376,10 @@ def test_the_search_leaves_the_rest_alone() -> None:
         "open(p, mode='ab')",
         "open(p, mode)",
         "p.open('r+b')",
+        "import os\nos.write(1, b'')",
+        "from os import fdopen\nfdopen(f, 'wb')",
+        "import numpy as np\nnp.memmap(p, dtype='u1', mode='w+', shape=3)",
+        "import numpy as np\nnp.memmap(p)",
         "p.write_text(t)",
         "p.replace(q)",
         "import os\nos.replace(p, q)",
@@ -390,6 +396,7 @@ def test_the_search_finds_what_writes(text: str) -> None:
 
 def test_the_search_leaves_reading_alone() -> None:
     text = "open(p)\np.open('rb')\nname.replace('a', 'b')\nreplace(x, y=1)\np.read_text()\n"
+    text += "import os, numpy\nos.fdopen(f)\nos.fdopen(f, 'rb')\nnumpy.memmap(p, mode='r')\n"
     assert writers(ast.parse(f"from mohawkify import storage\nstorage.write_text(p, t)\n{text}")) == {}
 
 
@@ -404,91 +411,3 @@ for name in {LIGHT_MODULES!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def documented_modules(page: str) -> dict[str, str]:
-    """The files in the page's tree of the package, each with what the tree says about it."""
-    block = page.partition(f"```text\n{PACKAGE}/\n")[2].partition("```")[0]
-    files, folder = {}, ""
-    for line in block.splitlines():
-        name, _, words = line.strip().partition(" ")
-        if name.endswith("/"):
-            folder = name
-        elif name:
-            indented = len(line) - len(line.lstrip()) > 2
-            files[f"{folder if indented else ''}{name}"] = words.strip()
-    return files
-
-
-def test_the_exit_codes_are_listed_as_they_are():
-    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
-    assert {int(code): means for code, means in rows} == EXIT_CODES
-
-
-def test_architecture_page_names_every_module() -> None:
-    documented = documented_modules((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
-    modules = {
-        shown(path)
-        for path in source_files().values()
-        if PACKAGE in path.relative_to(ROOT).parts and path.name != "__init__.py"
-    }
-    assert_none(modules - documented.keys(), "give these files a line in the tree of docs/architecture.md")
-    assert_none(documented.keys() - modules, "docs/architecture.md names files that are not there")
-    assert_none(name for name, words in documented.items() if not words)
-
-
-def heading_anchors(page: str) -> set[str]:
-    """The anchors GitHub gives to a page's headings."""
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def test_links_in_the_pages_lead_somewhere() -> None:
-    broken = []
-    for page in [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]:
-        for link in re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8")):
-            if re.match(r"[a-z]+:", link):
-                continue
-            name, _, anchor = link.partition("#")
-            target = page.parent / name if name else page
-            if not target.exists():
-                broken.append(f"{page.name}: {link}")
-            elif anchor and anchor not in heading_anchors(target.read_text(encoding="utf-8")):
-                broken.append(f"{page.name}: {link} (no such heading)")
-    assert_none(broken)
-
-
-def test_index_lists_every_page() -> None:
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^- \[[^]]+\]\((\w+\.md)\)", index, flags=re.MULTILINE))
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
-    assert_none(pages - listed, "give these pages a line in docs/index.md")
-    assert_none(listed - pages, "docs/index.md lists pages that are not there")
-
-
-def test_the_page_of_families_is_what_their_files_say() -> None:
-    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == with_reference(page), "renew it with mohawkify.family_docs.with_reference"
-    assert_none(UNSUPPORTED.keys() & set(adapter_names()), "these families have a file and a reason against them")
-
-
-def test_pages_that_the_sources_name_exist() -> None:
-    assert_none(
-        f"{shown(path)}: {page}"
-        for path in source_files().values()
-        for page in set(re.findall(r"docs/\w+\.md", path.read_text(encoding="utf-8")))
-        if not (ROOT / page).is_file()
-    )
-
-
-def test_equations_are_numbered_and_cited_numbers_exist() -> None:
-    page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
-    numbers = [int(number) for number in re.findall(r"\\tag\{(\d+)\}", page)]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert_none(
-        f"{shown(path)}: docs/math.md ({number})"
-        for path in source_files().values()
-        for number in re.findall(r"docs/math\.md \((\d+)\)", path.read_text(encoding="utf-8"))
-        if int(number) not in numbers
-    )

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from mohawkify.errors import INPUT, RECIPE, TeacherError
 from mohawkify.shelf import adapter_names
-from mohawkify.teacher.claims import read_tensors, require_config, require_own_files
+from mohawkify.storage import read_json, remove_directory, write_json
+from mohawkify.teacher.claims import TEXT_FILES, read_tensors, require_config, require_own_files, text_hashes
 from mohawkify.teacher.load import require_fit
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.faults import content_of
@@ -432,6 +433,46 @@ def test_a_run_keeps_its_tokenizer(teacher: Path) -> None:
         assert content_of(Path("out")) == before
         (teacher / "tokenizer.json").write_bytes(original)
     run_well(*SHORT)
+
+
+def test_every_file_that_decides_how_text_is_cut_is_hashed(tmp_path: Path) -> None:
+    assert text_hashes(tmp_path) == {}
+    for name in TEXT_FILES:
+        (tmp_path / name).write_text(name)
+    assert text_hashes(tmp_path).keys() == set(TEXT_FILES)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "generation_config.json"])
+def test_a_run_keeps_what_else_decides_how_text_is_cut(teacher: Path, name: str) -> None:
+    """transformers takes special tokens from special_tokens_map.json also where tokenizer.json has others."""
+    file = teacher / name
+    file.write_text("{}")
+    run_well(*SHORT)
+    for change in (lambda: file.write_text("{ }"), file.unlink):
+        change()
+        result = run(*SHORT)
+        assert result.exit_code == 2
+        assert f"holds a run with another {name} of its teacher" in result.stderr
+        result = run("eval", "out")
+        assert result.exit_code == INPUT
+        assert f"{name} differs" in result.stderr
+        assert run("doctor", "out").exit_code == INPUT
+    file.write_text("{}")
+    run_well(*SHORT)
+
+
+def test_a_run_that_was_begun_before_these_files_were_recorded_goes_on(teacher: Path) -> None:
+    run_well(*SHORT)
+    (teacher / "merges.txt").write_text("")
+    facts = read_json(Path("out/teacher.json"))
+    del facts["text_files"]
+    write_json(Path("out/teacher.json"), facts)
+    run_well(*SHORT)
+    assert run("doctor", "out").exit_code == 0
+    remove_directory(Path("out/final"))
+    run_well(*SHORT)  # it goes on from its checkpoints, whose identity is what it was, and records them from now on
+    assert read_json(Path("out/teacher.json"))["text_files"].keys() >= {"merges.txt"}
+    assert run("doctor", "out").exit_code == 0
 
 
 def test_a_head_of_another_name_is_found(tmp_path: Path) -> None:

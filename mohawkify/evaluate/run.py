@@ -22,8 +22,9 @@ from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, lo
 from mohawkify.evaluate.provenance import provenance, text_sha256
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.lock import run_lock
-from mohawkify.run import RunFolder
+from mohawkify.run import RunFolder, changed_files
 from mohawkify.student.save import load_student
+from mohawkify.teacher.claims import text_hashes
 from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
 from mohawkify.teacher.locate import find_folder
 from mohawkify.train.stop import StopRequest
@@ -46,10 +47,10 @@ def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
     facts = run.teacher()
     recorded = Path(facts["folder"])
     folder = recorded if override is None and recorded.is_dir() else find_folder(override or facts["source"])
-    found = teacher_hashes(folder)
-    changed = sorted(
-        name for name in facts["files"].keys() | found.keys() if facts["files"].get(name) != found.get(name)
-    )
+    changed = changed_files(facts["files"], teacher_hashes(folder))
+    text_files = run.text_files()
+    if text_files is not None:
+        changed += changed_files(text_files, text_hashes(folder))
     if changed:
         raise TeacherError(
             f"{folder} is not the teacher that {run.path} was made from: {changed[0]} differs",

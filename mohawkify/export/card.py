@@ -109,11 +109,14 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
             f"Projections, MLPs or experts, embedding and head have {bits} bits (8 where mlx-lm asks for them, as for"
             f" some routers), the rest is {result['dtype']}"
         )
+    dtypes = result["dtypes"].items()
     text = (
         f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32.\n\n"
         f"Against the run in float32, on {result['tokens']:,} tokens the student wrote:\n"
         f"KL {result['kl']:.2g} nats per token, top-1 agreement {result['top1']:.4f}, largest difference of a logit\n"
-        f"{result['max_logit_difference']:.2g}.\n"
+        f"{result['max_logit_difference']:.2g}, perplexity {result['run_perplexity']:.4g} of the run, "
+        f"{result['perplexity']:.4g} of this export.\n\n"
+        + "".join(f"- {row['tensors']:,} tensors of {dtype}: {row['numbers']:,} numbers\n" for dtype, row in dtypes)
     )
     if result["plain"]:
         text += f"\nNot quantised, because neither 64 nor 32 divides their width: {', '.join(result['plain'])}.\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from transformers import AutoTokenizer
 from mohawkify.errors import ExportError, UsageError
 from mohawkify.export.agreement import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.export.card import model_card
-from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, write_mlx
+from mohawkify.export.contents import Quantised, expected_tensors, require_contents
+from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
 from mohawkify.run import finished_run
 from mohawkify.shelf import nearest
 from mohawkify.storage import atomic_directory
-from mohawkify.student.save import load_student, save_student, save_tokenizer, weight_bytes
+from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes
 
 Report = Callable[[str], None]
 
@@ -56,13 +57,13 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         report: receives a line for every step of the way.
 
     Returns:
-        target, directory, bytes, dtype, max_logit_difference, kl (nats per token), top1, tokens, and the modules left
-        plain by a quantised target.
+        target, directory, bytes, dtype; what `Agreement` says; dtypes, by safetensors' name of each how
+        many tensors and numbers are stored in it; and plain, the modules that a quantised target left plain.
 
     Raises:
         UsageError: no such target, precision or finished run.
-        ExportError: the output folder is in use, the target's library cannot hold the student, or the export does not
-            agree with the run.
+        ExportError: the output folder is in use, the target's library cannot hold the student, its files do not hold
+            the tensors they should, or the export does not agree with the run.
         MissingExtraError: the target's library is not installed.
     """
     wanted, dtype = _target(target), dtype or "bfloat16"
@@ -77,41 +78,44 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
     student: Any = load_student(source.checked_final())
     tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
     ids_bl = sample_ids(student)
-    plain: list[str] = []
+    quantised: Quantised | None = None
     with atomic_directory(output, needed=_least_bytes(student, DTYPES[dtype], wanted.bits)) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
-            plain = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
+            shapes, quantised = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
             (folder / "generation_config.json").write_bytes((source.final / "generation_config.json").read_bytes())
             save_tokenizer(tokenizer, folder)
-            found = mlx_logits(load_mlx(folder))
         else:
             save_student(student, tokenizer, folder, DTYPES[dtype])
-            found = _torch_logits(load_student(folder, DTYPES[dtype]))
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(student).items()}
+        dtypes = require_contents(folder, expected_tensors(shapes, dtype, quantised))
         report("comparing the export with the run")
+        is_mlx = wanted.library == "mlx"
+        found = mlx_logits(load_mlx(folder)) if is_mlx else _torch_logits(load_student(folder, DTYPES[dtype]))
         agreement = compare(_torch_logits(student), found, ids_bl)
         require_agreement(agreement, dtype, wanted.bits)
         result: dict[str, Any] = {
             "target": target,
             "directory": str(output),
             "dtype": dtype,
-            "max_logit_difference": agreement.max_logit_difference,
-            "kl": agreement.kl,
-            "top1": agreement.top1,
-            "tokens": agreement.tokens,
-            "plain": plain,
+            **asdict(agreement),
+            "dtypes": dtypes,
+            "plain": quantised.plain if quantised else [],
         }
         (folder / "README.md").write_text(model_card(source, wanted.library, wanted.bits, result), encoding="utf-8")
         result["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     return result
 
 
-def _export_mlx(final: Path, student: Any, ids_bl: Tensor, folder: Path, dtype: str, bits: int | None) -> list[str]:
-    """Write the model, refused if it is another one even before rounding; returns the modules left plain."""
+def _export_mlx(
+    final: Path, student: Any, ids_bl: Tensor, folder: Path, dtype: str, bits: int | None
+) -> tuple[dict[str, tuple[int, ...]], Quantised | None]:
+    """Write the model, refused if it is another one even before rounding; returns its shapes and what was quantised."""
     model, config = build_mlx(final)
+    shapes = shapes_of(model)
     if dtype != "float32" or bits is not None:
         require_same_model(compare(_torch_logits(student), mlx_logits(model), ids_bl))
-    return write_mlx(model, config, folder, dtype, bits)
+    return shapes, write_mlx(model, config, folder, dtype, bits)
 
 
 def _least_bytes(student: Any, dtype: torch.dtype, bits: int | None) -> int:

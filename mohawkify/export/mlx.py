@@ -15,10 +15,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
+from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.student.save import family_of, student_config
 
 MODEL_FILE = "mlx_model.py"
-GROUP_SIZES = (64, 32)  # weights that share a scale; the first that divides a weight's rows is taken
+GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that divides a weight's rows is taken
 HEAD = "lm_head.weight"
 
 
@@ -80,7 +81,15 @@ def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
     return model, config
 
 
-def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, bits: int | None) -> list[str]:
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, by the name that it has in a file."""
+    from mlx.utils import tree_flatten
+
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: tuple(value.shape) for name, value in parameters}
+
+
+def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, bits: int | None) -> Quantised | None:
     """Write model, configuration and code; the tokenizer and the settings of generation are the caller's.
 
     Args:
@@ -91,7 +100,7 @@ def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, b
         bits: of the quantised weights; None quantises nothing.
 
     Returns:
-        Modules that stay plain because no group size divides their width.
+        What was quantised and what was not; None where nothing was to be.
     """
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
@@ -103,12 +112,12 @@ def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, b
 
     model.update(tree_map_with_path(cast, model.parameters()))
     config["dtype"] = dtype
-    plain = [] if bits is None else _quantise(model, config, bits)
+    quantised = None if bits is None else _quantise(model, config, bits)
     save_model(directory, model)
     save_config(config, directory / "config.json")
     code = resources.files("mohawkify.export").joinpath(MODEL_FILE)
     (directory / MODEL_FILE).write_bytes(code.read_bytes())
-    return plain
+    return quantised
 
 
 def load_mlx(directory: Path) -> Any:
@@ -244,13 +253,13 @@ def _require_windows(model: Any, config: dict[str, Any]) -> None:
             )
 
 
-def _quantise(model: Any, config: dict[str, Any], bits: int) -> list[str]:
+def _quantise(model: Any, config: dict[str, Any], bits: int) -> Quantised:
     """Quantise the projections, MLPs or experts, embedding and head in place, and say so in the configuration."""
     import mlx.nn as nn
 
     common: dict[str, Any] = {"group_size": GROUP_SIZES[0], "bits": bits, "mode": "affine"}
     quantisation: dict[str, Any] = dict(common)
-    plain: list[str] = []
+    quantised = Quantised(bits)
 
     def choose(path: str, module: Any) -> bool | dict[str, Any]:
         wanted = hasattr(module, "to_quantized") and model.quant_predicate(path, module)
@@ -258,15 +267,16 @@ def _quantise(model: Any, config: dict[str, Any], bits: int) -> list[str]:
             return False
         sizes = [size for size in GROUP_SIZES if module.weight.shape[-1] % size == 0]
         if not sizes:
-            plain.append(path)
+            quantised.plain.append(path)
             return False
         # mlx-lm asks for more bits where a family's modules are known to suffer.
         own = {"bits": max(bits, wanted["bits"])} if isinstance(wanted, dict) else {}
         chosen = {**common, **own, "group_size": sizes[0]}
+        quantised.packed[path] = Packing(chosen["bits"], chosen["group_size"])
         if chosen != common:
             quantisation[path] = chosen
         return chosen
 
     nn.quantize(model, GROUP_SIZES[0], bits, class_predicate=choose)
     config["quantization"] = quantisation
-    return plain
+    return quantised

@@ -74,8 +74,7 @@ def save_student(
     model: Any = student  # transformers' own types do not know the grafted class
     dtype = dtype or model.dtype
     adapter = family_of(model.config.model_type)
-    tied = model.all_tied_weights_keys
-    weights = {name: _cast(name, tensor, dtype) for name, tensor in model.state_dict().items() if name not in tied}
+    weights = {name: _cast(name, tensor, dtype) for name, tensor in saved_tensors(model).items()}
     save_torch_state_dict(weights, directory, max_shard_size="5GB")
 
     config = copy.deepcopy(model.config)
@@ -90,11 +89,16 @@ def save_student(
     _write_code(adapter, directory)
 
 
+def saved_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors that a student is saved as, by name: one that is another's under a second name is left out."""
+    model: Any = student
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
 def weight_bytes(student: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
     """What the weights take on the disk as `save_student` writes them; the rest of the folder is small."""
-    model: Any = student
-    dtype, tied = dtype or model.dtype, model.all_tied_weights_keys
-    kept = ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+    dtype = dtype or student.dtype
+    kept = saved_tensors(student).items()
     return sum(tensor.numel() * _dtype_of(name, tensor, dtype).itemsize for name, tensor in kept)
 
 

@@ -53,11 +53,17 @@ def test_p25_no_memory_left(workshop, tmp_path):
                 workshop.finish(run)
 
 
-@pytest.fixture(scope="module")
-def exported(workshop, tmp_path_factory) -> Path:
-    """An export that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    ended = workshop.server.run(workshop.folder, "export", workshop.whole, "--target", "hf", "--output", folder)
+# The kinds of export, and how many of each sort of trial there are on every change and in a soak.
+TARGETS = {"hf": ((3, None), (1, 20), (1, None)), "mlx-q4": ((1, None), (0, 20), (0, 20))}
+
+
+@pytest.fixture(params=TARGETS)
+def exported(request, workshop, tmp_path) -> Path:
+    """An export that nothing disturbed; its folder has the name of the target."""
+    if request.param.startswith("mlx"):
+        pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install 'mohawkify[mlx]'")
+    folder = tmp_path / "exported" / request.param
+    ended = workshop.server.run(workshop.folder, "export", workshop.whole, "--target", folder.name, "--output", folder)
     assert ended.code == 0, ended.output
     return folder
 
@@ -76,8 +82,11 @@ def require_whole_or_absent(folder: Path, exported: Path) -> bool:
 def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
     run, count_to = copy_run(workshop.whole, tmp_path / "run"), tmp_path / "count.json"
 
+    target = exported.name
+    at_operations, at_times, on_full_disks = TARGETS[target]
+
     def arguments(output: Path) -> list[str]:
-        return ["export", str(run), "--target", "hf", "--output", str(output)]
+        return ["export", str(run), "--target", target, "--output", str(output)]
 
     begin = time.perf_counter()
     ended = workshop.server.run(
@@ -87,11 +96,13 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
     seconds = time.perf_counter() - begin
     assert ended.code == 0, ended.output
     names = json.loads(count_to.read_text())
-    draw = chooser("P22", 0)
+    draw = chooser("P22" if target == "hf" else f"P22 {target}", 0)
     before = content_of(run)
-    with Tally("P22", "SIGKILL or a full disk during an export") as tally:
-        for index in sorted(draw.sample(range(len(names)), min(trials(3, len(names)), len(names)))):
-            output = tmp_path / f"kill-{index}" / "hf"
+    what = "an export" if target == "hf" else f"an export to {target}"
+    with Tally("P22", f"SIGKILL or a full disk during {what}") as tally:
+        number = min(trials(at_operations[0], at_operations[1] or len(names)), len(names))
+        for index in sorted(draw.sample(range(len(names)), number)):
+            output = tmp_path / f"kill-{index}" / target
             with tally.trial(f"killed at operation {index} ({names[index]}), seed {SEED}", output.parent):
                 ended = workshop.server.run(
                     workshop.folder, *arguments(output), fault="disk", window="export", call=1, index=index,
@@ -100,8 +111,8 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
                 assert ended.code == KILLED, ended.output
                 tally.note("whole after the kill", require_whole_or_absent(output, exported))
                 again(workshop, arguments(output), output, exported)
-        for trial in range(trials(1, 20)):
-            output = tmp_path / f"time-{trial}" / "hf"
+        for trial in range(trials(*at_times)):
+            output = tmp_path / f"time-{trial}" / target
             with tally.trial(f"killed at a random time, trial {trial} of seed {SEED}", output.parent):
                 child = workshop.server.start(workshop.folder, *arguments(output))
                 time.sleep(draw.uniform(0, seconds))
@@ -111,9 +122,10 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
                 again(workshop, arguments(output), output, exported)
         # In any case once where safetensors tells it in words.
         cases = [(index, error) for error in ("ENOSPC", "EDQUOT", "EIO") for index in range(len(names))]
-        full = [(names.index("save_file"), "ENOSPC"), *draw.sample(cases, min(trials(1, len(cases)), len(cases)))]
-        for index, error in full:
-            output = tmp_path / f"{error}-{index}" / "hf"
+        number = min(trials(on_full_disks[0], on_full_disks[1] or len(cases)), len(cases))
+        in_words = [(names.index("save_file"), "ENOSPC")] if "save_file" in names else []
+        for index, error in in_words + draw.sample(cases, number):
+            output = tmp_path / f"{error}-{index}" / target
             with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", output.parent):
                 ended = workshop.server.run(
                     workshop.folder, *arguments(output), fault="disk", window="export", call=1, index=index,
