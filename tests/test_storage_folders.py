@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import manifest, storage
+from mohawkify import manifest
 from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
 from mohawkify.storage import atomic_directory, remove_directory, sweep_temporaries, verify_directory
 from tests.faults import content_of, fault_at, killed_at, raise_error
