@@ -34,7 +34,8 @@ from mohawkify.teacher.finishing import Finishing, OtherTeacher
 from mohawkify.train.engine import Engine
 from mohawkify.train.engines import build_engine
 from mohawkify.train.loop import StepReport, run_stage
-from mohawkify.train.micro_batch import micro_batch_of
+from mohawkify.train.micro_batch import micro_batch_of, naming_what_to_try
+from mohawkify.train.position import Position, read_position
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.random_state import gather_random_state, restore_random_state
 from mohawkify.train.saturation import Phases, SaturationWatch
@@ -46,31 +47,6 @@ from mohawkify.train.world import World
 Report = Callable[[str], None]
 
 SECONDS_BETWEEN_TRIES = 5.0  # of saving on a full disk
-
-
-@dataclass
-class Position:
-    """How far a run is; the part of a checkpoint's state that moves.
-
-    Args:
-        stage: the stage under way.
-        stage_step: optimiser steps of its plan that are behind it.
-        global_step: optimiser steps taken in all.
-        tokens: tokens read in all.
-        seconds: training time of each stage so far, by name.
-        losses: running mean and variance of the stage's loss.
-        saturation: what is known of the phase's loss.
-        left_out: planned steps of the stage that saturated phases did not take, by text.
-    """
-
-    stage: str
-    stage_step: int = 0
-    global_step: int = 0
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    losses: LossWatch = field(default_factory=LossWatch)
-    saturation: SaturationWatch = field(default_factory=SaturationWatch)
-    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,6 +99,8 @@ class Conversion:
     def train(self, stop: StopRequest) -> None:
         """Run all stages from wherever the folder's newest valid checkpoint is.
 
+        A signal ends the process at once, but while a stage takes steps, which a checkpoint has to keep first.
+
         Raises:
             Interrupted: a stop was requested; a checkpoint was written first.
             CheckpointError: the checkpoint belongs to another recipe, teacher or text.
@@ -138,12 +116,10 @@ class Conversion:
         saved = self._newest_checkpoint()
         if self.start_tracking is not None:
             self._tracking = self.start_tracking(0 if saved is None else saved.global_step)
-        if saved is None:
-            position = Position(stage="")
-            if "init" not in self._measured():
-                self._measure("init", position, stop)
-        else:
-            position = self._restore(saved)
+        position = Position(stage="") if saved is None else self._restore(saved)
+        self._forget_stages_ahead(position)
+        if saved is None and "init" not in self._measured():
+            self._measure("init", position, stop)
         stages, stretches = self._stages(), stage_stretches(self.recipe, self.corpora)
         names = list(stages)
         for name in names[names.index(position.stage) if position.stage else 0 :]:
@@ -153,11 +129,12 @@ class Conversion:
                 position.stage, position.stage_step, position.losses, saved = name, 0, LossWatch(), None
                 position.saturation, position.left_out = SaturationWatch(), {}
             engine, micro_batch = self._engine(stages[name], stretches[name])
-            if saved is not None:
-                engine.load_parameters(checkpoint.load_tensors(saved, "model"))
-                engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
-                restore_random_state(self.world, checkpoint.load_tensors(saved, "rng"))
-            self._run_stage(stages[name], engine, micro_batch, stretches[name], position, stop)
+            with naming_what_to_try(name, self.recipe, self.world, micro_batch):
+                if saved is not None:
+                    engine.load_parameters(checkpoint.load_tensors(saved, "model"))
+                    engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
+                    restore_random_state(self.world, checkpoint.load_tensors(saved, "rng"))
+                self._run_stage(stages[name], engine, micro_batch, stretches[name], position, stop)
             engine.close()
             if name not in self._measured():
                 self._measure(name, position, stop)
@@ -168,11 +145,30 @@ class Conversion:
         def look() -> dict[str, Any] | None:
             found = checkpoint.newest_valid(self.run.checkpoints, self.report)
             if found is None:
+                number = len(checkpoint.list_checkpoints(self.run.checkpoints))
+                if number:
+                    self.report(f"none of {number} checkpoints is valid: beginning again")
                 return None
             return {"path": str(found.path), "global_step": found.global_step, "state": found.state}
 
         facts = self.world.by_main(look)
         return checkpoint.Checkpoint(**{**facts, "path": Path(facts["path"])}) if facts else None
+
+    def _forget_stages_ahead(self, position: Position) -> None:
+        """Drop the figures of stages that are not finished any more, their checkpoints being lost: others will come."""
+
+        def forget() -> None:
+            results = self.run.results()
+            steps = {name: stage.num_steps for name, stage in stage_recipes(self.recipe).items()}
+            kept = {"init"} | {name for name in STAGES if position.has_finished(name, steps[name])}
+            ahead = [name for name in results["stages"] if name not in kept]
+            for name in ahead:
+                self.report(f"the checkpoints that {name} was measured at are lost: it will be measured again")
+                del results["stages"][name]
+            if ahead:
+                self.run.write_results(results)
+
+        self.world.by_main(forget)
 
     def _measured(self) -> list[str]:
         return self.world.by_main(lambda: list(self.run.results()["stages"]))
@@ -222,7 +218,8 @@ class Conversion:
 
             def on_micro_batch() -> None:
                 hang.beat()
-                self._choose_teacher(stage, phases.segment_at(position.stage_step).data)
+                self._choose_teacher(stage, phases.segment_at(position.stage_step).data, stop, hang)
+                stop.at_once = False  # training stops itself, with a checkpoint
                 if stop.agree(self.world):
                     if position.global_step > saved_step:
                         self._save(engine, position, stop, hang)
@@ -243,13 +240,21 @@ class Conversion:
                     self._leave_out(phases, position, *jump)
                 is_stopping = stop.agree(self.world)
                 is_over = position.stage_step == num_steps
-                if is_stopping or is_over or step.step % self.recipe.checkpoint.every_steps == 0:
+                # Loading another teacher takes long: whatever ends it costs no step.
+                is_last = is_over or self._awaits_teacher(stage, phases.segment_at(position.stage_step).data)
+                if is_stopping or is_last or step.step % self.recipe.checkpoint.every_steps == 0:
                     self._save(engine, position, stop, hang)
                     saved_step = position.global_step
                     hang.beat()
                 if is_stopping:
                     stop.obey(f"after step {step.step:,} of stage {stage.name}, which is saved")
                 return jump is not None
+
+            def on_refused(step: int, figures: dict[str, float], sequences: list[int]) -> None:
+                if self.world.is_main:
+                    place = {"stage": stage.name, "step": step, "global_step": position.global_step + 1}
+                    text = {"text": phases.segment_at(step - 1).data, "sequences": sequences}
+                    self._metrics.append({**place, **figures, "refused": True, **text})
 
             while position.stage_step < num_steps:
                 run_stage(
@@ -265,20 +270,29 @@ class Conversion:
                     frozen=frozen,
                     on_micro_batch=on_micro_batch,
                     on_step=on_step,
+                    on_refused=on_refused,
                 )
+        stop.end_at_once(f"after stage {stage.name}, which is saved")
 
-    def _choose_teacher(self, stage: Stage, data: str) -> None:
+    def _awaits_teacher(self, stage: Stage, data: str) -> bool:
+        """Whether another teacher has to be loaded before a stage reads such text."""
+        is_there = self._is_finishing or not isinstance(self.finishing, OtherTeacher)
+        return isinstance(stage, Distill) and data == "finish" and not is_there
+
+    def _choose_teacher(self, stage: Stage, data: str, stop: StopRequest, hang: HangWatch) -> None:
         """Let the right one teach: the first, or at the end of stage 3 the one that finishes, loaded only then."""
-        if not isinstance(stage, Distill):
+        if isinstance(stage, Distill) and isinstance(self.finishing, TeacherLogits):
+            stage.logits = self.finishing if data == "finish" else None
+        if not self._awaits_teacher(stage, data):
             return
-        is_finish = data == "finish"
-        if isinstance(self.finishing, TeacherLogits):
-            stage.logits = self.finishing if is_finish else None
-        elif self.finishing is not None and is_finish and not self._is_finishing:
-            assert self.load_other is not None
-            self.report(f"{self.finishing.name} finishes the run: loading it")
+        assert isinstance(self.finishing, OtherTeacher)
+        assert self.load_other is not None
+        stop.end_at_once(f"before {self.finishing.name} was loaded; all steps are saved")
+        self.report(f"{self.finishing.name} finishes the run: loading it")
+        with hang.paused():
             self.pair.replace_teacher(partial(self.load_other, self.finishing), self.finishing.adapter)
-            self._is_finishing = True
+            self.world.barrier()  # whoever has it first must not take the others' loading for a hang
+        self._is_finishing = True
 
     def _bring_back_first(self) -> None:
         """Load the first teacher again: it is what every measurement of the run compares with."""
@@ -350,6 +364,7 @@ class Conversion:
                     optimizer_tensors=optimizer,
                     random_tensors=random,
                     state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
+                    beat=hang.beat,
                 )
                 break
             except DiskFullError as error:
@@ -364,7 +379,7 @@ class Conversion:
                     )
                     hang.beat()
                     time.sleep(0.1)
-        checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep)
+        checkpoint.rotate(self.run.checkpoints, self.recipe.checkpoint.keep, hang.beat)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> Position:
         if saved.state.get("identity") != self.identity:
@@ -376,7 +391,7 @@ class Conversion:
         names = {name for name, _ in self.pair.student.named_parameters()}
         if names != checkpoint.load_tensors(saved, "model").keys():
             raise CheckpointError(f"the tensors in {saved.path} are not those of this student")
-        position = _read_position(saved)
+        position = read_position(saved)
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position
 
@@ -436,27 +451,3 @@ class Conversion:
             told = (f"{row['tokens']:,} tokens of {row['data']} text, ended by {row['ended_by']}" for row in outcome)
             self.report(f"{name}: {'; '.join(told)}")
         return outcome
-
-
-def _read_position(saved: checkpoint.Checkpoint) -> Position:
-    """How far a run was; the state may come from a stranger's folder, so every value is looked at."""
-    try:
-        values = dict(saved.state["position"])
-        watches = {"losses": LossWatch(**values["losses"]), "saturation": SaturationWatch(**values["saturation"])}
-        position = Position(**{**values, **watches})
-        saturation = position.saturation
-        steps = (position.stage_step, position.global_step, position.tokens)
-        counts = (*steps, position.losses.num_losses, saturation.num_losses, *position.left_out.values())
-        figures = (*position.seconds.values(), position.losses.mean, position.losses.variance, saturation.total)
-        figures += () if saturation.before is None else (saturation.before,)
-        sound = (
-            position.stage in STAGES
-            and all(type(count) is int and count >= 0 for count in counts)
-            and all(type(figure) in (int, float) for figure in figures)
-            and position.global_step == saved.global_step
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{saved.path} does not say where its run stood", hint="its state.json was changed")
-    return position

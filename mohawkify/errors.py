@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 # Exit codes: those of the shell (0, 2, 128 + signal), and from 64 on those of sysexits.h.
 USAGE = 2
@@ -38,6 +39,10 @@ EXIT_CODES = {
 }
 
 
+# What torch says where it has no class of its own for it: of a CPU, of other devices, and of the libraries on them.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|STATUS_ALLOC_FAILED|std::bad_alloc", re.IGNORECASE)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, a device's, or a CPU's, for which torch has no class of its own.
 
@@ -47,7 +52,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 class MohawkifyError(Exception):
@@ -116,6 +121,12 @@ class NumericsError(MohawkifyError):
     """A loss or gradient is not finite, or a trained weight does not move."""
 
     exit_code = NUMBERS
+
+
+class MemoryShortageError(MohawkifyError):
+    """Memory ran out, and it is known what would take less."""
+
+    exit_code = MEMORY
 
 
 class ProcessLostError(MohawkifyError):

@@ -290,9 +290,7 @@ def _convert(
                 report=report,
             )
         stop.obey("before training")
-        stop.at_once = False  # training stops itself, with a checkpoint
         conversion.train(stop)
-        stop.at_once = True
         stop.obey("before the student was written")
         world.by_main(lambda: _finish(conversion, tokenizer))
         stop.obey("after the student was written: the run is finished")

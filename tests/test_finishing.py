@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mohawkify import checkpoint
 from mohawkify.errors import CheckpointError, DataError, TeacherError, UsageError
 from mohawkify.pipeline import convert
 from mohawkify.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 from mohawkify.run import RunFolder
 from mohawkify.storage import read_lines
+from mohawkify.teacher.finishing import OtherTeacher
+from mohawkify.train.position import read_position
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.stop import Interrupted
+from mohawkify.train.watch import HangWatch
 from tests.commands import copy_of, make_teacher, run_well
 from tests.test_teacher_logits import RECIPE
 from tests.tiny import tiny_teacher
@@ -197,6 +203,28 @@ def test_no_logits_at_all_are_refused(first, tmp_path):
         start(first, with_finish(logits=str(tmp_path)), tmp_path / "run")
 
 
+def test_a_signal_while_the_other_teacher_is_loaded_ends_at_once_and_costs_no_step(
+    first, second, tmp_path, monkeypatch
+):
+    load, silences = OtherTeacher.load, []
+    monkeypatch.setattr(HangWatch, "_end", lambda self, silent: silences.append(silent))
+
+    def load_slowly(self: OtherTeacher, *arguments: Any) -> Any:
+        before = len(silences)
+        time.sleep(1.0)  # longer than the patience below
+        assert len(silences) == before, "loading was taken for a hang"
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(self, *arguments)
+
+    monkeypatch.setattr(OtherTeacher, "load", load_slowly)
+    recipe = apply_overrides(with_finish(teacher=str(second)), ["checkpoint.every_steps=100"])
+    with pytest.raises(Interrupted, match="nothing is half-written"):
+        convert(str(first), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None, patience=0.4)
+    saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", pytest.fail)
+    assert saved is not None
+    assert saved.global_step == NUM_TRAIN_STEPS
+
+
 def test_a_position_that_a_stranger_wrote_is_refused(first, tmp_path, monkeypatch):
     update = StageProgress.update
     monkeypatch.setattr(
@@ -204,14 +232,12 @@ def test_a_position_that_a_stranger_wrote_is_refused(first, tmp_path, monkeypatc
     )
     with pytest.raises(Interrupted):
         start(first, with_finish(), tmp_path / "run")
-    from mohawkify import checkpoint, conversion
-
     saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", print)
     assert saved is not None
     for key, value in (("left_out", {"train": -1}), ("left_out", {"train": "x"}), ("saturation", {"total": "x"})):
         state = {**saved.state, "position": {**saved.state["position"], key: value}}
         with pytest.raises(CheckpointError, match="does not say where its run stood"):
-            conversion._read_position(checkpoint.Checkpoint(saved.path, saved.global_step, state))
+            read_position(checkpoint.Checkpoint(saved.path, saved.global_step, state))
 
 
 STORIES = [

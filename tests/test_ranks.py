@@ -16,6 +16,7 @@ from tests.rank_runs import (
     TORCHRUN,
     Workshop,
     ended,
+    ranks,
     require_finished,
     require_one_line,
     when_logged,
@@ -58,13 +59,13 @@ def test_fsdp_with_a_teacher_that_is_spread_too_and_without_a_pickle(workshop):
 
 
 def test_a_run_goes_on_in_one_process_and_in_two_again_under_another_zero(workshop, monkeypatch):
-    """Stopped under ZeRO-2, a step without an engine, the rest under ZeRO-3: the curve of one process.
+    """A signal to one of two under ZeRO-2, a step without an engine, the rest under ZeRO-3: the curve of one process.
 
     That every ZeRO goes on from a checkpoint of its own is tested in tests/engines.
     """
     folder = workshop.folder / "chain"
     process = workshop.start("chain", "--processes", "2", "--engine", "deepspeed", "--zero", "2")
-    when_logged(process, folder, 3, lambda: process.send_signal(signal.SIGTERM))
+    when_logged(process, folder, 3, lambda: ranks(process)[1].send_signal(signal.SIGTERM))
     code, output, errors = ended(process)
     assert code == 143, errors
     assert output == ""

@@ -108,6 +108,22 @@ def test_a_rate_below_the_rounding_of_a_weight_moves_it_not_and_that_is_fine():
         watch.look("step 170")
 
 
+def test_a_stretch_below_rounding_is_fine_but_not_one_without_a_rate():
+    trained = {"a": nn.Parameter(torch.full((5,), 1.25)), "b": nn.Parameter(torch.full((5,), 2.5))}
+    watch = watching(trained, {})
+    for parameter in trained.values():
+        move(parameter)
+    watch.look("step 50")
+    watch.step(1e-11)  # the end of a schedule
+    watch.look("step 100")
+    watch.step(RATE)
+    with pytest.raises(NumericsError, match="no weight has changed by step 150"):
+        watch.look("step 150")
+    idle = watching(trained, {}, rate=0.0)
+    with pytest.raises(NumericsError, match="no weight has changed by step 50"):
+        idle.look("step 50")
+
+
 def test_of_an_embedding_only_the_rows_that_the_text_reached_are_watched():
     embedding = nn.Parameter(torch.randn(50_000, 8))
     embedding.grad = torch.zeros_like(embedding)
@@ -140,9 +156,23 @@ with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
 """
 
 
-def hang(*arguments: str) -> subprocess.CompletedProcess[str]:
+# It waits for what cannot show that it gets on, and is stopped as Ctrl-Z does, both for longer than its patience.
+WAITING = """
+import os, signal, subprocess, time
+from mohawkify.train.watch import HangWatch
+from mohawkify.train.world import World
+with HangWatch(0.8, "waiting for Godot", World()) as watch:
+    with watch.paused():
+        time.sleep(1.5)
+    subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    watch.beat()
+"""
+
+
+def hang(*arguments: str, script: str = HANGING) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", HANGING, *arguments], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False, timeout=60
     )
 
 
@@ -158,3 +188,8 @@ def test_a_hang_ends_with_its_code_and_all_stacks():
 @pytest.mark.parametrize("patience", ["1.5", "0"])
 def test_progress_is_left_alone(patience):
     assert hang(patience, "12", "end").returncode == 0
+
+
+def test_a_process_that_waits_for_a_library_or_was_stopped_is_left_alone():
+    done = hang(script=WAITING)
+    assert done.returncode == 0, done.stderr

@@ -178,6 +178,12 @@ def test_processes_must_share_each_batch_evenly():
     ) as error:
         require_even_shares(recipe, World(0, 3))
     assert "1, 2, 4 processes" in str(error.value.hint)
+    uneven = apply_overrides(recipe, ["stages.orient.batch_sequences=6", "stages.orient.tokens=192"])
+    with pytest.raises(
+        UsageError, match="4 processes cannot share the 6 sequences of a batch of stage orient"
+    ) as error:
+        require_even_shares(uneven, World(0, 4))
+    assert "start 1, 2 processes, which divides the batches of all stages" in str(error.value.hint)
     require_even_shares(
         apply_overrides(recipe, [f"stages.{name}.tokens=0" for name in ("orient", "align", "distill")]), World(0, 3)
     )
@@ -304,7 +310,7 @@ def store() -> distributed.TCPStore:
 
 
 def test_the_first_error_is_said_and_gives_all_the_exit_code(store):
-    alarms = [Alarm(store.clone(), rank) for rank in range(3)]
+    alarms = [Alarm(store.clone(), rank, 3) for rank in range(3)]
     said: list[int] = []
     try:
         alarms[0].require_peace()
@@ -338,6 +344,44 @@ def test_the_others_wait_until_an_error_is_said(store):
     finally:
         for alarm in alarms:
             alarm.close()
+
+
+def test_a_store_that_gives_no_answer_keeps_nobody(monkeypatch):
+    """As that of a main process that was stopped."""
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: threading.Event().wait()
+
+    monkeypatch.setattr("mohawkify.train.alarm._SECONDS_TO_AGREE", 0.3)
+    monkeypatch.setattr(Alarm, "_watch", lambda self: None)
+    said: list[int] = []
+    for rank in range(3):
+        assert Alarm(Silent(), rank).settle(75, lambda rank=rank: said.append(rank), "hang") == 75  # type: ignore[arg-type, misc]
+    assert said == [0, 1]
+
+
+def test_those_that_wait_for_the_main_process_get_on_only_as_it_does(store):
+    """Else a main process that is stopped while it saves would never be missed."""
+    main, second = World(0, 2, 0, store), World(1, 2, 1, store)
+    beats: list[float] = []
+    waiting = threading.Thread(target=lambda: second.by_main(lambda: None, lambda: beats.append(time.monotonic())))
+    try:
+        waiting.start()
+        time.sleep(0.5)
+        assert beats == []
+        main.show_life()
+        deadline = time.monotonic() + 30
+        while not beats and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(beats) == 1
+        main.by_main(lambda: None)
+        waiting.join()
+        assert len(beats) == 1
+    finally:
+        for world in (main, second):
+            assert world.alarm is not None
+            world.alarm.close()
 
 
 def test_what_a_dead_partner_leaves_behind_is_known():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 
@@ -54,12 +55,15 @@ def unheeded_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | st
 
 def require_even_shares(recipe: Recipe, world: World) -> None:
     """Raise UsageError where the processes cannot share a stage's batch evenly: the batch is the recipe's, exactly."""
-    for name, stage in stage_recipes(recipe).items():
-        if stage.num_steps and stage.batch_sequences % world.size:
-            divisors = [str(n) for n in range(1, stage.batch_sequences + 1) if stage.batch_sequences % n == 0]
+    batches = {name: stage.batch_sequences for name, stage in stage_recipes(recipe).items() if stage.num_steps}
+    common = math.gcd(*batches.values())
+    for name, batch_sequences in batches.items():
+        if batch_sequences % world.size:
+            divisors = [str(number) for number in range(1, common + 1) if common % number == 0]
             raise UsageError(
-                f"{world.size} processes cannot share the {stage.batch_sequences} sequences of a batch of stage {name}",
-                hint=f"start {', '.join(divisors[-8:])} processes, or change stages.{name}.batch_sequences",
+                f"{world.size} processes cannot share the {batch_sequences} sequences of a batch of stage {name}",
+                hint=f"start {', '.join(divisors[-8:])} processes, which divides the batches of all stages, or change"
+                f" stages.{name}.batch_sequences",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -12,10 +12,20 @@ from mohawkify.train.engine import Engine
 from mohawkify.train.world import World
 
 
-def require_finite(figures: Mapping[str, float], place: str) -> None:
-    """Raise NumericsError when a figure of the step is not finite; called before the weights are touched."""
+def require_finite(figures: Mapping[str, float], place: str, refused: Callable[[], None] = lambda: None) -> None:
+    """Refuse figures of a step that are not finite; called before the weights are touched.
+
+    Args:
+        figures: by name.
+        place: which step, in words.
+        refused: called where one is refused, so that the log can say so.
+
+    Raises:
+        NumericsError: names the first one.
+    """
     for name, value in figures.items():
         if not math.isfinite(value):
+            refused()
             raise NumericsError(
                 f"{name} is {value} at {place}; the weights were not updated with it",
                 hint="the newest checkpoint is from before this step; try a lower learning rate or fp32",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -55,6 +56,7 @@ def run_stage(
     frozen: Iterable[str],
     on_micro_batch: Callable[[], None],
     on_step: Callable[[StepReport], bool],
+    on_refused: Callable[[int, dict[str, float], list[int]], None],
 ) -> None:
     """Train one stage from a given step to its end, or to where `on_step` leaves it.
 
@@ -75,6 +77,8 @@ def run_stage(
         on_micro_batch: called before each micro-batch; may raise to stop, and the step it was in counts for nothing.
         on_step: called after each step; says whether to leave here, since the next step is not the next one planned;
             may raise to stop.
+        on_refused: called before the error where a step has a figure that is not finite: with its number from 1, its
+            figures, and which sequences of the text it read.
 
     Raises:
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
@@ -96,13 +100,15 @@ def run_stage(
             batch = next(batches)
             with engine.accumulating():
                 totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
-            require_finite(totals, place)
+            rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
+            figures, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
+            require_finite(totals, place, partial(on_refused, step + 1, figures, sequences))
             if motion is None and stage.weight(batch):
                 require_gradients(engine, trained, world, place)
                 motion = MotionWatch(engine, trained, frozen, world)
-            rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
             norm = engine.step(rate)
-            require_finite({"the gradient norm": norm}, place)
+            figures["gradient_norm"] = norm
+            require_finite({"the gradient norm": norm}, place, partial(on_refused, step + 1, figures, sequences))
             if motion is not None:
                 motion.step(rate)
                 if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mohawkify.data.packing import Batch
 from mohawkify.data.reading import Stretch, batch_at
 from mohawkify.data.selection import stage_recipes
+from mohawkify.errors import MemoryShortageError, is_out_of_memory
 from mohawkify.recipe import Recipe
 from mohawkify.stages.base import Runner, Stage
 from mohawkify.train.engine import Engine
@@ -34,6 +36,9 @@ def micro_batch_of(
         world: the processes.
         device: where they compute.
         make_engine: puts the student into an engine that expects so many.
+
+    Raises:
+        MemoryShortageError: a single sequence does not fit.
     """
     stage_recipe = stage_recipes(recipe)[stage.name]
     rows = stage_recipe.batch_sequences // world.size
@@ -44,7 +49,40 @@ def micro_batch_of(
         return rows
     longest = max(stretches, key=lambda stretch: stretch.sequence_length)
     batch = batch_at([longest], 0, stage_recipe.batch_sequences, recipe.seed)
-    return largest_that_fits(stage, Batch(*(tensor[:rows] for tensor in batch)), world, device, make_engine)
+    with naming_what_to_try(stage.name, recipe, world, 1):
+        return largest_that_fits(stage, Batch(*(tensor[:rows] for tensor in batch)), world, device, make_engine)
+
+
+@contextmanager
+def naming_what_to_try(stage: str, recipe: Recipe, world: World, micro_batch: int) -> Iterator[None]:
+    """Where memory runs out within the block, say which setting takes less of it.
+
+    Args:
+        stage: its name.
+        recipe: what the run does.
+        world: the processes.
+        micro_batch: the sequences per forward pass in one process.
+
+    Raises:
+        MemoryShortageError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = stage_recipes(recipe)[stage].batch_sequences // world.size
+        smaller = [number for number in range(1, micro_batch) if rows % number == 0]
+        if smaller:
+            what = f"--set compute.micro_batch_sequences={smaller[-1]}"
+        elif not recipe.compute.activation_checkpointing:
+            what = "--set compute.activation_checkpointing=true"
+        else:
+            what = "more processes or compute.offload"
+        raise MemoryShortageError(
+            f"out of memory in stage {stage} with a micro-batch of {micro_batch}: {error}",
+            hint=f"the newest checkpoint is intact and the same command continues it; let it try {what}",
+        ) from error
 
 
 def largest_that_fits(
@@ -68,7 +106,7 @@ def largest_that_fits(
             micro_batch //= 2
 
 
-def _try(stage: Stage, batch: Batch, device: torch.device, engine: Engine) -> torch.OutOfMemoryError | None:
+def _try(stage: Stage, batch: Batch, device: torch.device, engine: Engine) -> Exception | None:
     """Passes over some sequences, with the memory taken that the optimiser will need."""
     try:
         with engine.accumulating():
@@ -77,7 +115,9 @@ def _try(stage: Stage, batch: Batch, device: torch.device, engine: Engine) -> to
             with engine.autocast():
                 stage.run(Batch(*(tensor.to(device) for tensor in batch)), Runner(engine.backward, engine.call))
             del taken
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return error.with_traceback(None)  # its frames hold the activations
     finally:
         engine.close()

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -29,10 +30,10 @@ class StageProgress:
         self.name, self.num_tokens, self.tokens = name, num_tokens, done_tokens
         self._own_tokens = 0
         self._begin = self._shown = time.monotonic()
-        self._bar = None
+        self._bar: _SteadyBar | None = None
         self._is_shown = is_shown
         if is_shown and sys.stderr.isatty():
-            self._bar = tqdm(
+            self._bar = _SteadyBar(
                 total=num_tokens, initial=done_tokens, desc=name.ljust(7), unit="tok", unit_scale=True, smoothing=0.05
             )
 
@@ -74,6 +75,15 @@ class StageProgress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class _SteadyBar(tqdm):
+    """A bar that goes by a clock that nobody sets; tqdm's own goes by the time of day."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._time = time.monotonic
+        self.start_t = self.last_print_t = self._time()
 
 
 def memory_gigabytes() -> float:

@@ -48,6 +48,11 @@ class StopRequest:
         if self.number is not None:
             raise Interrupted(f"stopped {place}", self.number)
 
+    def end_at_once(self, place: str) -> None:
+        """From here on let a signal end the process at once; obey one that has come."""
+        self.at_once = True
+        self.obey(place)
+
     def agree(self, world: World) -> bool:
         """Whether any process was asked to stop; all of them are then."""
         agreed = int(world.largest(float(self.number or 0)))

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -78,11 +78,12 @@ class MotionWatch:
         self._samples = {name: _Sample(engine, name, _largest_gradients(engine, name)) for name in trained}
         self._frozen = {name: _Sample(engine, name, _evenly_spread(engine.shard(name))) for name in frozen}
         self._unmoved = set(self._samples)
-        self._largest_rate = 0.0
+        self._largest_rate = self._recent_rate = 0.0
 
     def step(self, learning_rate: float) -> None:
         """Take note of a step's rate: where all were below the rounding of a weight, it need not move."""
         self._largest_rate = max(self._largest_rate, learning_rate)
+        self._recent_rate = max(self._recent_rate, learning_rate)
 
     def look(self, place: str) -> None:
         """Compare with the first step that was watched and with the last look.
@@ -95,16 +96,19 @@ class MotionWatch:
             raise NumericsError(f"{name} has changed by {place}, though the stage does not train it")
         moved = self._anywhere({name: sample.has_moved() for name, sample in self._samples.items()})
         self._unmoved -= moved.keys()
-        if not moved:
+        if not moved and (not self._recent_rate or self._could_move(self._samples, self._recent_rate)):
             raise NumericsError(f"no weight has changed by {place} since the last look", hint="is the learning rate 0?")
-        could = self._anywhere(
-            {n: self._largest_rate > MOVES * self._samples[n].rounding() for n in sorted(self._unmoved)}
-        )
+        self._recent_rate = 0.0
+        could = self._could_move(self._unmoved, self._largest_rate)
         if could:
             more = f"; nor have {len(could) - 1} more" if len(could) > 1 else ""
             raise NumericsError(
                 f"{next(iter(could))} has not changed by {place}, though the stage should train it{more}"
             )
+
+    def _could_move(self, names: Iterable[str], rate: float) -> dict[str, float]:
+        """The names of weights that such a learning rate moves for certain, in a process."""
+        return self._anywhere({name: rate > MOVES * self._samples[name].rounding() for name in sorted(names)})
 
     def _anywhere(self, flags: dict[str, bool]) -> dict[str, float]:
         """The names whose flag is set in a process."""
@@ -150,6 +154,9 @@ def _evenly_spread(values: Tensor) -> Tensor:
 class HangWatch:
     """Ends the process where nothing gets done: exit code 75, with the stacks of all threads on standard error.
 
+    Time is counted in its own looks, not by the clock: a process that was stopped, as Ctrl-Z does, and goes on has not
+    been hanging meanwhile.
+
     Args:
         seconds: the longest time between two beats; 0 watches nothing.
         where: what is watched, for the message.
@@ -158,7 +165,8 @@ class HangWatch:
 
     def __init__(self, seconds: float, where: str, world: World) -> None:
         self.seconds, self.where, self.world = seconds, where, world
-        self._beat = time.monotonic()
+        self._beats = 0
+        self._is_paused = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
@@ -174,18 +182,36 @@ class HangWatch:
 
     def beat(self) -> None:
         """Something got done."""
-        self._beat = time.monotonic()
+        self._beats += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Expect nothing within the block: a library that loads a model gives no sign of life before it is done."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self.beat()
+            self._is_paused = False
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.seconds / 4)):
-            silent = time.monotonic() - self._beat
+        seconds = min(1.0, self.seconds / 4)
+        seen, silent = self._beats, 0.0
+        while not self._over.wait(seconds):
+            is_alive = self._beats != seen or self._is_paused
+            seen, silent = self._beats, 0.0 if is_alive else silent + seconds
+            if is_alive and self.world.is_main:
+                self.world.show_life()
             if silent > self.seconds:
-                faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                if self.world.alarm is None:
-                    self._say(silent)
-                else:
-                    self.world.alarm.settle(HANG, lambda silent=silent: self._say(silent), "hang")  # type: ignore[misc]
-                os._exit(HANG)  # nothing else would end a thread that hangs
+                self._end(silent)
+
+    def _end(self, silent: float) -> None:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if self.world.alarm is None:
+            self._say(silent)
+        else:
+            self.world.alarm.settle(HANG, lambda: self._say(silent), "hang")
+        os._exit(HANG)  # nothing else would end a thread that hangs
 
     def _say(self, silent: float) -> None:
         print(

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 # A dead process closes its connections, and what hangs is what `train/watch.py` is for: waiting itself is no error.
 _TIMEOUT = timedelta(days=7)
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.01, 0.2  # seconds between two looks whether the main process is done
+_LIFE = "life of the main process"
 
 
 class World(AbstractContextManager["World"]):
@@ -46,7 +47,7 @@ class World(AbstractContextManager["World"]):
         if store is not None:
             prefix = f"mohawkify/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
             self._store = distributed.PrefixStore(prefix, store)
-            self.alarm = Alarm(distributed.PrefixStore(prefix, store.clone()), rank)  # type: ignore[attr-defined]
+            self.alarm = Alarm(distributed.PrefixStore(prefix, store.clone()), rank, size)  # type: ignore[attr-defined]
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +79,7 @@ class World(AbstractContextManager["World"]):
 
         Args:
             function: returns what JSON can hold.
-            beat: called now and then by those that wait.
+            beat: called by those that wait whenever the main process has shown that it gets on.
 
         Returns:
             What it returned, in every process.
@@ -96,6 +97,12 @@ class World(AbstractContextManager["World"]):
         result: Result = json.loads(text)
         return result
 
+    def show_life(self) -> None:
+        """Show those that wait in `by_main` that the main process gets on; its watch calls it."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the main thread will learn it too
+                self._store.add(_LIFE, 1)
+
     def main_first(self, function: Callable[[], Result]) -> Result:
         """Call a function in the main process, and then in the others: they find on the disk what it made."""
         if self.is_main:
@@ -108,9 +115,12 @@ class World(AbstractContextManager["World"]):
         assert self.alarm is not None
         wait = _SHORTEST_WAIT
         try:
+            seen = self._store.add(_LIFE, 0)
             while not self._store.check([key]):
                 self.alarm.require_peace()
-                beat()
+                before, seen = seen, self._store.add(_LIFE, 0)
+                if seen != before:
+                    beat()
                 time.sleep(wait)
                 wait = min(1.5 * wait, _LONGEST_WAIT)
             return self._store.get(key).decode()

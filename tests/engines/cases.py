@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +30,7 @@ from mohawkify.train.deepspeed_config import EngineFacts, engine_config
 from mohawkify.train.deepspeed_engine import DeepSpeedEngine
 from mohawkify.train.engine import Engine, LocalEngine
 from mohawkify.train.fsdp_engine import FsdpEngine
-from mohawkify.train.guard import require_gradients
+from mohawkify.train.guard import require_finite, require_gradients
 from mohawkify.train.sharded_teacher import shard_teacher
 from mohawkify.train.watch import MotionWatch
 from mohawkify.train.world import World
@@ -196,6 +197,21 @@ def meet_a_nan(world: World, kind: str, family: str, folder: Path) -> dict[str, 
     norm = engine.step(RATE)
     after = save(engine)
     return {"norm": norm, "before": before, "after": after, "next": take_step(stage, engine, world, 2)}
+
+
+def lose_a_number(world: World, kind: str, family: str, folder: Path) -> tuple[str, Saved, Saved]:
+    """A step whose loss is not a number in one process: what each says of it, and the weights before and after."""
+    stage = make_stage("align", make_pair(family, folder))
+    engine = make_engine(kind, stage, world)
+    before, run = save(engine), stage.run
+    if world.rank == world.size - 1:
+        stage.run = lambda *given: {**run(*given), "loss": torch.tensor(math.nan)}  # type: ignore[method-assign]
+    said = ""
+    try:
+        require_finite({"loss": accumulate(stage, engine, world, 0)}, "step 1")
+    except NumericsError as error:
+        said = error.message
+    return said, before, save(engine)
 
 
 def lose_gradients(world: World, kind: str, family: str, folder: Path) -> str:

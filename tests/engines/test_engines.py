@@ -43,6 +43,7 @@ def found(folders) -> Callable[[str], dict[str, list[Any]]]:
             "stages llama": (cases.run_stages, "llama", folders["llama"], STEPS),
             "stages qwen2": (cases.run_stages, "qwen2", folders["qwen2"], STEPS),
             "nan": (cases.meet_a_nan, "llama", folders["llama"]),
+            "number": (cases.lose_a_number, "llama", folders["llama"]),
             "lost": (cases.lose_gradients, "llama", folders["llama"]),
             "motion": (cases.watch_motion, "llama", folders["llama"]),
             "head llama": (cases.use_the_head, "llama", folders["llama"]),
@@ -101,6 +102,13 @@ def test_a_gradient_that_is_not_finite_anywhere_updates_nothing(kind, folders, f
         assert not np.isfinite(rank["norm"])
         assert same(rank["before"], rank["after"])
         assert rank["next"] == pytest.approx(expected["next"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", cases.ENGINES)
+def test_a_loss_that_is_not_finite_in_one_process_is_refused_by_all(kind, found):
+    for said, before, after in found(kind)["number"]:
+        assert said == "loss is nan at step 1; the weights were not updated with it"
+        assert same(before, after)
 
 
 @pytest.mark.parametrize("kind", cases.ENGINES)

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ EVENTS = {
     "building": ("mohawkify.pipeline", "build_student"),
     "measuring": ("mohawkify.conversion", "measure_agreement"),
     "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
+    "reading": ("mohawkify.data.reading", "packed_batch"),
     "micro-batch": ("mohawkify.train.loop", "Runner"),
     "update": ("mohawkify.train.engine.LocalEngine", "step"),
     "logging": ("mohawkify.storage", "append_line"),
@@ -195,8 +197,6 @@ def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
 @contextmanager
 def limited(size: int) -> Iterator[None]:
     """No file may grow beyond a size."""
-    import resource
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     yield
@@ -300,8 +300,9 @@ def idle(kind: str) -> Iterator[None]:
     """Training that looks alive and does not learn.
 
     Args:
-        kind: `rate` for a learning rate of 0, `forgotten` for a parameter the optimiser does not get, `frozen` for one
-            that takes no gradient, `detached` for a layer cut out of the graph, `leaking` for a frozen one that moves.
+        kind: `rate` for a learning rate of 0, `skipped` for an optimiser that skips every step, `forgotten` for a
+            parameter it does not get, `frozen` for one that takes no gradient, `detached` for a layer cut out of the
+            graph, `leaking` for a frozen one that moves.
     """
     run_stage, engine_init = conversion.run_stage, LocalEngine.__init__
 
@@ -327,6 +328,8 @@ def idle(kind: str) -> Iterator[None]:
         engine_init(self, *args)
         if kind == "forgotten":
             self.adamw.param_groups[0]["params"].pop()
+        if kind == "skipped":
+            self.adamw.step = lambda: None
 
     with (
         mock.patch.object(conversion, "run_stage", begin_stage),
@@ -373,7 +376,7 @@ def _enter_namespace() -> None:
 
 
 def _action(name: str) -> Callable[[], None]:
-    """A signal to this process, a hang, a full memory, a stop until the test says go, or an error of the system."""
+    """A signal to this process, a hang, no memory, a stop until the test says go, or an error of the system."""
     if name.startswith("SIG"):
         return lambda: os.kill(os.getpid(), getattr(signal, name))
     if name.startswith("touch "):
@@ -382,6 +385,8 @@ def _action(name: str) -> Callable[[], None]:
         return lambda: threading.Event().wait() and None
     if name == "memory":
         return _fill_memory
+    if name.startswith("memory limit "):
+        return lambda: _limit_memory(int(name.removeprefix("memory limit ")))
     if name.startswith("hold "):
         return lambda: _hold(Path(name.removeprefix("hold ")))
     return faults.raise_error(getattr(errno, name))
@@ -389,6 +394,14 @@ def _action(name: str) -> Callable[[], None]:
 
 def _fill_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process take only so many bytes of address space more than it has."""
+    import psutil
+
+    limit = psutil.Process().memory_info().vms + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _hold(fifo: Path) -> None:

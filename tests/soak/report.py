@@ -28,6 +28,7 @@ PROMISES = {
     "P7": "Never more than `keep` + 1 checkpoints on the disk",
     "P9": "SIGTERM and Ctrl-C end a run with all it has done",
     "P10": "One process works in a folder; the lock of a killed one is free",
+    "P12": "A run goes on in another number of processes, on the curve of one",
     "P14": "A number that is not finite reaches neither weights nor checkpoints",
     "P15": "Training that does not train ends by name",
     "P16": "A leap of the loss is judged alike after a resume",

@@ -104,6 +104,8 @@ def figures_of(run: Path) -> dict[int, dict[str, Any]]:
     """What the log says of every step but the time it took; a step that was taken again must say the same."""
     figures: dict[int, dict[str, Any]] = {}
     for line in storage.read_lines(run / "metrics.jsonl"):
+        if "refused" in line:
+            continue
         line.pop("seconds")
         before = figures.setdefault(line["global_step"], line)
         assert before == line, f"taken again, a step of {run} differs: {before} and {line}"

@@ -28,7 +28,7 @@ ENVIRONMENT = {
 PRELOADED = (
     *("torch", "transformers.conversion_mapping", "transformers.models.llama.modeling_llama"),
     *("mohawkify.pipeline", "mohawkify.evaluate.run", "mohawkify.export.export", "mohawkify.cli_quiet"),
-    "tests.soak.inside",
+    *("mohawkify.train.fsdp_engine", "tests.soak.inside"),
 )
 
 
@@ -95,21 +95,30 @@ class Server:
         assert answer, "the server of processes has ended; its standard error says why"
         return json.loads(answer)
 
-    def start(self, folder: Path, *arguments: Any, fault: str | None = None, **options: Any) -> Child:
+    def start(
+        self,
+        folder: Path,
+        *arguments: Any,
+        fault: str | None = None,
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Child:
         """Start a command line in a folder.
 
         Args:
             folder: the child's working directory.
             arguments: what stands after `mohawkify`.
             fault: what goes wrong inside, one of the functions of `tests.soak.inside`.
-            options: its arguments.
+            environment: variables of its own.
+            options: the fault's arguments.
         """
         self._count += 1
         log = self._logs / f"{self._count:05d}.txt"
         log.touch()  # a child may be killed before it opens it
         answer = self.ask(
-            folder=str(folder), arguments=[str(a) for a in arguments], log=str(log), fault=fault, options=options
-        )
+            folder=str(folder), arguments=[str(a) for a in arguments], log=str(log), fault=fault,
+            environment=environment or {}, options=options,
+        )  # fmt: skip
         return Child(self, answer["pid"], log)
 
     def run(self, folder: Path, *arguments: Any, fault: str | None = None, **options: Any) -> Ended:
@@ -164,6 +173,7 @@ def _fork(request: dict[str, Any]) -> int:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         os.closerange(3, 100)  # the pipes of the server, which would otherwise stay open with its children
         os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         from tests.soak import inside
 
         code = inside.run(request["arguments"], request["fault"], request["options"])

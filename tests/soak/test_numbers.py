@@ -71,15 +71,16 @@ def require_finite_checkpoints(run: Path) -> None:
 
 
 def require_honest_log(run: Path, before: int, site: str) -> None:
-    """Fail where the log shows the bad step as a good one; one that was only found at the save is a step taken."""
-    log = run / "metrics.jsonl"
-    lines = storage.read_lines(log)
-    expected = before + (site in ("optimizer", "weight"))
-    assert [line["global_step"] for line in lines] == list(range(1, expected + 1))
+    """Fail unless the log shows the bad step as refused; one that was only found at the save is a step taken."""
+    lines = storage.read_lines(run / "metrics.jsonl")
+    assert [line["global_step"] for line in lines] == list(range(1, before + 2))
+    is_taken = site in ("optimizer", "weight")
+    assert [line.get("refused", False) for line in lines] == [False] * before + [not is_taken]
 
 
 IDLE = {
     "rate": "no weight has changed",
+    "skipped": "no weight has changed",
     "forgotten": "has not changed",
     "frozen": "has no gradient",
     "detached": "has no gradient",

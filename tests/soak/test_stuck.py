@@ -53,6 +53,22 @@ def test_p25_no_memory_left(workshop, tmp_path):
                 workshop.finish(run)
 
 
+def test_p25_a_real_allocation_fails(workshop, tmp_path):
+    """Sequences 64 times as long as before, in a process that gets no more than 4 MB of address space for them."""
+    keys = {"stages.distill.sequence_length": 1024, "stages.distill.tokens": 8192, "data.epochs": "null"}
+    long = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+    run, first = tmp_path / "run", 9  # micro-batch of the last stage
+    with Tally("P25", "a limit on the address space when a stage begins") as tally, tally.trial("stage 3", run):
+        events = [("micro-batch", first, "memory limit 4000000")]
+        ended = workshop.convert(run, *long, fault="at", events=events)
+        assert ended.code == 71, f"ended with {ended.code}: {ended.output}"
+        require_one_line(ended)
+        assert "--set compute.micro_batch_sequences=1" in ended.output
+        assert require_checkpoints(run) == 4
+        ended = workshop.convert(run, *long, "--set", "compute.micro_batch_sequences=1")
+        assert ended.code == 0, ended.output
+
+
 # The kinds of export, and how many of each sort of trial there are on every change and in a soak.
 TARGETS = {"hf": ((3, None), (1, 20), (1, None)), "mlx-q4": ((1, None), (0, 20), (0, 20))}
 
