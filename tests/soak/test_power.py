@@ -14,6 +14,8 @@ from mohawkify.errors import CheckpointError
 from mohawkify.recipe import parse_recipe
 from mohawkify.run import RunFolder
 from mohawkify.train.loop import StepReport
+from mohawkify.train.stop import StopRequest
+from mohawkify.train.watch import HangWatch
 from mohawkify.train.world import World
 from tests.commands import RECIPE
 from tests.faults import content_of
@@ -129,7 +131,7 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
             position.stage_step = position.global_step = step
             run._log(StepReport(step, 16, 1e-3, 1.0, 0.1, {"loss": 2.5}), position, None)
             if step != 2:
-                run._write(tensors, tensors, {}, position, None, None)  # type: ignore[arg-type]
+                run._write(tensors, tensors, {}, position, StopRequest(), HangWatch(0, "saving", World()))
 
     def check(place: Path, is_done: bool) -> None:
         found = checkpoint.newest_valid(place / "checkpoints", lambda line: None)
