@@ -124,10 +124,10 @@ def test_a_near_choice_is_not_held_against_a_bf16_export():
     assert (near.top1, near.near_top1) == (0.0, 1.0)
     far = compare(with_leads(TIE + 0.1), with_leads(-0.1), IDS)
     assert (far.top1, far.near_top1) == (0.0, 0.0)
-    require_agreement(replace(GOOD, top1=0.9, near_top1=0.99), "bfloat16", None)
+    require_agreement(replace(GOOD, top1=0.9, near_top1=0.97), "bfloat16", None)
     require_agreement(replace(GOOD, near_top1=0.9), "bfloat16", 8)
-    with pytest.raises(ExportError, match=r"no near choice of its run for 1\.10% of the tokens, allowed 1\.0%"):
-        require_agreement(replace(GOOD, near_top1=0.989), "bfloat16", None)
+    with pytest.raises(ExportError, match=r"no near choice of its run for 3\.10% of the tokens, allowed 3\.0%"):
+        require_agreement(replace(GOOD, near_top1=0.969), "bfloat16", None)
 
 
 def test_perplexities_are_those_of_the_text_behind_the_first_token():
