@@ -152,7 +152,8 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     from mohawkify.storage import atomic_directory, write_json
     from mohawkify.student.build import build_student, design_student
     from mohawkify.teacher.inspect import inspect_teacher
-    from mohawkify.teacher.load import load_teacher, load_tokenizer
+    from mohawkify.teacher.load import load_teacher
+    from mohawkify.teacher.tokenizer import load_tokenizer
 
     found = inspect_teacher(str(stories_teacher))
     teacher = load_teacher(stories_teacher, dtype=torch.float32, device=torch.device("cpu"))

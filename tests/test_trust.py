@@ -21,8 +21,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mohawkify.errors import INPUT, RECIPE, USAGE, DataError
-from tests.bytes_tokenizer import bytes_tokenizer
+from mohawkify.errors import INPUT, RECIPE, USAGE
 from tests.commands import RECIPE as RECIPE_TEXT
 from tests.commands import copy_of, make_recipe, make_teacher, run_well
 from tests.conftest import ROOT
@@ -92,6 +91,22 @@ CASES = {
     "convert an upload with its own tokenizer code": Case(
         convert(teacher="tokenizer-code", output="x1"), (0, INPUT), "no usable tokenizer"
     ),
+    "convert a tokenizer that is a processor with code": Case(
+        convert(teacher="processor", output="x3"), (INPUT,), "tokenizer_class is 'AutoProcessor'"
+    ),
+    "prepare with a tokenizer that is a pickled model": Case(
+        ("data", "prepare", "pickled-tokenizer", "--recipe", "tiny.yaml", "--output", "x3"),
+        (INPUT,),
+        "tokenizer_class is 'AutoModelForCausalLM'",
+    ),
+    "convert a tokenizer of other files": Case(
+        convert(teacher="tokenizer-elsewhere", output="x3"), (INPUT,), "special_"
+    ),
+    "generate with a processor in the student": Case(("generate", "processor-run", "once"), (INPUT,), "AutoProcessor"),
+    "export a student with a processor": Case(
+        ("export", "processor-run", "--target", "hf", "--output", "x3"), (INPUT,), "AutoProcessor"
+    ),
+    "generate with settings that call for code": Case(("generate", "settings", "once")),
     "convert only a pickle": Case(convert(teacher="pickle", output="x2"), (INPUT,), "a pickle"),
     "convert an adapter": Case(convert(teacher="adapter", output="x3"), (INPUT,), "adapter_config.json"),
     "convert with a template that attacks": Case(
@@ -183,6 +198,13 @@ def make_strangers_teacher(folder: Path, root: Path) -> None:
     (folder / "data.py").write_text(payload(root))
 
 
+def make_processor(folder: Path, root: Path) -> None:
+    """Let the tokenizer's class be one that reads a file with code in it, and asks before it runs that."""
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="AutoProcessor")
+    (folder / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "processing_x.X"}}))
+    (folder / "processing_x.py").write_text(payload(root))
+
+
 def make_data(work: Path) -> None:
     """Rows whose further columns name files, as datasets of images do."""
     paths = {"file_name": "../outside/secret.txt", "image": {"path": "../outside/secret.txt", "bytes": None}}
@@ -217,7 +239,8 @@ def reseal(folder: Path, **more: Any) -> None:
 def make_strangers_runs(work: Path, root: Path) -> None:
     """A finished run, and copies of it that were tampered with by someone who knows the formats."""
     out = "../../../outside/secret.json"
-    for name in ("paths", "code", "links", "manifest", "index", "kernel", "quantised"):
+    names = ("paths", "code", "links", "manifest", "index", "kernel", "quantised", "processor-run", "settings")
+    for name in names:
         copy_of(work / "run", work / name)
     for name in RUN_FILES:
         file = work / "paths" / name
@@ -245,6 +268,15 @@ def make_strangers_runs(work: Path, root: Path) -> None:
     edit_json(work / "quantised" / "final" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     reseal(work / "quantised" / "final")
 
+    make_processor(work / "processor-run" / "final", root)
+    reseal(work / "processor-run" / "final")
+    final = work / "settings" / "final"
+    calls = {"custom_generate": "../outside", "prompt_lookup_num_tokens": 3, "dola_layers": "low", "constraints": [1]}
+    edit_json(final / "generation_config.json", **calls, assistant_confidence_threshold=0.4, stop_strings=["a"])
+    (final / "custom_generate").mkdir()
+    (final / "custom_generate" / "generate.py").write_text(payload(root))
+    reseal(final)
+
     final = work / "links" / "final"
     shutil.move(final / WEIGHTS, root / "outside" / WEIGHTS)
     (final / WEIGHTS).symlink_to(root / "outside" / WEIGHTS)
@@ -267,8 +299,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     (root / "outside" / "secret.txt").write_text("a secret")
     (root / "outside" / "secret.json").write_text("{}")
     make_strangers_teacher(work / "teacher", root)
-    for name in ("tokenizer-code", "pickle", "adapter"):
+    for name in ("tokenizer-code", "pickle", "adapter", "processor", "pickled-tokenizer", "tokenizer-elsewhere"):
         copy_of(work / "teacher", work / name)
+    make_processor(work / "processor", root)
+    edit_json(work / "pickled-tokenizer" / "tokenizer_config.json", tokenizer_class="AutoModelForCausalLM")
+    secret = {"tokenizer_file": str(root / "outside" / "secret.json"), "vocab_file": "../outside/secret.json"}
+    (work / "tokenizer-elsewhere" / "special_tokens_map.json").write_text(json.dumps(secret))
     edit_json(work / "tokenizer-code" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
     (work / "pickle" / WEIGHTS).unlink()
     (work / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../outside"}))
@@ -421,69 +457,3 @@ def test_exports_hold_nothing_of_this_machine(outcome: Outcome) -> None:
             content = file.read_bytes() if file.is_file() else b""
             for secret in (str(outcome.root), str(Path.home()) + "/", "CANARY", "evil/kernel"):
                 assert secret.encode() not in content, file
-
-
-ATTACKS = [
-    "{{ ''.__class__.__base__.__subclasses__() }}",
-    "{{ messages.__class__.__mro__ }}",
-    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
-    "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
-    "{{ self._TemplateReference__context.eval_ctx.environment.overlay() }}",
-    "{{ raise_exception.__globals__.__builtins__.open('CANARY', 'w') }}",
-    "{{ (messages|map(attribute='__class__')|list)[0].__mro__ }}",
-    "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}{{ messages.append(1) }}",
-    "{% include '/etc/passwd' %}",
-    "{% import 'os' as os %}{{ os.system('touch CANARY') }}",
-    "{% extends 'x' %}",
-    "{{ messages.clear() }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(10**9) %}{% endfor %}",
-    "{{ lipsum(n=100000) }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 'a' * 10**10 }}",
-    "{{ ['a'] * 10**9 }}",
-    "{{ '%0999999999d' % 1 }}",
-    "{{ 'a' | center(10**10) }}",
-    "{% set n = namespace(x='a') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "{% set n = namespace(x=[]) %}{% for i in range(64) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-    "{{ 9 ** (9 ** 9) }}",
-    "{{ range(99999) | map('string') | join('x' * 100000) }}",
-    "{{ 'a' * 2000000 }}",
-    "{{ raise_exception('a' * 1000000) }}",
-    "{{ messages[9].role.x }}",
-    "{{ 1 / 0 }}",
-    "{{ none + 1 }}",
-    "{{ '\ud800' }}{{ 1 / 0 }}",
-    "{{",
-]
-
-
-@pytest.mark.parametrize("template", ATTACKS, ids=lambda text: text[:40].encode("ascii", "replace").decode())
-def test_a_chat_template_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
-    """Two seconds of computing and 300 MB are the most that one conversation may take."""
-    import resource
-    import signal
-    import time
-
-    from mohawkify.data.conversation import render_conversation
-
-    monkeypatch.chdir(tmp_path)
-    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    tokenizer = bytes_tokenizer(chat_template=template)
-    began = time.process_time()
-    with pytest.raises(DataError, match="row 7: the teacher's chat template") as caught:
-        render_conversation([{"role": "user", "content": "Hello."}], tokenizer, "row 7")
-    assert time.process_time() - began < 2
-    assert len(caught.value.message) < 500
-    assert not list(tmp_path.iterdir())
-    assert resource.getrlimit(resource.RLIMIT_AS) == limits
-    assert signal.getsignal(signal.SIGVTALRM) == handler
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
-
-
-def test_a_long_conversation_is_no_attack() -> None:
-    from mohawkify.data.conversation import render_conversation
-
-    tokenizer = bytes_tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    messages = [{"role": "user", "content": "x" * 1000}] * 4000
-    assert len(render_conversation(messages, tokenizer, "row 7")) == 4000 * 1007

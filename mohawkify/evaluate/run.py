@@ -23,8 +23,9 @@ from mohawkify.evaluate.provenance import provenance, text_sha256
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
-from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
+from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder
+from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.train.stop import StopRequest
 
 Report = Callable[[str], None]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from mohawkify.errors import ExportError, UsageError
 from mohawkify.export.agreement import compare, require_agreement, require_same_model, sample_ids
@@ -19,6 +18,7 @@ from mohawkify.run import finished_run
 from mohawkify.shelf import nearest
 from mohawkify.storage import atomic_directory
 from mohawkify.student.save import load_student, save_student, save_tokenizer
+from mohawkify.teacher.tokenizer import load_tokenizer
 
 Report = Callable[[str], None]
 
@@ -75,14 +75,14 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
     report(f"loading {source.final}")
     student: Any = load_student(source.checked_final())
-    tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.final, student.config.vocab_size)
     ids_bl = sample_ids(student)
     plain: list[str] = []
     with atomic_directory(output) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
             plain = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
-            (folder / "generation_config.json").write_bytes((source.final / "generation_config.json").read_bytes())
+            student.generation_config.to_json_file(folder / "generation_config.json")
             save_tokenizer(tokenizer, folder)
             found = mlx_logits(load_mlx(folder))
         else:
