@@ -163,7 +163,7 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     with atomic_directory(tmp_path / "final") as final:
         save_student(student, tokenizer, final)
     write_json(tmp_path / "results.json", {"teacher": {}, "stages": {}})
-    write_json(tmp_path / "teacher.json", {"source": str(stories_teacher)})
+    write_json(tmp_path / "teacher.json", {"source": str(stories_teacher), "folder": str(stories_teacher), "files": {}})
     for target, dtype in (("mlx-q4", None), ("mlx", "float32")):
         export_run(tmp_path, target, tmp_path / target, dtype=dtype, report=quiet)
         for file in (tmp_path / target).iterdir():
