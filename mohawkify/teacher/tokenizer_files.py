@@ -115,9 +115,16 @@ def _require_special_tokens(path: Path) -> None:
     for key, value in read_json_object(path).items():
         if not key.endswith(("_token", "_tokens")):
             raise TeacherError(f"{path} has {key!r:.100}, expected special tokens alone", hint="remove the key")
-        tokens = value if isinstance(value, list) else [*value.values()] if key.endswith("_tokens") else [value]
+        tokens = _several(value) if key.endswith("_tokens") else [value]
         if not all(_is_token(token) for token in tokens):
             raise TeacherError(f"{path} says {key} is {str(value)[:100]!r}, expected a token, or several")
+
+
+def _several(value: Any) -> list[Any]:
+    """The tokens of a list, or of an object that gives each a name."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else [value]
 
 
 def _is_token(value: Any) -> bool:
