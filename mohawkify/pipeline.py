@@ -44,9 +44,10 @@ from mohawkify.teacher.finishing import (
 )
 from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
-from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
+from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
+from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares, unheeded_settings
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id

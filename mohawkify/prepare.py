@@ -19,8 +19,8 @@ from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.lock import run_lock
 from mohawkify.recipe import Recipe
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.teacher.load import load_tokenizer
 from mohawkify.teacher.locate import find_tokenizer_folder
+from mohawkify.teacher.tokenizer import load_tokenizer
 
 _SHOWN_TOKENS = 80  # of a document
 _BEGIN, _END = "⟦", "⟧"  # around completions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,22 @@ class RunFolder:
             raise CheckpointError(f"{self.teacher_file} does not say which teacher the run was made from")
         return dict(facts)
 
+    def student(self) -> dict[str, Any]:
+        """The student's facts as they were recorded; none where they were not.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        if not self.student_file.is_file():
+            return {}
+        facts = read_json(self.student_file)
+        kinds = {"name": str, "grafted_layers": list, "num_parameters": int}
+        if not isinstance(facts, dict) or not all(
+            isinstance(facts.get(key, kind()), kind) for key, kind in kinds.items()
+        ):
+            raise CheckpointError(f"{self.student_file} does not say which student the run is to make")
+        return dict(facts)
+
     def teacher_files(self) -> dict[str, str]:
         """The hashes that the run's identity is made of: those of the teacher, and of what finishes the run.
 
@@ -166,11 +182,43 @@ class RunFolder:
         for part in ("teacher", "stages"):
             if not isinstance(results, dict) or not isinstance(results.get(part), dict):
                 raise CheckpointError(f"{self.results_file} is damaged: it has no {part}")
+        wrong = next(_wrong_results(results), None)
+        if wrong:
+            raise CheckpointError(f"{self.results_file} is damaged: {wrong}")
         return results
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace the results."""
         write_json(self.results_file, results)
+
+
+def _wrong_results(results: Mapping[str, Any]) -> Iterator[str]:
+    """What reports cannot be made of, in words."""
+    if not isinstance(results.get("name"), str | None):
+        yield "its name is no text"
+    if not _are_numbers({"evaluation_tokens": results.get("evaluation_tokens", 0)}):
+        yield "its evaluation_tokens are no number"
+    for part in ("teacher", "student"):
+        if not _are_numbers(results.get(part, {})):
+            yield f"the figures of the {part} are no numbers"
+    for name, stage in results["stages"].items():
+        figures = {key: value for key, value in stage.items() if key != "phases"} if isinstance(stage, dict) else {}
+        if not {"tokens", "perplexity", "kl", "top1"} <= figures.keys() or not _are_numbers(figures):
+            yield f"the figures of stage {name[:40]} are no numbers, or lack some"
+        elif not _are_phases(stage.get("phases", [])):
+            yield f"the phases of stage {name[:40]} are none"
+
+
+def _are_numbers(figures: Any) -> bool:
+    return isinstance(figures, dict) and all(type(value) in (int, float) for value in figures.values())
+
+
+def _are_phases(phases: Any) -> bool:
+    kinds = {"data": str, "steps": int, "tokens": int, "ended_by": str}
+    return isinstance(phases, list) and all(
+        isinstance(phase, dict) and all(isinstance(phase.get(key), kind) for key, kind in kinds.items())
+        for phase in phases
+    )
 
 
 def finished_run(path: Path | None, root: Path = RUNS) -> RunFolder:

@@ -72,7 +72,7 @@ def main() -> None:
     done = []
     for number, command in enumerate(todo):
         note("command", str(number))
-        result = CliRunner().invoke(mohawkify, command)
+        result = CliRunner().invoke(mohawkify, command, input="y\n" * 9)  # to whatever is asked
         done.append({"code": result.exit_code, "out": result.stdout, "err": result.stderr})
     is_listening = False
     target.write_text(json.dumps({"done": done, "events": events}, default=str), encoding="utf-8")

@@ -56,7 +56,8 @@ def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = ()
     figures = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
     write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": figures}})
     write_json(folder / "student.json", spec.to_json())
-    write_json(folder / "teacher.json", {"source": str((folder / "teacher-folder").resolve())})
+    teacher = str((folder / "teacher-folder").resolve())
+    write_json(folder / "teacher.json", {"source": teacher, "folder": teacher, "files": {}})
     return student
 
 

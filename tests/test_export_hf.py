@@ -272,7 +272,9 @@ def test_the_card_shows_the_measured_quality_and_the_teachers_folder_name(run):
 
 def test_a_hub_teacher_becomes_the_cards_base_model(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
-    (tmp_path / "run" / "teacher.json").write_text('{"source": "meta-llama/Llama-3.2-1B"}')
+    (tmp_path / "run" / "teacher.json").write_text(
+        '{"source": "meta-llama/Llama-3.2-1B", "folder": "cache", "files": {}}'
+    )
     card = model_card(RunFolder(tmp_path / "run"), "transformers", None, RESULT)
     assert "base_model: meta-llama/Llama-3.2-1B" in card
 

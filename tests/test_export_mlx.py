@@ -152,7 +152,8 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     from mohawkify.storage import atomic_directory, write_json
     from mohawkify.student.build import build_student, design_student
     from mohawkify.teacher.inspect import inspect_teacher
-    from mohawkify.teacher.load import load_teacher, load_tokenizer
+    from mohawkify.teacher.load import load_teacher
+    from mohawkify.teacher.tokenizer import load_tokenizer
 
     found = inspect_teacher(str(stories_teacher))
     teacher = load_teacher(stories_teacher, dtype=torch.float32, device=torch.device("cpu"))
@@ -162,7 +163,7 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     with atomic_directory(tmp_path / "final") as final:
         save_student(student, tokenizer, final)
     write_json(tmp_path / "results.json", {"teacher": {}, "stages": {}})
-    write_json(tmp_path / "teacher.json", {"source": str(stories_teacher)})
+    write_json(tmp_path / "teacher.json", {"source": str(stories_teacher), "folder": str(stories_teacher), "files": {}})
     for target, dtype in (("mlx-q4", None), ("mlx", "float32")):
         export_run(tmp_path, target, tmp_path / target, dtype=dtype, report=quiet)
         for file in (tmp_path / target).iterdir():

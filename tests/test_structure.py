@@ -38,7 +38,7 @@ RANKS = (
     ("demo", "ops"),
     ("data", "student.cache", "student.mixer"),
     ("student.grafting",),
-    ("teacher.claims", "teacher.projections", "teacher.recognise"),
+    ("teacher.claims", "teacher.generation", "teacher.no_questions", "teacher.projections", "teacher.recognise"),
     ("student", "teacher"),
     ("adapters", "stages", "auto"),
     ("train",),

@@ -91,6 +91,22 @@ CASES = {
     "convert an upload with its own tokenizer code": Case(
         convert(teacher="tokenizer-code", output="x1"), (0, INPUT), "no usable tokenizer"
     ),
+    "convert a tokenizer that is a processor with code": Case(
+        convert(teacher="processor", output="x3"), (INPUT,), "tokenizer_class is 'AutoProcessor'"
+    ),
+    "prepare with a tokenizer that is a pickled model": Case(
+        ("data", "prepare", "pickled-tokenizer", "--recipe", "tiny.yaml", "--output", "x3"),
+        (INPUT,),
+        "tokenizer_class is 'AutoModelForCausalLM'",
+    ),
+    "convert a tokenizer of other files": Case(
+        convert(teacher="tokenizer-elsewhere", output="x3"), (INPUT,), "special_"
+    ),
+    "generate with a processor in the student": Case(("generate", "processor-run", "once"), (INPUT,), "AutoProcessor"),
+    "export a student with a processor": Case(
+        ("export", "processor-run", "--target", "hf", "--output", "x3"), (INPUT,), "AutoProcessor"
+    ),
+    "generate with settings that call for code": Case(("generate", "settings", "once")),
     "convert only a pickle": Case(convert(teacher="pickle", output="x2"), (INPUT,), "a pickle"),
     "convert an adapter": Case(convert(teacher="adapter", output="x3"), (INPUT,), "adapter_config.json"),
     "convert with a template that attacks": Case(
@@ -194,6 +210,13 @@ def make_strangers_teacher(folder: Path, root: Path) -> None:
     (folder / "data.py").write_text(payload(root))
 
 
+def make_processor(folder: Path, root: Path) -> None:
+    """Let the tokenizer's class be one that reads a file with code in it, and asks before it runs that."""
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="AutoProcessor")
+    (folder / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "processing_x.X"}}))
+    (folder / "processing_x.py").write_text(payload(root))
+
+
 def make_data(work: Path) -> None:
     """Rows whose further columns name files, as datasets of images do."""
     paths = {"file_name": "../outside/secret.txt", "image": {"path": "../outside/secret.txt", "bytes": None}}
@@ -244,7 +267,8 @@ def reseal(folder: Path, **more: Any) -> None:
 def make_strangers_runs(work: Path, root: Path) -> None:
     """A finished run, and copies of it that were tampered with by someone who knows the formats."""
     out = "../../../outside/secret.json"
-    for name in ("paths", "code", "links", "manifest", "index", "kernel", "quantised"):
+    names = ("paths", "code", "links", "manifest", "index", "kernel", "quantised", "processor-run", "settings")
+    for name in names:
         copy_of(work / "run", work / name)
     for name in RUN_FILES:
         file = work / "paths" / name
@@ -272,6 +296,15 @@ def make_strangers_runs(work: Path, root: Path) -> None:
     edit_json(work / "quantised" / "final" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     reseal(work / "quantised" / "final")
 
+    make_processor(work / "processor-run" / "final", root)
+    reseal(work / "processor-run" / "final")
+    final = work / "settings" / "final"
+    calls = {"custom_generate": "../outside", "prompt_lookup_num_tokens": 3, "dola_layers": "low", "constraints": [1]}
+    edit_json(final / "generation_config.json", **calls, assistant_confidence_threshold=0.4, stop_strings=["a"])
+    (final / "custom_generate").mkdir()
+    (final / "custom_generate" / "generate.py").write_text(payload(root))
+    reseal(final)
+
     final = work / "links" / "final"
     shutil.move(final / WEIGHTS, root / "outside" / WEIGHTS)
     (final / WEIGHTS).symlink_to(root / "outside" / WEIGHTS)
@@ -294,8 +327,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     (root / "outside" / "secret.txt").write_text("a secret")
     (root / "outside" / "secret.json").write_text("{}")
     make_strangers_teacher(work / "teacher", root)
-    for name in ("tokenizer-code", "pickle", "adapter"):
+    for name in ("tokenizer-code", "pickle", "adapter", "processor", "pickled-tokenizer", "tokenizer-elsewhere"):
         copy_of(work / "teacher", work / name)
+    make_processor(work / "processor", root)
+    edit_json(work / "pickled-tokenizer" / "tokenizer_config.json", tokenizer_class="AutoModelForCausalLM")
+    secret = {"tokenizer_file": str(root / "outside" / "secret.json"), "vocab_file": "../outside/secret.json"}
+    (work / "tokenizer-elsewhere" / "special_tokens_map.json").write_text(json.dumps(secret))
     edit_json(work / "tokenizer-code" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
     (work / "pickle" / WEIGHTS).unlink()
     (work / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../outside"}))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from mohawkify.errors import CheckpointError
 from mohawkify.run import RunFolder
-from mohawkify.storage import read_json
 from mohawkify.teacher.locate import HUB_ID, teacher_name
 
 _RUN_TRANSFORMERS = """\
@@ -48,11 +46,13 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
     Returns:
         Markdown with a YAML header. It names no path of the machine it was made on.
+
+    Raises:
+        CheckpointError: the run's facts or results are damaged.
     """
-    student, teacher = _facts(run.student_file), _facts(run.teacher_file)
+    student, source = run.student(), run.teacher()["source"]
     name = run.results().get("name") or student.get("name") or "A Mohawk student"
-    source = teacher.get("source", "")
-    base = source if HUB_ID.fullmatch(source) and not Path(source).exists() else None
+    base = source if HUB_ID.fullmatch(source) and not os.path.exists(source) else None
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "finetune" if bits is None else "quantized",
@@ -69,13 +69,6 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
         "## Limits\n\n" + _LIMITS,
     ]
     return "\n".join(parts)
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    facts = read_json(file) if file.is_file() else {}
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return facts
 
 
 def _description(teacher: str, student: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from mohawkify.errors import ExportError, UsageError
 from mohawkify.export.agreement import compare, require_agreement, require_same_model, sample_ids
@@ -20,6 +19,7 @@ from mohawkify.run import finished_run
 from mohawkify.shelf import nearest
 from mohawkify.storage import atomic_directory
 from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes
+from mohawkify.teacher.tokenizer import load_tokenizer
 
 Report = Callable[[str], None]
 
@@ -76,14 +76,14 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
     report(f"loading {source.final}")
     student: Any = load_student(source.checked_final())
-    tokenizer = AutoTokenizer.from_pretrained(source.final, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.final, student.config.vocab_size)
     ids_bl = sample_ids(student)
     quantised: Quantised | None = None
     with atomic_directory(output, needed=_least_bytes(student, DTYPES[dtype], wanted.bits)) as folder:
         report(f"writing {target} in {dtype}")
         if wanted.library == "mlx":
             shapes, quantised = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
-            (folder / "generation_config.json").write_bytes((source.final / "generation_config.json").read_bytes())
+            student.generation_config.to_json_file(folder / "generation_config.json")
             save_tokenizer(tokenizer, folder)
         else:
             save_student(student, tokenizer, folder, DTYPES[dtype])

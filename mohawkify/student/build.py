@@ -22,8 +22,9 @@ from mohawkify.student.mixer import DiscreteMamba2
 from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
 
 NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
-# Keys of a configuration that name the teacher's class or the file it came from, not the architecture.
-NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype")
+# Keys of a configuration that name the teacher's class or the file it came from, not the architecture, or that are the
+# student's own.
+NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "mixer")
 
 # The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
 DiscreteMamba2.scan = staticmethod(backend.scan)

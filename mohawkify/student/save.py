@@ -23,10 +23,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from mohawkify.adapter import Adapter
 from mohawkify.errors import CheckpointError, is_out_of_memory
-from mohawkify.storage import read_json
 from mohawkify.student.build import classes_for
 from mohawkify.student.mixer import PRECISE_PARAMETERS
-from mohawkify.teacher.claims import CODE_KEYS, read_tensors, require_plain_weights
+from mohawkify.teacher.claims import (
+    CODE_KEYS,
+    read_tensors,
+    require_config,
+    require_plain_weights,
+    require_room,
+    require_settings,
+    require_token_ids,
+)
+from mohawkify.teacher.generation import plain_generation
+from mohawkify.teacher.no_questions import never_ask
 from mohawkify.teacher.recognise import find_classes
 
 TYPE_PREFIX = "mohawk_"
@@ -124,18 +133,25 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
     Raises:
         UnknownFamilyError: no adapter knows the student's teacher.
+        TeacherError: sizes that no model has, or keys that are no settings.
         CheckpointError: not a student, or damaged: tensors missing, left over or misshapen.
     """
+    never_ask()
     path = directory / "config.json"
-    values = {key: value for key, value in student_config(directory).items() if not CODE_KEYS.fullmatch(key)}
+    values = {key: value for key, value in require_config(path).items() if not CODE_KEYS.fullmatch(key)}
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
+    require_settings(path, values, config_class)
     try:
         require_plain_weights(path, values)
-        read_tensors(directory)  # transformers would follow an index out of the folder
+        tensors = read_tensors(directory)  # transformers would follow an index out of the folder
+        require_token_ids(path, config_class(**values))
+        with torch.device("meta"):
+            require_room(path, model_class(config_class(**values)), tensors)
         student, info = model_class.from_pretrained(
             directory, config=config_class(**values), dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        student.generation_config = plain_generation(student.generation_config, student.config.vocab_size)
     except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
         if is_out_of_memory(error):
             raise
@@ -156,11 +172,8 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
 
 def student_config(directory: Path) -> dict[str, Any]:
-    """The configuration in a student's folder; raises CheckpointError if it is none."""
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / 'config.json'} holds a {type(config).__name__}, expected a JSON object")
-    return config
+    """The configuration in a student's folder; raises what `require_config` raises."""
+    return require_config(directory / "config.json")
 
 
 def family_of(model_type: str) -> Adapter:

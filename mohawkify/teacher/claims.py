@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,17 @@ _LONGEST_HEADER = 10_000_000
 _LONGEST_CONFIG = 10_000_000
 _BYTES_AT_ONCE = 1 << 24
 
+# Masks and tables that a family computes when it is loaded may take this many bytes, and this many times the weights.
+# Assumed: GPT-2's square mask in every layer, the largest known, is far below at its published length.
+_COMPUTED_BYTES = 1 << 30
+_COMPUTED_SHARE = 4
+
 # Far above every published model, far below what takes minutes to lay out or overflows a count of elements.
 _MOST = (
     (re.compile(r"vocab"), 2**24),
     (re.compile(r"position|seq|length|window|ctx"), 2**31 - 1),
-    (re.compile(r"(layer|block)s?$|num_labels"), 500),
-    (re.compile(r"(head|expert|group)s?$"), 1024),  # some families lay out a module for each
+    (re.compile(r"(layer|block|cycle|codebook|num_input)s?$|layers_per|num_labels"), 500),  # a module for each
+    (re.compile(r"(head|expert|group|mult|count|type)s?$"), 1024),  # some families lay out a module for each
     (re.compile(r"size|dim|width|head|embd|inner|ffn|expert|rank|group|kernel|channel|state"), 2**20),
 )
 _AT_LEAST_ONE = re.compile(
@@ -81,10 +87,12 @@ def require_config(path: Path) -> dict[str, Any]:
         What it says.
 
     Raises:
-        TeacherError: a pointer, too long, no JSON object, or a size beyond every published model's.
+        TeacherError: not a file of JSON, too long, a size beyond every published model's, or other files to read.
         CheckpointError: not strict JSON.
     """
-    _refuse_pointer(path)
+    if not path.is_file():
+        raise TeacherError(f"{path} is no file", hint="expected the config.json of a transformers model")
+    refuse_pointer(path)
     if path.stat().st_size > _LONGEST_CONFIG:
         raise TeacherError(f"{path} has {path.stat().st_size:,} bytes, expected a configuration of a few thousand")
     config = read_json(path)
@@ -94,7 +102,79 @@ def require_config(path: Path) -> dict[str, Any]:
             hint="expected the config.json of a transformers model",
         )
     _require_sizes(path, config, depth=0)
+    if config.get("configuration_files"):
+        raise TeacherError(
+            f"{path} names other files as configuration_files, expected the configuration itself",
+            hint="remove the key configuration_files",
+        )
     return config
+
+
+def require_settings(path: Path, values: Mapping[str, Any], config_class: Any) -> None:
+    """Refuse keys that would replace what a configuration class does, which shows only when it is to do it.
+
+    Args:
+        path: of the config.json.
+        values: its content.
+        config_class: transformers' configuration class of the family.
+
+    Raises:
+        TeacherError: a key is the name of a method.
+    """
+    for key, value in values.items():
+        if key.startswith("__") or callable(getattr(config_class, key, None)):
+            raise TeacherError(
+                f"{path} has {key!r:.100}, which is no setting: {config_class.__name__} has a method of that name",
+                hint="remove the key",
+            )
+        part = (config_class.sub_configs or {}).get(key)
+        if isinstance(value, dict) and part is not None:
+            require_settings(path, value, part)
+
+
+def require_token_ids(path: Path, config: Any) -> None:
+    """Refuse a first or last token that the vocabulary does not have; generation would fail, or never end.
+
+    Args:
+        path: of the config.json.
+        config: what transformers made of it.
+
+    Raises:
+        TeacherError: such an id.
+    """
+    for key in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, key, None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not (type(number) is int and 0 <= number < config.vocab_size):
+                raise TeacherError(
+                    f"{path} says {key} is {str(number)[:40]!r}, expected an id below vocab_size {config.vocab_size:,}"
+                )
+
+
+def require_room(path: Path, model: Any, tensors: Mapping[str, ClaimedTensor]) -> None:
+    """Refuse a configuration of a model that is far larger than its weights, before any memory is taken for it.
+
+    Args:
+        path: of the config.json.
+        model: the model that it describes, laid out on the meta device.
+        tensors: the weights' headers.
+
+    Raises:
+        TeacherError: more parameters than the weights have numbers, or tables that are far larger.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 2 * held:
+        raise TeacherError(
+            f"{path} describes {needed:,} parameters, the weights hold {held:,}",
+            hint="the weights do not fit config.json: is the download complete?",
+        )
+    computed = sum(buffer.nbytes for buffer in model.buffers())
+    if computed > _COMPUTED_BYTES + _COMPUTED_SHARE * sum(tensor.end - tensor.begin for tensor in tensors.values()):
+        raise TeacherError(
+            f"{path} describes a model that needs {computed:,} bytes beside its weights",
+            hint="is max_position_embeddings right?",
+        )
 
 
 def require_own_files(folder: Path) -> None:
@@ -106,9 +186,7 @@ def require_own_files(folder: Path) -> None:
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
-    for entry in _entries(home):
-        if not entry.is_symlink():
-            continue
+    for entry in _links(home):
         if not any(_target(entry).is_relative_to(root) for root in allowed):
             raise TeacherError(
                 f"{folder / entry.relative_to(home)} is a link that leads out of the folder",
@@ -176,36 +254,27 @@ def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def require_tokenizer_files(folder: Path) -> None:
-    """Refuse tokenizer files that are damaged, are pointers, or send the reader out of the folder.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a small JSON file of a model.
 
     Raises:
-        TeacherError: a link or a name that leads out of the folder, or tokens that share an id.
-        CheckpointError: not strict JSON.
+        TeacherError: a pointer, not strict JSON, or no object.
     """
-    require_own_files(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        _refuse_pointer(path)
-        content = _parsed(path, path.read_bytes())
-        if not isinstance(content, dict):
-            raise TeacherError(f"{path} holds a {type(content).__name__}, expected a JSON object", hint=_AGAIN)
-        if name == "tokenizer_config.json":
-            _require_plain_names(path, content)
+    refuse_pointer(path)
+    content = _parsed(path, path.read_bytes())
+    if not isinstance(content, dict):
+        raise TeacherError(f"{path} holds a {type(content).__name__}, expected a JSON object", hint=_AGAIN)
+    return content
 
 
-def require_distinct_ids(folder: Path, vocabulary: Mapping[str, int]) -> None:
-    """Refuse a vocabulary in which two tokens have one id: text would come back as other text."""
-    owners: dict[int, str] = {}
-    for token, number in vocabulary.items():
-        if number in owners:
+def refuse_pointer(path: Path) -> None:
+    """Refuse what git-lfs leaves in the place of a file that was not fetched; raises TeacherError."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
             raise TeacherError(
-                f"the tokenizer in {folder} gives id {number} to two tokens: {owners[number]!r:.40} and {token!r:.40}",
-                hint="its files are damaged or of different models: download them again",
+                f"{path} is a git-lfs pointer, expected the file that it stands for",
+                hint=f"run `git lfs pull` in {path.parent}",
             )
-        owners[number] = token
 
 
 def same_content(one: ClaimedTensor, other: ClaimedTensor) -> bool:
@@ -224,9 +293,11 @@ def same_content(one: ClaimedTensor, other: ClaimedTensor) -> bool:
     return True
 
 
-def _entries(home: Path) -> list[Path]:
-    templates = home / "additional_chat_templates"  # the one folder inside that transformers reads
-    return [*home.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+def _links(home: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(home):
+        for name in sorted(folders + files):
+            if os.path.islink(os.path.join(folder, name)):
+                yield Path(folder, name)
 
 
 def _target(link: Path) -> Path:
@@ -242,28 +313,22 @@ def _require_sizes(path: Path, values: Mapping[str, Any], depth: int) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _require_sizes(path, value, depth + 1)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            most = next((limit for pattern, limit in _MOST if pattern.search(key)), None)
-            if most is not None and value > most:
+            continue
+        most = next((limit for pattern, limit in _MOST if pattern.search(key)), None)
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (int, float)) or isinstance(number, bool):
+                continue
+            if most is not None and number > most:
                 raise TeacherError(
-                    f"{path} says {key} is {_number(value)}, expected at most {most:,}",
+                    f"{path} says {key} is {_number(number)}, expected at most {most:,}",
                     hint="no published model is of that size: the file is damaged or a trap",
                 )
-            if value < 1 and _AT_LEAST_ONE.fullmatch(key):
-                raise TeacherError(f"{path} says {key} is {_number(value)}, expected at least 1")
+            if number < 1 and _AT_LEAST_ONE.fullmatch(key):
+                raise TeacherError(f"{path} says {key} is {_number(number)}, expected at least 1")
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, float) or abs(value) < 10**18 else "a number of too many digits"
-
-
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise TeacherError(
-                f"{path} is a git-lfs pointer, expected the file that it stands for",
-                hint=f"run `git lfs pull` in {path.parent}",
-            )
 
 
 def _no_weights(folder: Path) -> TeacherError:
@@ -277,7 +342,7 @@ def _no_weights(folder: Path) -> TeacherError:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor by its name."""
-    _refuse_pointer(index)
+    refuse_pointer(index)
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
@@ -316,7 +381,7 @@ def read_header(path: Path) -> dict[str, ClaimedTensor]:
     size = path.stat().st_size
     if size == 0:
         raise TeacherError(f"{path} is empty", hint=_AGAIN)
-    _refuse_pointer(path)
+    refuse_pointer(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER and length + 8 <= size:
@@ -368,25 +433,3 @@ def _parsed(path: Path, data: bytes) -> Any:
         return parse_json(data, "it")
     except MohawkifyError as error:
         raise _damaged(path, error.message) from error
-
-
-def _require_plain_names(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse names of files that some versions of transformers would follow out of the folder."""
-    listed = config.get("fast_tokenizer_files") or []
-    for name in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
-            raise TeacherError(f"{path} names {name!r:.100}, expected files inside the folder")
-    for key in ("tokenizer_file", "vocab_file", "merges_file", "spm_file"):
-        name = config.get(key)
-        # Published files have leftovers of the machine they were made on, which lead nowhere here.
-        if isinstance(name, str) and name and Path(name).name != name and _is_there(path.parent / name):
-            raise TeacherError(
-                f"{path} names {name!r:.100} as {key}, a file outside the folder", hint=f"remove the key {key}"
-            )
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or not a name at all
-        return False

@@ -18,9 +18,10 @@ from mohawkify.errors import DataError
 from mohawkify.recipe import Recipe
 from mohawkify.teacher.head import prove_head
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.teacher.load import load_teacher, load_tokenizer, teacher_hashes
+from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.quantise import require_quantiser
+from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 

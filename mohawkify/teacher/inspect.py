@@ -14,7 +14,7 @@ from mohawkify.adapter import Adapter, AttentionWeights
 from mohawkify.errors import TeacherError
 from mohawkify.spec import TeacherSpec
 from mohawkify.student.grafting import find_layers
-from mohawkify.teacher.claims import CODE_KEYS, require_config
+from mohawkify.teacher.claims import CODE_KEYS, require_config, require_settings, require_token_ids
 from mohawkify.teacher.locate import find_config
 from mohawkify.teacher.projections import read_attention
 from mohawkify.teacher.recognise import find_adapter
@@ -64,7 +64,8 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
     """Read a config.json with its family's own configuration class; keys that would run code are dropped.
 
     Raises:
-        TeacherError: a broken configuration, sizes that no model has, or an unknown family.
+        TeacherError: a broken configuration, sizes that no model has, keys that are no settings, tokens that the
+            vocabulary does not have, or an unknown family.
         CheckpointError: not strict JSON.
     """
     raw = require_config(path)
@@ -74,6 +75,7 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
         raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")
     values = {key: value for key, value in raw.items() if not CODE_KEYS.fullmatch(key) and key not in UNUSED_KEYS}
     adapter = find_adapter(raw["model_type"], values)
+    require_settings(path, values, getattr(transformers, adapter.config_class))
     try:
         config = getattr(transformers, adapter.config_class)(**values)
         reason = adapter.refuse(config) if adapter.refuse else None
@@ -84,6 +86,7 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
         "all",
     ):
         reason = "its attention sees the future"
+    require_token_ids(path, config)
     if reason:
         raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
     return config, adapter

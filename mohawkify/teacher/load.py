@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mohawkify.errors import TeacherError, is_out_of_memory
@@ -20,18 +19,14 @@ from mohawkify.teacher.claims import (
     ClaimedTensor,
     read_tensors,
     require_config,
-    require_distinct_ids,
     require_plain_weights,
-    require_tokenizer_files,
+    require_room,
     same_content,
 )
+from mohawkify.teacher.generation import plain_generation
 from mohawkify.teacher.inspect import read_config
+from mohawkify.teacher.no_questions import never_ask
 from mohawkify.teacher.quantise import quantiser_options, require_sound_quantisation
-
-# Masks and tables that a family computes when it is loaded may take this many bytes, and this many times the weights.
-# Assumed: GPT-2's square mask in every layer, the largest known, is far below at its published length.
-_COMPUTED_BYTES = 1 << 30
-_COMPUTED_SHARE = 4
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,6 +74,7 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits
         TeacherError: damaged files; tensors that are missing, left over, misshapen or not finite.
         MissingExtraError: the quantiser is not installed.
     """
+    never_ask()
     quantiser = quantiser_options(bits, dtype, device) if bits else {}
     weight_files(folder)
     require_fit(folder)
@@ -113,6 +109,10 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits
     for name, parameter in teacher.named_parameters():
         if not torch.isfinite(parameter).all():
             raise TeacherError(f"the teacher in {folder} has values that are not finite in {name}")
+    try:
+        teacher.generation_config = plain_generation(teacher.generation_config, teacher.config.vocab_size)
+    except ValueError as error:
+        raise TeacherError(f"the generation settings of the teacher in {folder} are wrong: {error}") from error
     if bits:
         require_sound_quantisation(teacher, bits)
     else:
@@ -132,19 +132,7 @@ def require_fit(folder: Path) -> None:
     with torch.device("meta"):
         model = getattr(transformers, adapter.model_class)(config)
     tensors = read_tensors(folder)
-    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    if needed > 2 * held:
-        raise TeacherError(
-            f"{path} describes {needed:,} parameters, the weights hold {held:,}",
-            hint="the weights do not fit config.json: is the download complete?",
-        )
-    computed = sum(buffer.nbytes for buffer in model.buffers())
-    if computed > _COMPUTED_BYTES + _COMPUTED_SHARE * sum(tensor.end - tensor.begin for tensor in tensors.values()):
-        raise TeacherError(
-            f"{path} describes a model that needs {computed:,} bytes beside its weights",
-            hint="is max_position_embeddings right?",
-        )
+    require_room(path, model, tensors)
     _require_head(path, model, tensors)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in tensors.items():
@@ -187,33 +175,3 @@ def _require_head(path: Path, model: Any, tensors: dict[str, ClaimedTensor]) -> 
             f" differs from {embedding_name}",
             hint="set tie_word_embeddings to false if the model has a head of its own",
         )
-
-
-def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
-    """Load the teacher's tokenizer and check that every token has a row in the embedding, and an id of its own.
-
-    Rows without a token are fine: vocabularies are padded.
-
-    Raises:
-        TeacherError: no tokenizer, damaged files, token ids beyond the vocabulary, or two tokens with one id.
-    """
-    require_tokenizer_files(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        vocabulary = tokenizer.get_vocab()
-    except BaseException as error:
-        # A panic in the tokenizers library is no Exception, but it is what a damaged file does to it.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TeacherError(
-            f"{folder} has no usable tokenizer ({' '.join(str(error).split())[:200]})",
-            hint="expected tokenizer.json beside the weights",
-        ) from error
-    largest = max(vocabulary.values(), default=-1)
-    if not 0 <= largest < vocabulary_size:
-        raise TeacherError(
-            f"the tokenizer has token id {largest}, but the model's vocabulary has {vocabulary_size} rows",
-            hint="tokenizer and weights belong to different models",
-        )
-    require_distinct_ids(folder, vocabulary)
-    return tokenizer

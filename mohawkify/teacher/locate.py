@@ -24,7 +24,7 @@ def teacher_name(source: str) -> str:
     path = _local(source)
     if path.suffix == ".json":
         return path.resolve().parent.name if path.stem == "config" else path.stem
-    return path.resolve().name if path.exists() else source.rsplit("/", 1)[-1]
+    return path.resolve().name if os.path.exists(path) else source.rsplit("/", 1)[-1]
 
 
 def find_config(source: str) -> Path:

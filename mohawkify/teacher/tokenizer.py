@@ -1,0 +1,111 @@
+"""Load a teacher's or a student's tokenizer, by the classes of transformers that need nothing but its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from mohawkify.errors import MohawkifyError, TeacherError, is_out_of_memory
+from mohawkify.teacher.claims import read_json_object, require_config
+from mohawkify.teacher.no_questions import never_ask
+from mohawkify.teacher.tokenizer_files import (
+    SETTINGS_FILE,
+    has_vocabulary,
+    names_of_files,
+    require_distinct_ids,
+    require_tokenizer_files,
+    tokenizer_settings,
+)
+
+# transformers reads these with `TokenizersBackend`.
+_STANDS_FOR_ANY = ("PythonBackend", "PreTrainedTokenizer")
+
+
+def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and check that every token has a row in the embedding, and an id of its own.
+
+    Rows without a token are fine: vocabularies are padded.
+
+    Args:
+        folder: of the teacher or the student, with its config.json.
+        vocabulary_size: rows of the embedding.
+
+    Raises:
+        TeacherError: no tokenizer, damaged files, a class that is no tokenizer, token ids beyond the vocabulary, or two
+            tokens with one id.
+        CheckpointError: not strict JSON.
+    """
+    never_ask()
+    require_tokenizer_files(folder)
+    settings = tokenizer_settings(folder)
+    _require_tokenizer_class(folder / SETTINGS_FILE, settings.get("tokenizer_class"))
+    if not has_vocabulary(folder):  # transformers would make up one of no words
+        raise _unusable(folder, "no tokenizer.json, no vocabulary")
+    unfollowed: dict[str, Any] = dict.fromkeys(names_of_files(settings))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=_family(folder / "config.json"), local_files_only=True, trust_remote_code=False, **unfollowed
+        )
+        vocabulary = tokenizer.get_vocab()
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception, but it is what a damaged file does to it.
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, MohawkifyError) or not (isinstance(error, Exception) or is_panic):
+            raise
+        if is_out_of_memory(error):
+            raise
+        raise _unusable(folder, " ".join(str(error).split())[:200]) from error
+    largest = max(vocabulary.values(), default=-1)
+    if not 0 <= largest < vocabulary_size:
+        raise TeacherError(
+            f"the tokenizer has token id {largest}, but the model's vocabulary has {vocabulary_size} rows",
+            hint="tokenizer and weights belong to different models",
+        )
+    require_distinct_ids(folder, vocabulary)
+    return tokenizer
+
+
+def _unusable(folder: Path, reason: str) -> TeacherError:
+    return TeacherError(
+        f"{folder} has no usable tokenizer ({reason})", hint="expected tokenizer.json beside the weights"
+    )
+
+
+def _family(path: Path) -> Any:
+    """What transformers chooses the tokenizer's class by: the type of the model and the class its config.json names.
+
+    Left to itself it would read the whole configuration, and follow what else that names.
+    """
+    require_config(path)
+    facts = read_json_object(path)
+    model_type, tokenizer_class = facts.get("model_type"), facts.get("tokenizer_class")
+    _require_tokenizer_class(path, tokenizer_class)
+    config: Any = PreTrainedConfig()
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING and not model_type.startswith("mohawk_"):
+        config = CONFIG_MAPPING[model_type]()
+    config.model_type = model_type
+    config.tokenizer_class = tokenizer_class
+    return config
+
+
+def _require_tokenizer_class(path: Path, name: object) -> None:
+    """Refuse a name by which transformers would find anything but a tokenizer that is made of tokenizer.json alone.
+
+    It looks the name up among all that it exports, and calls what it finds. A name that it does not know is ignored.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TeacherError(f"{path} says tokenizer_class is {str(name)[:100]!r}, expected the name of a class")
+    bare = name.removesuffix("Fast")
+    for spelling in (name, bare, f"{bare}Fast"):  # all of which it tries
+        found = tokenizer_class_from_name(spelling)
+        is_known = isinstance(found, type) and issubclass(found, TokenizersBackend)
+        if found is not None and not is_known and spelling not in _STANDS_FOR_ANY:
+            raise TeacherError(
+                f"{path} says tokenizer_class is {name[:100]!r}, expected a tokenizer that reads tokenizer.json",
+                hint="convert it once with transformers' AutoTokenizer and save it beside the model",
+            )
