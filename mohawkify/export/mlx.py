@@ -18,6 +18,7 @@ from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.storage import read_json
 from mohawkify.student.save import family_of
+from mohawkify.teacher.claims import read_json_object
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (64, 32)  # weights that share a scale; the first that divides a weight's rows is taken
@@ -33,10 +34,11 @@ def require_mlx(final: Path) -> None:
     Raises:
         MissingExtraError: mlx-lm is not installed.
         ExportError: mlx-lm does not have the student's family.
+        MohawkifyError: its config.json is damaged.
     """
     if util.find_spec("mlx_lm") is None:
         raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
-    adapter = family_of(read_json(final / "config.json").get("model_type", ""))
+    adapter = family_of(read_json_object(final / "config.json").get("model_type", ""))
     if adapter.mlx_module is None:
         raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
 

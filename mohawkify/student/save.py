@@ -30,6 +30,7 @@ from mohawkify.teacher.claims import (
     read_json_object,
     read_tensors,
     require_config,
+    require_generation_settings,
     require_plain_weights,
     require_room,
     require_settings,
@@ -131,6 +132,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     values = {key: value for key, value in read_json_object(path).items() if not CODE_KEYS.fullmatch(key)}
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
     require_settings(path, values, config_class)
+    require_generation_settings(directory)
     try:
         require_plain_weights(path, values)
         tensors = read_tensors(directory)  # transformers would follow an index out of the folder
