@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError
 from mohawkify.export.card import model_card
+from mohawkify.export.mlx import require_mlx
 from mohawkify.generate import write_text
 from mohawkify.run import RunFolder
 from mohawkify.student.save import load_student
@@ -80,6 +81,8 @@ def test_a_configuration_that_no_student_has(run: RunFolder, case: str) -> None:
 def test_a_configuration_that_is_none(run: RunFolder, text: str) -> None:
     (run.final / "config.json").write_text(text)
     refused(run, "config.json|expected a student")
+    with pytest.raises(MohawkifyError, match=r"config.json|expected a student|mlx"):
+        require_mlx(run.final)
 
 
 CALLS = {
@@ -120,6 +123,14 @@ def test_generation_settings_with_a_value_that_is_none(run: RunFolder, key: str,
     for folder, load in ((run.final, load_student), (run.path / "teacher-folder", load_a_teacher)):
         edit_json(folder / "generation_config.json", **{key: value})
         with pytest.raises((CheckpointError, TeacherError), match=key):
+            load(folder)
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "5", "NaN"])
+def test_generation_settings_that_are_none(run: RunFolder, text: str) -> None:
+    for folder, load in ((run.final, load_student), (run.path / "teacher-folder", load_a_teacher)):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(TeacherError, match=r"generation_config\.json"):
             load(folder)
 
 

@@ -32,6 +32,7 @@ def require_mlx(final: Path) -> None:
     Raises:
         MissingExtraError: mlx-lm is not installed.
         ExportError: mlx-lm does not have the student's family.
+        MohawkifyError: its config.json is damaged.
     """
     if util.find_spec("mlx_lm") is None:
         raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")

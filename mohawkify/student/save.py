@@ -29,6 +29,7 @@ from mohawkify.teacher.claims import (
     CODE_KEYS,
     read_tensors,
     require_config,
+    require_generation_settings,
     require_plain_weights,
     require_room,
     require_settings,
@@ -141,6 +142,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     values = {key: value for key, value in require_config(path).items() if not CODE_KEYS.fullmatch(key)}
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
     require_settings(path, values, config_class)
+    require_generation_settings(directory)
     try:
         require_plain_weights(path, values)
         tensors = read_tensors(directory)  # transformers would follow an index out of the folder

@@ -267,6 +267,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def require_generation_settings(folder: Path) -> None:
+    """Refuse a generation_config.json that is no JSON object; transformers alone would go on as if there were none.
+
+    Raises:
+        TeacherError: it is a pointer, not strict JSON, or no object.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        read_json_object(path)
+
+
 def refuse_pointer(path: Path) -> None:
     """Refuse what git-lfs leaves in the place of a file that was not fetched; raises TeacherError."""
     with path.open("rb") as file:

@@ -19,6 +19,7 @@ from mohawkify.teacher.claims import (
     ClaimedTensor,
     read_tensors,
     require_config,
+    require_generation_settings,
     require_plain_weights,
     require_room,
     same_content,
@@ -78,6 +79,7 @@ def load_teacher(folder: Path, *, dtype: torch.dtype, device: torch.device, bits
     quantiser = quantiser_options(bits, dtype, device) if bits else {}
     weight_files(folder)
     require_fit(folder)
+    require_generation_settings(folder)
     config, adapter = read_config(folder / "config.json")
     model_class = getattr(transformers, adapter.model_class)
     verbosity = logging.get_verbosity()
