@@ -114,6 +114,9 @@ CASES = {
 }
 if HAS_MLX:
     CASES["export mlx"] = Case(("export", "code", "--target", "mlx-q8", "--output", "export-mlx"))
+    for target in ("mlx", "mlx-q4"):
+        arguments = ("export", "kernel", "--target", target, "--output", f"export-kernel-{target}")
+        CASES[f"export a student with a kernel to {target}"] = Case(arguments)
 if HAS_TASKS:
     CASES["task with a function"] = Case(("eval", "run", "--tasks", "function.yaml"), (USAGE,), "!function")
     CASES["task with a class"] = Case(("eval", "run", "--tasks", "class.yaml"), (USAGE,), "class")
@@ -241,6 +244,7 @@ def make_strangers_runs(work: Path, root: Path) -> None:
 
     keys = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
     edit_json(work / "kernel" / "final" / "config.json", **dict.fromkeys(keys, "evil/kernel"))
+    (work / "kernel" / "final" / "chat_template.jinja").write_text("{{ messages }}")
     reseal(work / "kernel" / "final")
     edit_json(work / "quantised" / "final" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     reseal(work / "quantised" / "final")
@@ -416,8 +420,10 @@ def test_only_what_was_asked_for_was_written(outcome: Outcome) -> None:
 
 
 def test_exports_hold_nothing_of_this_machine(outcome: Outcome) -> None:
-    for name in ("export-hf", "export-mlx") if HAS_MLX else ("export-hf",):
-        for file in (outcome.root / "work" / name).rglob("*"):
+    exports = sorted((outcome.root / "work").glob("export-*"))
+    assert len(exports) == (5 if HAS_MLX else 2)
+    for folder in exports:
+        for file in folder.rglob("*"):
             content = file.read_bytes() if file.is_file() else b""
             for secret in (str(outcome.root), str(Path.home()) + "/", "CANARY", "evil/kernel"):
                 assert secret.encode() not in content, file

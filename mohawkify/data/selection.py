@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,7 +200,7 @@ class TextReader:
     def corpus(self, name: str) -> Corpus:
         """One of the corpora that are wanted, found or made."""
         wanted = self.wanted[name]
-        elsewhere = find_prepared(wanted.key, self.directory, self.prepared)
+        elsewhere = find_prepared(wanted.key, self.directory, self.prepared, wanted.vocab_size)
         if elsewhere is not None:
             return elsewhere
         with Telling(name, wanted.num_tokens or 0, self.report) as telling:
@@ -236,13 +237,14 @@ class TextReader:
         )
 
 
-def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | None:
+def find_prepared(key: str, directory: Path, prepared: Path | None, vocab_size: int) -> Corpus | None:
     """A corpus that lies elsewhere than among a run's own; the run notes where, and what it was.
 
     Args:
         key: its name.
         directory: the run's own corpora.
         prepared: where others may lie.
+        vocab_size: rows of the teacher's embedding.
 
     Raises:
         DataError: the run has used text that is no longer where it was, or is another.
@@ -252,18 +254,18 @@ def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | 
         return None
     if note.is_file():
         folder, fingerprint = read_note(note)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # false also for what no file system takes as a name
             raise DataError(
                 f"{note} says that the run's tokenised text lies in {folder}, which is not there",
                 hint=f"bring it back; or remove {note}, and it is made again from the text",
             )
-        corpus = load_corpus(folder)
+        corpus = load_corpus(folder, vocab_size)
         if corpus.fingerprint != fingerprint:
             raise DataError(f"{folder} holds other text than when the run began", hint="bring back the text it held")
         return corpus
     if prepared is None or not (prepared / key).is_dir():
         return None
-    corpus = load_corpus(prepared / key)
+    corpus = load_corpus(prepared / key, vocab_size)
     storage.ensure_writable(directory)
     storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
     return corpus

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import resources, util
 from pathlib import Path
@@ -18,6 +17,7 @@ from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.storage import read_json
 from mohawkify.student.save import family_of
+from mohawkify.teacher.claims import CODE_KEYS
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (64, 32)  # weights that share a scale; the first that divides a weight's rows is taken
@@ -146,8 +146,8 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 def _teacher_modules(final: Path, adapter: Adapter) -> Any:
     """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
-    config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
-    for key in ("model_type", "architectures", "auto_map", "mixer"):
+    config = _student_config(final, adapter)
+    for key in ("model_type", "architectures", "mixer"):
         config.pop(key, None)
     with torch.device("meta"):
         return getattr(transformers, adapter.model_class)(getattr(transformers, adapter.config_class)(**config))
@@ -172,10 +172,17 @@ def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths:
     return published
 
 
+def _student_config(final: Path, adapter: Adapter) -> dict[str, Any]:
+    """The keys of a student's configuration that its family has; others would run code, or say what nobody asked."""
+    family = getattr(transformers, adapter.config_class)
+    known = {*family().to_dict(), *family.attribute_map, "mixer"}
+    values = read_json(final / "config.json").items()
+    return {key: value for key, value in values if key in known and not CODE_KEYS.fullmatch(key)}
+
+
 def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
     """The student's configuration as mlx-lm reads it: transformers' keys, and beside them the older names."""
-    config: dict[str, Any] = json.loads((final / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
+    config = _student_config(final, adapter)
     for alias, name in getattr(transformers, adapter.config_class).attribute_map.items():
         if name in config:
             config.setdefault(alias, config[name])
