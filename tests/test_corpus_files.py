@@ -55,6 +55,7 @@ def reseal(folder: Path, **changes: Any) -> None:
         {"tokens": True},
         {"documents": -1},
         {"completion_tokens": 3},
+        {"completion_tokens": "GONE"},
         {"sources": 5},
         {"sources": [{"rows": "x"}]},
         {"teacher": ["x"]},

@@ -87,6 +87,7 @@ RECIPES = {
 }
 # Keys of a checkpoint's state, of results and of a student's configuration, each set to paths that lead out.
 RUN_FILES = ("plan.json", "results.json", "student.json")
+TEXTS = ("shards", "named", "anywhere")
 CASES = {
     "convert": Case(convert(output="converted")),
     "convert an upload with its own tokenizer code": Case(
@@ -109,6 +110,10 @@ CASES = {
     "generate with an index that leads out": Case(("generate", "index", "once"), (INPUT,), "inside the folder"),
     "generate with a kernel in the student": Case(("generate", "kernel", "once")),
     "export a student with a kernel": Case(("export", "kernel", "--target", "hf", "--output", "export-kernel")),
+    "eval text whose shards lie outside": Case(("eval", "shards"), (INPUT,), "does not say what a corpus holds"),
+    "show text whose shards lie outside": Case(("data", "inspect", "shards"), (INPUT,), "not say what a corpus holds"),
+    "show text that names a model of the Hub": Case(("data", "inspect", "named")),
+    "eval text that lies anywhere": Case(("eval", "anywhere"), (INPUT,), "the tokenised text is damaged"),
     "eval a quantised student": Case(("eval", "quantised"), (INPUT,), "quantization_config"),
     "generate with links in the student": Case(("generate", "links", "once"), (INPUT,)),
 }
@@ -217,10 +222,23 @@ def reseal(folder: Path, **more: Any) -> None:
     storage._write_manifest(folder, {**facts, **more})
 
 
+def make_strangers_text(work: Path) -> None:
+    """Runs whose tokenised text says that it lies elsewhere, or was made for a model that would have to be fetched."""
+    for name, changes in (("shards", {"shards": ["../../../../outside"]}), ("named", {"teacher": "someone/model"})):
+        for folder in (work / name / "corpora").iterdir():
+            if folder.is_dir():
+                reseal(folder, **changes)
+    for folder in list((work / "anywhere" / "corpora").iterdir()):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            note = {"folder": "/", "fingerprint": "0" * 64}
+            (folder.parent / f"{folder.name}.json").write_text(json.dumps(note))
+
+
 def make_strangers_runs(work: Path, root: Path) -> None:
     """A finished run, and copies of it that were tampered with by someone who knows the formats."""
     out = "../../../outside/secret.json"
-    for name in ("paths", "code", "links", "manifest", "index", "kernel", "quantised"):
+    for name in (*("paths", "code", "links", "manifest", "index", "kernel", "quantised"), *TEXTS):
         copy_of(work / "run", work / name)
     for name in RUN_FILES:
         file = work / "paths" / name
@@ -253,6 +271,7 @@ def make_strangers_runs(work: Path, root: Path) -> None:
     shutil.move(final / WEIGHTS, root / "outside" / WEIGHTS)
     (final / WEIGHTS).symlink_to(root / "outside" / WEIGHTS)
 
+    make_strangers_text(work)
     shutil.rmtree(work / "manifest" / "final")
     for step in (work / "manifest" / "checkpoints").iterdir():
         edit_json(
@@ -411,6 +430,8 @@ def test_only_what_was_asked_for_was_written(outcome: Outcome) -> None:
     )
     allowed = [str(outcome.root / "work" / name) for name in outputs] + [str(outcome.root / n) for n in ("tmp", "hub")]
     allowed += [str(outcome.root / "work" / name) for name in (".tmp-export", "quantised/.lock")] + ["/dev/null"]
+    locks = [f"{name}/{file}" for name in TEXTS for file in (".lock", "corpora/.")]
+    allowed += [str(outcome.root / "work" / name) for name in locks]
     found = [f"{name}: {path}" for name, (_, path) in outcome.all("write") if not path.startswith(tuple(allowed))]
     assert_none(found)
     assert sorted(path.name for path in (outcome.root / "outside").iterdir()) == sorted(

@@ -76,7 +76,7 @@ def _sound_facts(folder: Path) -> dict[str, Any]:
 
 
 def _are_sound(facts: dict[str, Any]) -> bool:
-    shards, sources, completions = facts.get("shards"), facts.get("sources"), facts.get("completion_tokens")
+    shards, sources, completions = facts.get("shards"), facts.get("sources"), facts.get("completion_tokens", "none")
     return (
         all(isinstance(facts.get(key), str) for key in ("fingerprint", "tokenizer", "teacher"))
         and all(_is_count(facts.get(key)) for key in _COUNTS)
