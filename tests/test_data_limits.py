@@ -54,14 +54,8 @@ def test_a_row_group_that_grows_is_refused_before_it_is_read(tmp_path: Path, mon
         raise AssertionError("read")
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", read)
-    with pytest.raises(DataError, match=r"a\.parquet, row group 1 holds [\d,]+ bytes that unpack to 3,0"):
+    with pytest.raises(DataError, match=r"a\.parquet, row group 1 unpacks to 3,0"):
         rows(file)
-
-
-def test_columns_that_are_not_read_may_grow(tmp_path: Path) -> None:
-    table = pyarrow.table({"text": ["a"], "other": ["x" * 3_000_000]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
-    assert rows(tmp_path / "a.parquet") == ["a"]
 
 
 def test_a_value_that_stands_in_every_row_is_read_few_rows_at_a_time(

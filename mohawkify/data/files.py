@@ -206,25 +206,24 @@ def _parquet_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.R
     with pyarrow.parquet.ParquetFile(file) as table:
         _require_columns(file, columns, table.schema_arrow.names)
         for number in range(table.num_row_groups):
-            size = _unpacked_bytes(file, table.metadata.row_group(number), number, columns)
+            size = _unpacked_bytes(file, table.metadata.row_group(number), number)
             # Every row may be the largest value of the group again, which is on the disk once.
             rows = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE // max(1, size)))
             yield from table.iter_batches(batch_size=rows, row_groups=[number], columns=sorted(columns))
 
 
-def _unpacked_bytes(file: Path, group: Any, number: int, columns: Collection[str]) -> int:
-    """What a row group's columns say they take unpacked; a few kilobytes can be a gigabyte."""
-    chunks = [group.column(index) for index in range(group.num_columns)]
-    used = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    unpacked, packed = (
-        sum(getattr(chunk, f"total_{kind}_size") for chunk in used) for kind in ("uncompressed", "compressed")
-    )
+def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
+    """What a row group says it takes unpacked; a few kilobytes can be a gigabyte.
+
+    The sum over the group alone is asked for: on what damaged files say of a column, pyarrow ends the process.
+    """
+    unpacked, packed = int(group.total_byte_size), file.stat().st_size
     if unpacked > max(_SMALL, LARGEST_GROWTH * packed):
         raise DataError(
-            f"{file}, row group {number + 1} holds {packed:,} bytes that unpack to {unpacked:,}, which no text does",
+            f"{file}, row group {number + 1} unpacks to {unpacked:,} bytes, the file has {packed:,}: no text does so",
             hint="remove the file from the data",
         )
-    return int(unpacked)
+    return unpacked
 
 
 def _require_short(place: str, values: dict[str, Any]) -> None:
