@@ -163,6 +163,14 @@ class StoredTensors(Mapping[str, "Tensor"]):
             # Without the copy a deleted checkpoint would still fill the disk: the file is mapped into memory.
             return self._file.get_tensor(name).clone()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor's numbers, in safetensors' words: ``F32``."""
+        return str(self._file.get_slice(name).get_dtype())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

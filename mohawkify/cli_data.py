@@ -78,7 +78,9 @@ def prepare(
 
 @data.command("inspect")
 @click.argument("folder", type=FOLDER)
-@click.option("--teacher", metavar="TEACHER", help="Whose tokenizer it is; by default the one it was made with.")
+@click.option(
+    "--teacher", metavar="TEACHER", help="Whose tokenizer it is; by default that of the folder it was made with."
+)
 @click.option(
     "--documents", type=click.IntRange(0, 1000), default=3, show_default=True, help="How many documents to show."
 )

@@ -13,7 +13,17 @@ from typing import Any
 
 import click
 
-from mohawkify.errors import BUG, INTERRUPTED, MEMORY, TERMINATED, USAGE, MohawkifyError, is_out_of_memory, printable
+from mohawkify.errors import (
+    BUG,
+    INTERRUPTED,
+    MEMORY,
+    TERMINATED,
+    USAGE,
+    MohawkifyError,
+    is_out_of_memory,
+    is_panic,
+    printable,
+)
 
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
@@ -59,7 +69,9 @@ class Verbs(click.Group):
             code = super().main(
                 arguments, prog_name, complete_var, standalone_mode=False, obj=tuple(arguments), **extra
             )
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
+            if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
+                raise
             if DEBUG_FLAG in arguments:
                 traceback.print_exception(error, file=sys.stderr)
             sys.exit(report_error(error))

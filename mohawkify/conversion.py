@@ -33,6 +33,7 @@ from mohawkify.stages.orient import Orient
 from mohawkify.teacher.finishing import Finishing, OtherTeacher
 from mohawkify.train.engine import Engine
 from mohawkify.train.engines import build_engine
+from mohawkify.train.fitting import require_fitting
 from mohawkify.train.loop import StepReport, run_stage
 from mohawkify.train.micro_batch import micro_batch_of, naming_what_to_try
 from mohawkify.train.position import Position, read_position
@@ -388,9 +389,8 @@ class Conversion:
             raise CheckpointError(
                 f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
             )
-        names = {name for name, _ in self.pair.student.named_parameters()}
-        if names != checkpoint.load_tensors(saved, "model").keys():
-            raise CheckpointError(f"the tensors in {saved.path} are not those of this student")
+        tensors, state = (checkpoint.load_tensors(saved, group) for group in ("model", "optimizer"))
+        require_fitting(saved.path, self.pair.student, tensors, state)
         position = read_position(saved)
         self.report(f"continuing after step {position.stage_step:,} of stage {position.stage}")
         return position

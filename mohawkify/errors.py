@@ -55,6 +55,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, such as tokenizers on a damaged file: this is no `Exception`.
+
+    The class cannot be imported, so it is told by its name.
+    """
+    return type(error).__name__ == "PanicException"
+
+
 class MohawkifyError(Exception):
     """A foreseeable failure.
 

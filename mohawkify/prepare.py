@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from itertools import groupby
@@ -12,7 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mohawkify import disk, storage
-from mohawkify.data.corpus import Corpus, checked_facts, load_corpus, read_note
+from mohawkify.data.corpus import Corpus, load_corpus, read_note
+from mohawkify.data.corpus_files import LARGEST_ID, checked_facts
 from mohawkify.data.encoding import tokenizer_hash
 from mohawkify.data.selection import TextReader
 from mohawkify.errors import MohawkifyError, UsageError
@@ -67,7 +69,7 @@ def inspect_text(folder: Path, teacher: str | None, num_documents: int) -> dict[
 
     Args:
         folder: a corpus, a folder of corpora, or a run.
-        teacher: whose tokenizer it is; None for the one it was made with.
+        teacher: whose tokenizer it is; None for the one it was made with, if that lies in a folder here.
         num_documents: how many documents to show of each corpus.
 
     Returns:
@@ -94,6 +96,7 @@ def inspect_text(folder: Path, teacher: str | None, num_documents: int) -> dict[
 
 def _facts(folder: Path) -> dict[str, Any]:
     facts = checked_facts(folder)
+    facts.pop(LARGEST_ID)
     return {"folder": str(folder), "bytes": sum(file.stat().st_size for file in folder.rglob("*.bin")), **facts}
 
 
@@ -110,7 +113,9 @@ def _corpora_in(folder: Path) -> dict[str, Path]:
 
 
 def _tokenizer(facts: dict[str, Any], teacher: str | None) -> PreTrainedTokenizerBase | None:
-    source = teacher or str(facts["teacher"])
+    source = teacher or facts["teacher"]
+    if teacher is None and not os.path.isdir(source):
+        return None  # a name of the Hub in a stranger's text fetches nothing
     try:
         folder = find_tokenizer_folder(source)
         tokenizer = load_tokenizer(folder, inspect_teacher(str(folder)).spec.vocabulary_size)

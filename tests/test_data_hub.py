@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,20 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield server
 
 
+_opened: list[list[str]] = []
+sys.addaudithook(lambda event, found: [each.append(str(found[0])) for each in _opened if event == "open"] and None)
+
+
+@contextmanager
+def listening(opened: list[str]) -> Iterator[None]:
+    """Write down every file that Python opens in the block."""
+    _opened.append(opened)
+    try:
+        yield
+    finally:
+        _opened.clear()
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Every wait, none of which is waited for."""
@@ -98,6 +114,27 @@ def test_a_dataset_is_streamed_with_its_conditions(hub: Hub, name: str) -> None:
     assert {name for name in fetched if name.startswith("train")} == {
         path.rsplit("/", 1)[-1] for path in hub.datasets[name]
     }
+
+
+@pytest.mark.parametrize("kind", ["Image", "Audio", "Video", "Pdf"])
+@pytest.mark.parametrize("says_so", ["in the file", "in the card"])
+def test_columns_that_name_files_open_none(hub: Hub, tmp_path: Path, kind: str, says_so: str) -> None:
+    (tmp_path / "secret.png").write_bytes(b"a secret")
+    feature = {"image": {"_type": kind}, "text": {"dtype": "string", "_type": "Value"}}
+    table = pyarrow.table({"text": ["row 0"], "image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]})
+    if says_so == "in the file":
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    hub.datasets["someone/pictures"] = {"data/train-00000-of-00001.parquet": buffer.getvalue()}
+    if says_so == "in the card":
+        features = f"[{{name: text, dtype: string}}, {{name: image, dtype: {kind.lower()}}}]"
+        card = f"---\ndataset_info:\n  features: {features}\n---\n"
+        hub.datasets["someone/pictures"]["README.md"] = card.encode()
+    opened: list[str] = []
+    with listening(opened):
+        assert [row.value for row in read("someone/pictures")] == ["row 0"]
+    assert not [path for path in opened if "secret" in path]
 
 
 def test_a_column_that_is_not_there(hub: Hub) -> None:

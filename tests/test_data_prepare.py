@@ -17,7 +17,8 @@ import pytest
 
 from mohawkify import storage
 from mohawkify.data import prepare
-from mohawkify.data.corpus import Corpus, checked_facts
+from mohawkify.data.corpus import Corpus
+from mohawkify.data.corpus_files import checked_facts
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.recipe import Source
@@ -303,7 +304,7 @@ def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, mo
     # So young a corpus is not believed: a change within the same tick of the clock would go unseen.
     checked_facts(folder)
     assert len(hashed) == 1
-    monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
+    monkeypatch.setattr("mohawkify.data.corpus_files._TICK_NANOSECONDS", 0)
     facts = [checked_facts(folder) for _ in range(3)]
     assert len(hashed) == 2
     assert facts[0] == facts[2]
@@ -321,7 +322,7 @@ def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, mo
 
 
 def test_a_damaged_note_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
+    monkeypatch.setattr("mohawkify.data.corpus_files._TICK_NANOSECONDS", 0)
     wanted = want(sources(tmp_path, "plain"))
     build_corpus(wanted, tmp_path / "c")
     note = tmp_path / "c" / f".checked-{wanted.key}.json"

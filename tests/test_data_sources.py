@@ -292,7 +292,7 @@ def test_parquet_damaged_in_the_middle_names_the_row(tmp_path: Path) -> None:
     start = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
     content[start : start + 300] = b"\xff" * 300
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet is not a readable parquet file \(after row 256\)"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a readable parquet file \(after row 500\)"):
         read(path=str(file))
 
 

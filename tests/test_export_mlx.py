@@ -12,6 +12,7 @@ import torch
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export import mlx as mlx_target
 from mohawkify.export.export import export_run
+from mohawkify.shelf import load_adapter
 from mohawkify.student.save import is_precise, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
@@ -131,6 +132,11 @@ def test_quantised_exports_keep_the_decay_precise(tmp_path, target, bits, larges
     assert config["quantization"]["model.layers.0.mlp.down_proj"]["group_size"] == 32  # 96 is no multiple of 64
     assert config["model_file"] == "mlx_model.py"
     assert "auto_map" not in config
+
+
+def test_only_keys_of_the_family_reach_the_export(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "x": 1, "auto_map": {}, "_attn_implementation": "e/k"}')
+    assert mlx_target._student_config(tmp_path, load_adapter("llama")) == {"hidden_size": 32}
 
 
 def test_weights_that_no_group_size_divides_stay_plain_and_are_named(tmp_path):

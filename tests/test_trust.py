@@ -86,6 +86,7 @@ RECIPES = {
 }
 # Keys of a checkpoint's state, of results and of a student's configuration, each set to paths that lead out.
 RUN_FILES = ("plan.json", "results.json", "student.json")
+TEXTS = ("shards", "named")
 CASES = {
     "convert": Case(convert(output="converted")),
     "convert an upload with its own tokenizer code": Case(
@@ -124,11 +125,17 @@ CASES = {
     "generate with an index that leads out": Case(("generate", "index", "once"), (INPUT,), "inside the folder"),
     "generate with a kernel in the student": Case(("generate", "kernel", "once")),
     "export a student with a kernel": Case(("export", "kernel", "--target", "hf", "--output", "export-kernel")),
+    "eval text whose shards lie outside": Case(("eval", "shards"), (INPUT,), "does not say what a corpus holds"),
+    "show text whose shards lie outside": Case(("data", "inspect", "shards"), (INPUT,), "not say what a corpus holds"),
+    "show text that names a model of the Hub": Case(("data", "inspect", "named")),
     "eval a quantised student": Case(("eval", "quantised"), (INPUT,), "quantization_config"),
     "generate with links in the student": Case(("generate", "links", "once"), (INPUT,)),
 }
 if HAS_MLX:
     CASES["export mlx"] = Case(("export", "code", "--target", "mlx-q8", "--output", "export-mlx"))
+    for target in ("mlx", "mlx-q4"):
+        arguments = ("export", "kernel", "--target", target, "--output", f"export-kernel-{target}")
+        CASES[f"export a student with a kernel to {target}"] = Case(arguments)
 if HAS_TASKS:
     TASKS = {
         "function": "found a tag",
@@ -264,11 +271,19 @@ def reseal(folder: Path, **more: Any) -> None:
     storage._write_manifest(folder, {**facts, **more})
 
 
+def make_strangers_text(work: Path) -> None:
+    """Runs whose tokenised text says that it lies elsewhere, or was made for a model that would have to be fetched."""
+    for name, changes in (("shards", {"shards": ["../../../../outside"]}), ("named", {"teacher": "someone/model"})):
+        for folder in (work / name / "corpora").iterdir():
+            if folder.is_dir():
+                reseal(folder, **changes)
+
+
 def make_strangers_runs(work: Path, root: Path) -> None:
     """A finished run, and copies of it that were tampered with by someone who knows the formats."""
     out = "../../../outside/secret.json"
     names = ("paths", "code", "links", "manifest", "index", "kernel", "quantised", "processor-run", "settings")
-    for name in names:
+    for name in (*names, *TEXTS):
         copy_of(work / "run", work / name)
     for name in RUN_FILES:
         file = work / "paths" / name
@@ -292,6 +307,7 @@ def make_strangers_runs(work: Path, root: Path) -> None:
 
     keys = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
     edit_json(work / "kernel" / "final" / "config.json", **dict.fromkeys(keys, "evil/kernel"))
+    (work / "kernel" / "final" / "chat_template.jinja").write_text("{{ messages }}")
     reseal(work / "kernel" / "final")
     edit_json(work / "quantised" / "final" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     reseal(work / "quantised" / "final")
@@ -309,6 +325,7 @@ def make_strangers_runs(work: Path, root: Path) -> None:
     shutil.move(final / WEIGHTS, root / "outside" / WEIGHTS)
     (final / WEIGHTS).symlink_to(root / "outside" / WEIGHTS)
 
+    make_strangers_text(work)
     shutil.rmtree(work / "manifest" / "final")
     for step in (work / "manifest" / "checkpoints").iterdir():
         edit_json(
@@ -471,6 +488,8 @@ def test_only_what_was_asked_for_was_written(outcome: Outcome) -> None:
     )
     allowed = [str(outcome.root / "work" / name) for name in outputs] + [str(outcome.root / n) for n in ("tmp", "hub")]
     allowed += [str(outcome.root / "work" / name) for name in (".tmp-export", "quantised/.lock")] + ["/dev/null"]
+    locks = [f"{name}/{file}" for name in TEXTS for file in (".lock", "corpora/.")]
+    allowed += [str(outcome.root / "work" / name) for name in locks]
     found = [f"{name}: {path}" for name, (_, path) in outcome.all("write") if not path.startswith(tuple(allowed))]
     assert_none(found)
     assert sorted(path.name for path in (outcome.root / "outside").iterdir()) == sorted(
@@ -480,8 +499,10 @@ def test_only_what_was_asked_for_was_written(outcome: Outcome) -> None:
 
 
 def test_exports_hold_nothing_of_this_machine(outcome: Outcome) -> None:
-    for name in ("export-hf", "export-mlx") if HAS_MLX else ("export-hf",):
-        for file in (outcome.root / "work" / name).rglob("*"):
+    exports = sorted((outcome.root / "work").glob("export-*"))
+    assert len(exports) == (5 if HAS_MLX else 2)
+    for folder in exports:
+        for file in folder.rglob("*"):
             content = file.read_bytes() if file.is_file() else b""
             for secret in (str(outcome.root), str(Path.home()) + "/", "CANARY", "evil/kernel"):
                 assert secret.encode() not in content, file

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from mohawkify import storage
+from mohawkify.data.corpus_files import (
+    COMPLETION_FILE,
+    LARGEST_ID,
+    OFFSET_DTYPE,
+    OFFSETS_FILE,
+    TOKENS_FILE,
+    checked_facts,
+    verified_facts,
+)
 from mohawkify.data.encoding import TOKEN_DTYPE
-from mohawkify.errors import CheckpointError, DataError, StorageError
-
-TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: it is mapped into memory
-OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
-COMPLETION_FILE = "completion.bin"  # a byte per token, 0 or 1; only where it makes a difference
-OFFSET_DTYPE = np.dtype("<i8")
-_SHARD_NAME = re.compile(r"shard-[0-9]{5,}")
-_TICK_NANOSECONDS = 2_000_000_000  # the coarsest clock by which file systems note a change
+from mohawkify.errors import CheckpointError, DataError
 
 
 class Joined:
@@ -93,13 +92,17 @@ class Corpus:
             yield np.asarray(self.tokens[start:end])
 
 
-def load_corpus(folder: Path) -> Corpus:
+def load_corpus(folder: Path, vocab_size: int | None = None) -> Corpus:
     """Map a corpus from disk, after looking whether it is as it was written.
 
+    Args:
+        folder: the corpus.
+        vocab_size: rows of the embedding that its ids are for; None looks at no model.
+
     Raises:
-        DataError: a file is missing, extra or changed.
+        DataError: a file is missing, extra or changed, or the text is for a larger vocabulary.
     """
-    return _mapped(folder, checked_facts)
+    return _mapped(folder, checked_facts, vocab_size)
 
 
 def verify_corpus(folder: Path) -> Corpus:
@@ -108,15 +111,13 @@ def verify_corpus(folder: Path) -> Corpus:
     Raises:
         DataError: a file is missing, extra or changed.
     """
-    return _mapped(folder, lambda folder: dict(storage.verify_directory(folder)["facts"]))
+    return _mapped(folder, verified_facts, None)
 
 
-def _mapped(folder: Path, read_facts: Callable[[Path], dict[str, Any]]) -> Corpus:
+def _mapped(folder: Path, read_facts: Callable[[Path], dict[str, Any]], vocab_size: int | None) -> Corpus:
     try:
         facts = read_facts(folder)
-        shards = [folder / name for name in facts["shards"] if _SHARD_NAME.fullmatch(name)]
-        if not shards or len(shards) != len(facts["shards"]) or not isinstance(facts["fingerprint"], str):
-            raise ValueError("its manifest does not say what it holds")
+        shards = [folder / name for name in facts["shards"]]
         is_masked = facts["completion_tokens"] is not None
         tokens = [np.memmap(shard / TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r") for shard in shards]
         completion = [np.memmap(shard / COMPLETION_FILE, dtype=np.uint8, mode="r") for shard in shards if is_masked]
@@ -125,11 +126,16 @@ def _mapped(folder: Path, read_facts: Callable[[Path], dict[str, Any]]) -> Corpu
             np.fromfile(shard / OFFSETS_FILE, dtype=OFFSET_DTYPE)[1:] + start
             for shard, start in zip(shards, starts, strict=False)
         ]
-    except (CheckpointError, KeyError, TypeError, OSError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         raise DataError(
             f"the tokenised text is damaged: {getattr(error, 'message', error)}",
             hint=f"remove {folder}; it is made again from the text",
         ) from error
+    if vocab_size is not None and facts[LARGEST_ID] >= vocab_size:
+        raise DataError(
+            f"{folder} holds the id {facts[LARGEST_ID]}, but the teacher's vocabulary has {vocab_size} entries",
+            hint="it was tokenised for another model: remove it, and it is made again from the text",
+        )
     return Corpus(
         _joined(tokens),
         np.concatenate([np.zeros(1, dtype=OFFSET_DTYPE), *offsets]),
@@ -142,31 +148,6 @@ def _joined(parts: list[np.memmap]) -> Stream:
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 
-def checked_facts(folder: Path) -> dict[str, Any]:
-    """The facts of a corpus whose every file is as it was written.
-
-    Hashing a large corpus takes minutes. So what was hashed is noted beside the folder, with every file's size, times
-    of change and place on the disk, and is hashed again only once one of these is another: no program changes a file
-    and leaves them all alone. What this cannot see is a disk that returns other bytes than it was given;
-    `mohawkify doctor` hashes everything.
-
-    Raises:
-        CheckpointError: a file is missing, extra or changed.
-    """
-    note = folder.parent / f".checked-{folder.name}.json"
-    now = time.time_ns()
-    stamps = _stamps(folder)
-    with suppress(CheckpointError, StorageError):
-        if note.is_file() and storage.read_json(note) == stamps:
-            return dict(storage.read_json(folder / storage.MANIFEST_NAME)["facts"])
-    facts = storage.verify_directory(folder)["facts"]
-    # A change within the same tick of the clock would go unseen: what is so young is hashed again next time.
-    if all(now - stamp[2] > _TICK_NANOSECONDS for stamp in stamps.values()):
-        with suppress(StorageError):  # text that lies where this user may only read is hashed every time
-            storage.write_json(note, stamps)
-    return dict(facts)
-
-
 def read_note(note: Path) -> tuple[Path, str]:
     """Where a run's tokenised text lies that is not its own, and its fingerprint.
 
@@ -175,7 +156,7 @@ def read_note(note: Path) -> tuple[Path, str]:
     """
     noted = storage.read_json(note)
     match noted:
-        case {"folder": str(folder), "fingerprint": str(fingerprint)}:
+        case {"folder": str(folder), "fingerprint": str(fingerprint)} if "\0" not in folder:
             return Path(folder), fingerprint
     raise CheckpointError(f"{note} does not say where the tokenised text lies", hint="remove it")
 
@@ -192,7 +173,7 @@ def noted_corpus(note: Path, load: Callable[[Path], Corpus]) -> Corpus:
         CheckpointError: the note does not say it.
     """
     folder, fingerprint = read_note(note)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # false also for what no file system takes as a name
         raise DataError(
             f"{note} says that the run's tokenised text lies in {folder}, which is not there",
             hint=f"bring it back; or remove {note}, and it is made again from the text",
@@ -201,22 +182,6 @@ def noted_corpus(note: Path, load: Callable[[Path], Corpus]) -> Corpus:
     if corpus.fingerprint != fingerprint:
         raise DataError(f"{folder} holds other text than when the run began", hint="bring back the text it held")
     return corpus
-
-
-def _stamps(folder: Path) -> dict[str, list[int]]:
-    """Size, time of change of content, of content or name, and inode of every file below a folder."""
-    stamps = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            file = Path(path) / name
-            status = file.lstat()
-            stamps[file.relative_to(folder).as_posix()] = [
-                status.st_size,
-                status.st_mtime_ns,
-                status.st_ctime_ns,
-                status.st_ino,
-            ]
-    return dict(sorted(stamps.items()))
 
 
 def hold_out(corpus: Corpus, num_tokens: int) -> tuple[Corpus, Corpus]:

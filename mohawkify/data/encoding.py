@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mohawkify.errors import DataError
+from mohawkify.errors import DataError, is_panic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,20 +77,12 @@ def encode_documents(
         vocab_size: rows of the teacher's embedding.
 
     Raises:
-        DataError: if an id has no row in the embedding.
+        DataError: if an id has no row in the embedding, or the tokenizer breaks down.
     """
     if not documents:
         return []
     spans_wanted = any(document.completions is not None for document in documents)
-    # Special tokens are ours to place; verbose=False silences a warning about texts longer than the window.
-    found = tokenizer(
-        [document.text for document in documents],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=spans_wanted,
-        verbose=False,
-    )
+    found = _tokenise([document.text for document in documents], tokenizer, spans_wanted)
     encoded = []
     for number, document in enumerate(documents):
         ids = found["input_ids"][number]
@@ -105,6 +97,27 @@ def encode_documents(
                 hint="tokenizer and model do not belong together: fetch both from the same place",
             )
     return encoded
+
+
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, spans_wanted: bool) -> Any:
+    """What the tokenizer gives for each text, as it stands: special tokens are ours to place."""
+    try:
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=spans_wanted,
+            verbose=False,  # silences a warning about texts longer than the window
+        )
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        # A pattern in tokenizer.json that never ends is stopped so by the library.
+        raise DataError(
+            f"the teacher's tokenizer breaks down on this text: {' '.join(str(error).split())[:200]}",
+            hint="its tokenizer.json is damaged, or a pattern in it fits no such text: fetch it again",
+        ) from error
 
 
 def _in_spans(characters: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:

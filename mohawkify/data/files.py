@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 TEACHER_PREFIX = "teacher:"
-_ROWS_AT_ONCE = 256  # of a table
+LONGEST_VALUE = 1 << 26  # bytes of a line, characters of a value; far above any document that a model learns from
+LARGEST_GROWTH = 500  # of packed text; real text shrinks to a fifth
+_SMALL = 1 << 20  # bytes that may unpack from anything
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 30  # of a table
 _ARROW_FILE = b"ARROW1"  # how the file form begins; the stream form does not
 _CHECK_PATH = "check the path under data in the recipe"
 
@@ -119,7 +122,12 @@ def _is_hidden(relative: Path) -> bool:
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line with its newline), strictly decoded; a leading byte-order mark is dropped."""
     with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_VALUE + 1), b""), start=1):
+            if len(raw) > LONGEST_VALUE:
+                raise DataError(
+                    f"{file}, line {number} is longer than {LONGEST_VALUE >> 20} MB",
+                    hint="break it up, or remove the file from the data",
+                )
             if b"\0" in raw:
                 raise DataError(
                     f"{file}, line {number} holds a zero byte: expected UTF-8 text, this looks binary",
@@ -181,6 +189,7 @@ def _table_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
         for batch in _parquet_batches(file, columns) if kind == "parquet" else _arrow_batches(file, columns):
             for values in batch.to_pylist():
                 number += 1
+                _require_short(f"{file}, row {number}", values)
                 yield Row(f"{file}, row {number}", values)
     # Besides Arrow's own errors: dates, durations and time zones that Python has no values for.
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
@@ -196,7 +205,34 @@ def _parquet_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.R
 
     with pyarrow.parquet.ParquetFile(file) as table:
         _require_columns(file, columns, table.schema_arrow.names)
-        yield from table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=sorted(columns))
+        for number in range(table.num_row_groups):
+            size = _unpacked_bytes(file, table.metadata.row_group(number), number)
+            # Every row may be the largest value of the group again, which is on the disk once.
+            rows = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE // max(1, size)))
+            yield from table.iter_batches(batch_size=rows, row_groups=[number], columns=sorted(columns))
+
+
+def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
+    """What a row group says it takes unpacked; a few kilobytes can be a gigabyte.
+
+    The sum over the group alone is asked for: on what damaged files say of a column, pyarrow ends the process.
+    """
+    unpacked, packed = int(group.total_byte_size), file.stat().st_size
+    if unpacked > max(_SMALL, LARGEST_GROWTH * packed):
+        raise DataError(
+            f"{file}, row group {number + 1} unpacks to {unpacked:,} bytes, the file has {packed:,}: no text does so",
+            hint="remove the file from the data",
+        )
+    return unpacked
+
+
+def _require_short(place: str, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, str | bytes) and len(value) > LONGEST_VALUE:
+            raise DataError(
+                f"{place}: column {name!r} holds {len(value):,} characters, expected at most {LONGEST_VALUE:,}",
+                hint="break the text up, or remove the file from the data",
+            )
 
 
 def _arrow_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.RecordBatch]:

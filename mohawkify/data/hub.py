@@ -121,6 +121,7 @@ class _Stream:
         dataset = datasets.load_dataset(
             source.hub, source.name, split=source.split, revision=self._revision, streaming=True
         )
+        dataset = _undecoded(dataset)
         if kept and kept["state"] is not None and kept["datasets"] == datasets.__version__:
             dataset.load_state_dict(kept["state"])
         elif self.start.rows:  # another version may keep its place in another form: the rows are counted again
@@ -130,6 +131,11 @@ class _Stream:
         for columns in dataset:
             self.place_rows += 1
             yield dict(columns)
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The dataset with images, sounds and the like as they are stored: decoding opens the files that a row names."""
+    return dataset if dataset.features is None else dataset.decode(False)
 
 
 def _leave_retries_to_us() -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from mohawkify import storage
 from mohawkify.data.conversation import require_chat_template
-from mohawkify.data.corpus import COMPLETION_FILE, OFFSET_DTYPE, OFFSETS_FILE, TOKENS_FILE, Corpus, load_corpus
+from mohawkify.data.corpus import Corpus, load_corpus
+from mohawkify.data.corpus_files import COMPLETION_FILE, OFFSET_DTYPE, OFFSETS_FILE, TOKENS_FILE, shard_name
 from mohawkify.data.encoders import Pending, Submit, encoders
 from mohawkify.data.encoding import TOKEN_DTYPE, Encoded, tokenizer_hash
 from mohawkify.data.hub import Place, Report, ignore
@@ -155,7 +156,7 @@ def build_corpus(
             _link_shards(work, facts["shards"], folder)
     if work.exists():  # also what a killed call left that had come so far
         storage.remove_directory(work)
-    return load_corpus(target)
+    return load_corpus(target, wanted.vocab_size)
 
 
 def bytes_to_write(wanted: Wanted, directory: Path) -> int:
@@ -200,7 +201,7 @@ class _Work:
                 has_ended = True
                 continue
             facts: dict[str, Any] = {}
-            name = f"shard-{len(self.shards):05d}"
+            name = shard_name(len(self.shards))
             with storage.atomic_directory(self.folder / name, facts=facts) as folder:
                 _write_shard(self, folder, chain([first], documents))
                 facts["taken"] = [asdict(taken) for taken in self.taken]
@@ -241,7 +242,7 @@ class _Work:
                 found = [Taken(**each) for each in values]
             except (CheckpointError, KeyError, TypeError):
                 found = []
-            if len(found) != len(self.taken) or path.name != f"shard-{number:05d}":
+            if len(found) != len(self.taken) or path.name != shard_name(number):
                 for other in present[number:]:
                     storage.remove_directory(other)
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -199,7 +199,7 @@ class TextReader:
     def corpus(self, name: str) -> Corpus:
         """One of the corpora that are wanted, found or made."""
         wanted = self.wanted[name]
-        elsewhere = find_prepared(wanted.key, self.directory, self.prepared)
+        elsewhere = find_prepared(wanted.key, self.directory, self.prepared, wanted.vocab_size)
         if elsewhere is not None:
             return elsewhere
         with Telling(name, wanted.num_tokens or 0, self.report) as telling:
@@ -257,13 +257,14 @@ def is_prepared(key: str, directory: Path, prepared: Path | None) -> bool:
     return (directory / f"{key}.json").is_file() or (prepared is not None and (prepared / key).is_dir())
 
 
-def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | None:
+def find_prepared(key: str, directory: Path, prepared: Path | None, vocab_size: int) -> Corpus | None:
     """A corpus that lies elsewhere than among a run's own; the run notes where, and what it was.
 
     Args:
         key: its name.
         directory: the run's own corpora.
         prepared: where others may lie.
+        vocab_size: rows of the teacher's embedding.
 
     Raises:
         DataError: the run has used text that is no longer where it was, or is another.
@@ -272,10 +273,10 @@ def find_prepared(key: str, directory: Path, prepared: Path | None) -> Corpus | 
     if (directory / key).exists():
         return None
     if note.is_file():
-        return noted_corpus(note, load_corpus)
+        return noted_corpus(note, partial(load_corpus, vocab_size=vocab_size))
     if prepared is None or not (prepared / key).is_dir():
         return None
-    corpus = load_corpus(prepared / key)
+    corpus = load_corpus(prepared / key, vocab_size)
     storage.ensure_writable(directory)
     storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
     return corpus

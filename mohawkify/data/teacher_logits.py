@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mohawkify import storage
-from mohawkify.errors import CheckpointError, DataError, UsageError
+from mohawkify.errors import CheckpointError, DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +127,7 @@ class TeacherLogits:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
+            _require_no_link(folder / ABOUT)
             manifest = storage.verify_directory(folder / ABOUT)
         except CheckpointError as error:
             raise DataError(
@@ -135,7 +136,7 @@ class TeacherLogits:
             ) from error
         self.facts = _checked(manifest["facts"], folder)
         self.layout = Layout(**{key: self.facts[key] for key in _SIZES})
-        self.sequences = np.fromfile(folder / ABOUT / _SEQUENCES_FILE, dtype=_SEQUENCE_DTYPE)
+        self.sequences = _read_sequences(folder / ABOUT / _SEQUENCES_FILE)
         self._seal = storage.file_sha256(folder / ABOUT / storage.MANIFEST_NAME)
         self._verified: set[int] = set()
 
@@ -202,7 +203,10 @@ class TeacherLogits:
 
     def vocabulary(self) -> dict[str, int]:
         """The id of every token."""
-        vocabulary = storage.read_json(self.folder / ABOUT / _VOCABULARY_FILE)
+        try:
+            vocabulary = storage.read_json(self.folder / ABOUT / _VOCABULARY_FILE)
+        except (CheckpointError, StorageError) as error:
+            raise DataError(error.message) from error
         if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
             raise DataError(f"{self.folder / ABOUT / _VOCABULARY_FILE} is no vocabulary")
         return vocabulary
@@ -229,6 +233,7 @@ class TeacherLogits:
         """A hash of everything that the folder holds, from the manifests, which hold the hashes of the records."""
         digest = hashlib.sha256(self._seal.encode())
         for number in range(self.num_shards):
+            _require_no_link(self._shard(number))
             digest.update(storage.file_sha256(self._shard(number) / storage.MANIFEST_NAME).encode())
         return digest.hexdigest()
 
@@ -281,13 +286,15 @@ class TeacherLogits:
             return
         shard = self._shard(number)
         try:
+            _require_no_link(shard)
             facts = storage.verify_directory(shard)["facts"]
         except CheckpointError as error:
             raise DataError(
                 f"teacher logits are damaged: {error.message}",
                 hint=f"remove {shard}; the same `mohawkify teach` command writes it again",
             ) from error
-        size = (shard / _RECORDS_FILE).stat().st_size
+        records = shard / _RECORDS_FILE
+        size = records.stat().st_size if records.is_file() else None
         expected = len(self.shard_sequences(number)) * self.layout.record_bytes
         if facts.get("shard") != number or facts.get("about") != self._seal or size != expected:
             raise DataError(f"{shard} belongs to other teacher logits", hint=f"remove {shard} and teach again")
@@ -303,8 +310,26 @@ def _write_records(path: Path, records: Iterable[bytes]) -> None:
             file.write(record)
 
 
-def _checked(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _require_no_link(folder: Path) -> None:
+    """Refuse a link in the place of a folder, which could lead anywhere; `verify_directory` looks at what is inside."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link, expected a folder")
+
+
+def _read_sequences(path: Path) -> np.ndarray:
+    """Which sequences there are, from a file that may come from a stranger."""
+    size = path.stat().st_size if path.is_file() else 0
+    sequences = np.fromfile(path, dtype=_SEQUENCE_DTYPE) if size else np.empty(0, dtype=_SEQUENCE_DTYPE)
+    is_rising = len(sequences) > 0 and sequences[0] >= 0 and bool((sequences[1:] > sequences[:-1]).all())
+    if not is_rising or size % _SEQUENCE_DTYPE.itemsize:
+        raise DataError(f"{path} does not say which sequences the teacher was asked about, in rising order")
+    return sequences
+
+
+def _checked(facts: Any, folder: Path) -> dict[str, Any]:
     """The facts of `about/`, which may come from a stranger: looked at before anything is made from them."""
+    if not isinstance(facts, dict):
+        raise DataError(f"{folder} does not say what its teacher logits are of")
     if facts.get("teacher_logits_format") != FORMAT:
         raise DataError(
             f"{folder} has teacher logits of format {facts.get('teacher_logits_format')}, expected {FORMAT}",

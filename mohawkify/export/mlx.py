@@ -17,6 +17,7 @@ from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.student.save import family_of, student_config
+from mohawkify.teacher.claims import CODE_KEYS
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that divides a weight's rows is taken
@@ -154,8 +155,8 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 def _teacher_modules(final: Path, adapter: Adapter) -> Any:
     """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
-    config = student_config(final)
-    for key in ("model_type", "architectures", "auto_map", "mixer"):
+    config = _student_config(final, adapter)
+    for key in ("model_type", "architectures", "mixer"):
         config.pop(key, None)
     with torch.device("meta"):
         return getattr(transformers, adapter.model_class)(getattr(transformers, adapter.config_class)(**config))
@@ -180,10 +181,17 @@ def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths:
     return published
 
 
+def _student_config(final: Path, adapter: Adapter) -> dict[str, Any]:
+    """The keys of a student's configuration that its family has; others would run code, or say what nobody asked."""
+    family = getattr(transformers, adapter.config_class)
+    known = {*family().to_dict(), *family.attribute_map, "mixer"}
+    values = student_config(final).items()
+    return {key: value for key, value in values if key in known and not CODE_KEYS.fullmatch(key)}
+
+
 def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
     """The student's configuration as mlx-lm reads it: transformers' keys, and beside them the older names."""
-    config = student_config(final)
-    config.pop("auto_map", None)
+    config = _student_config(final, adapter)
     for alias, name in getattr(transformers, adapter.config_class).attribute_map.items():
         if name in config:
             config.setdefault(alias, config[name])

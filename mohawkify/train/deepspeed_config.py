@@ -34,6 +34,11 @@ REFUSED = {
     "pipeline": "layers are not spread over processes",
     "tensor_parallel": "layers are not spread over processes",
     "hybrid_engine": "the student is not served while it learns",
+    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), "the run writes its own metrics"),
+    **dict.fromkeys(("flops_profiler", "comms_logger"), "nothing is written outside the run"),
+    **dict.fromkeys(("aio", "checkpoint"), "nothing is read or written by DeepSpeed itself"),
+    "activation_checkpointing": "compute.activation_checkpointing is the setting",
+    "compile": "the student is not compiled",
 }
 REFUSED_ZERO = {
     "zero_quantized_weights": "weights are gathered as they are",
@@ -41,7 +46,28 @@ REFUSED_ZERO = {
     "zero_quantized_gradients": "gradients are summed in float32",
     "zenflow": "every weight is updated in every step",
 }
-
+_SWITCH, _SIZE, _COUNT = "true or false", "a whole number from 0", "a whole number from 1"
+# What a user's file may say beyond the recipe. DeepSpeed's other keys name files to write and modules to import.
+PASSED_ON = dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), _SWITCH)
+PASSED_ON_ZERO = {
+    **dict.fromkeys(("allgather_partitions", "contiguous_gradients", "overlap_comm"), _SWITCH),
+    **dict.fromkeys(("reduce_scatter", "round_robin_gradients", "use_multi_rank_bucket_allreduce"), _SWITCH),
+    **dict.fromkeys(("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params"), _SWITCH),
+    **dict.fromkeys(("stage3_gather_16bit_weights_on_model_save", "ignore_unused_parameters"), _SWITCH),
+    **dict.fromkeys(("allgather_bucket_size", "sub_group_size", "stage3_max_reuse_distance"), _SIZE),
+    **dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), _SIZE),
+    **dict.fromkeys(("stage3_model_persistence_threshold", "stage3_max_live_parameters"), _SIZE),
+    **dict.fromkeys(("reduce_bucket_size", "zero_hpz_partition_size"), _COUNT),
+}
+PASSED_ON_OFFLOAD = {"pin_memory": _SWITCH, "buffer_count": _COUNT}
+SAFE_MODULES = ("torch.nn.Linear", "torch.nn.Embedding", "torch.nn.Conv1d")  # DeepSpeed imports what is named
+_OFFLOADS = ("offload_optimizer", "offload_param")
+# What the recipe or the engine decides: compared where the two can differ, and never passed on.
+_DECIDED = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "torch_autocast", "zero_optimization", "steps_per_print"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
 
 LEAST_ZERO = {"none": 0, "optimizer": 1, "all": 3}  # at which DeepSpeed heeds what is to be offloaded
 
@@ -76,7 +102,7 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
 
     Args:
         facts: what is decided already.
-        user: a user's own settings; keys that decide nothing here are passed on.
+        user: a user's own settings, as `read_settings` gave them.
         source: the file they come from, for messages.
 
     Raises:
@@ -92,13 +118,9 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
             f"{source or 'the DeepSpeed file'} contradicts the recipe: {'; '.join(problems)}",
             hint='change them there, or leave them to the recipe: take them out, or write "auto"',
         )
-    decided = {
-        *("train_batch_size", "gradient_accumulation_steps", "optimizer", "torch_autocast"),
-        *REFUSED,
-    }
     stage, offload = zero_and_offload(facts.zero, facts.offload, {"zero_optimization": zero})
     return {
-        **{key: value for key, value in user.items() if key not in decided and value != AUTO},
+        **_passed_on(user, PASSED_ON),
         "train_micro_batch_size_per_gpu": facts.micro_batch_sequences,
         "gradient_accumulation_steps": 1,  # passes of a step are counted by the engine
         "gradient_clipping": facts.optimizer.gradient_clip or 0.0,  # DeepSpeed would clip at 1.0 by itself
@@ -107,7 +129,7 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
         "steps_per_print": 10**9,
         "torch_autocast": _autocast(facts.precision, user.get("torch_autocast")),
         "zero_optimization": {
-            **{key: value for key, value in zero.items() if value != AUTO and not key.startswith("offload_")},
+            **_passed_on(zero, PASSED_ON_ZERO),
             "stage": stage,
             **_offload_settings(offload, zero),
         },
@@ -137,7 +159,7 @@ def read_settings(path: str | None) -> dict[str, Any]:
     """A user's DeepSpeed settings, a JSON object; none without a file.
 
     Raises:
-        RecipeError: there is no such file, or it holds something else.
+        RecipeError: there is no such file, it holds something else, or keys that are not passed on to DeepSpeed.
     """
     if path is None:
         return {}
@@ -150,7 +172,53 @@ def read_settings(path: str | None) -> dict[str, Any]:
         raise RecipeError(error.message) from error
     if not isinstance(settings, dict):
         raise RecipeError(f"{path} is not a JSON object")
+    problems = list(_unfit(settings))
+    if problems:
+        raise RecipeError(
+            f"{path} holds what is not passed on to DeepSpeed: {'; '.join(problems)}",
+            hint="docs/engine.md lists the keys that a file may have: take the others out",
+        )
     return settings
+
+
+def _unfit(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed is not to be told, each with its key."""
+    yield from _unfit_keys(settings, PASSED_ON, {*_DECIDED, *REFUSED})
+    zero = settings.get("zero_optimization")
+    if isinstance(zero, Mapping):
+        yield from _unfit_keys(zero, PASSED_ON_ZERO, {"stage", *_OFFLOADS, *REFUSED_ZERO}, "zero_optimization.")
+        for key in _OFFLOADS:
+            if isinstance(zero.get(key), Mapping):
+                yield from _unfit_keys(zero[key], PASSED_ON_OFFLOAD, {"device"}, f"zero_optimization.{key}.")
+    autocast = settings.get("torch_autocast")
+    if isinstance(autocast, Mapping):
+        yield from _unfit_keys(autocast, {}, {"enabled", "dtype", "lower_precision_safe_modules"}, "torch_autocast.")
+        modules = autocast.get("lower_precision_safe_modules", [])
+        if not isinstance(modules, list) or any(module not in SAFE_MODULES for module in modules):
+            expected = f"a list of {', '.join(SAFE_MODULES)}"
+            yield f"torch_autocast.lower_precision_safe_modules: found {modules!r}, expected {expected}"
+
+
+def _unfit_keys(
+    settings: Mapping[str, Any], passed_on: Mapping[str, str], others: set[str], prefix: str = ""
+) -> Iterator[str]:
+    for key, value in settings.items():
+        if key not in passed_on and key not in others:
+            yield f"{prefix}{key}"
+        elif key in passed_on and value != AUTO and not _is_a(value, passed_on[key]):
+            yield f"{prefix}{key}: found {value!r}, expected {passed_on[key]}"
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    if kind == _SWITCH:
+        return isinstance(value, bool)
+    # Such files write sizes as 5e8, which JSON reads as a fraction.
+    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+    return is_whole and (1 if kind == _COUNT else 0) <= value < 1 << 63
+
+
+def _passed_on(settings: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key in keys and value != AUTO}
 
 
 def _contradictions(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> list[str]:
@@ -166,7 +234,7 @@ def _contradictions(facts: EngineFacts, user: dict[str, Any], zero: dict[str, An
     stage = zero.get("stage", AUTO)
     if stage != AUTO and (type(stage) is not int or stage not in range(4)):
         problems.append(f"zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
+    for key in _OFFLOADS:
         device = _device(zero, key)
         if device not in ("none", "cpu"):
             problems.append(f"zero_optimization.{key}.device: found {device!r}, expected 'none' or 'cpu'")
@@ -244,7 +312,8 @@ def _offload_settings(offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:
     for key, kinds in (("offload_optimizer", ("optimizer", "all")), ("offload_param", ("all",))):
         if offload in kinds:
             own = zero.get(key)
-            settings[key] = {**(own if isinstance(own, Mapping) else {}), "device": "cpu"}
+            own = _passed_on(own, PASSED_ON_OFFLOAD) if isinstance(own, Mapping) else {}
+            settings[key] = {**own, "device": "cpu"}
     return settings
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe import OptimizerRecipe
-from mohawkify.train.deepspeed_config import EngineFacts, engine_config
+from mohawkify.train.deepspeed_config import EngineFacts, engine_config, read_settings
 
 FACTS = EngineFacts(OptimizerRecipe(), 1e-4, "bf16", batch_sequences=64, micro_batch_sequences=2, num_processes=8)
 # As such files are written for Hugging Face's trainer.
@@ -91,3 +93,66 @@ def test_all_contradictions_are_named_at_once():
     with pytest.raises(RecipeError) as found:
         engine_config(FACTS, {"gradient_clipping": 0.1, "train_batch_size": 1, "amp": {"enabled": True}}, "ds.json")
     assert all(key in found.value.message for key in ("gradient_clipping", "train_batch_size", "amp"))
+
+
+@pytest.mark.parametrize(
+    ("user", "key"),
+    [
+        (
+            {"torch_autocast": {"lower_precision_safe_modules": ["this.d"]}},
+            "torch_autocast.lower_precision_safe_modules",
+        ),
+        ({"torch_autocast": {"lower_precision_safe_modules": "torch.nn.Linear"}}, "lower_precision_safe_modules"),
+        ({"torch_autocast": {"lower_precision_safe_modules": [["torch.nn.Linear"]]}}, "lower_precision_safe_modules"),
+        ({"torch_autocast": {"module": "this"}}, "torch_autocast.module"),
+        ({"nebula": {"enabled": False}}, "nebula"),
+        ({"zero_optimization": {"leaf_module": {"classes": ["this.d"]}}}, "zero_optimization.leaf_module"),
+        ({"zero_optimization": {"sub_group_size": "x"}}, "zero_optimization.sub_group_size: found 'x'"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 0}},
+            "reduce_bucket_size: found 0, expected a whole number from 1",
+        ),
+        ({"zero_optimization": {"sub_group_size": 0.5}}, "zero_optimization.sub_group_size: found 0.5"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "/tmp"}}}, "optimizer.nvme_path"),
+        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown: found 1, expected true or false"),
+    ],
+)
+def test_what_no_file_may_say_is_refused_by_its_key(tmp_path: Path, user, key):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(user))
+    with pytest.raises(RecipeError, match=r"ds\.json holds what is not passed on to DeepSpeed") as caught:
+        read_settings(str(file))
+    assert key in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["csv_monitor", "tensorboard", "wandb", "comet", "flops_profiler", "comms_logger", "compile", "checkpoint", "aio"],
+)
+def test_what_writes_or_imports_may_stand_there_switched_off_and_does_not_reach_deepspeed(tmp_path: Path, key):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({key: {"enabled": False, "output_path": "/tmp"}}))
+    assert key not in engine_config(FACTS, read_settings(str(file)), "ds.json")
+    with pytest.raises(RecipeError, match=f"{key}: found .* expected none"):
+        engine_config(FACTS, {key: {"enabled": True, "output_path": "/tmp"}}, "ds.json")
+
+
+def test_only_listed_keys_reach_deepspeed(tmp_path: Path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(USUAL | {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}))
+    user = read_settings(str(file))
+    user["torch_autocast"]["enabled"] = True
+    config = engine_config(FACTS, {**user, "nebula": {}}, "ds.json")
+    assert config["torch_autocast"]["lower_precision_safe_modules"] == ["torch.nn.Linear"]
+    assert "nebula" not in config
+
+
+def test_the_page_lists_the_keys_that_are_passed_on():
+    from mohawkify.train.deepspeed_config import PASSED_ON, PASSED_ON_OFFLOAD, PASSED_ON_ZERO, SAFE_MODULES
+    from tests.conftest import ROOT
+
+    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    table = page.partition("**A file of DeepSpeed's settings**")[2].partition("\n\n**")[0]
+    assert [
+        key for key in (*PASSED_ON, *PASSED_ON_ZERO, *PASSED_ON_OFFLOAD, *SAFE_MODULES) if f"`{key}`" not in table
+    ] == []
