@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint soak
+.PHONY: setup demo test lint soak soak-trials soak-fuzz
 
 setup: $(STAMP)
 
@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The long forms of tests/soak and tests/fuzz, about an hour on one core; what they tried goes to docs/reliability.md.
+# The long forms of tests/soak and tests/fuzz, side by side on two cores; what they tried goes to docs/reliability.md.
 SOAK := build/soak
 SOAK_SHARE ?= 1
 FUZZ_FACTOR ?= 50
@@ -36,8 +36,13 @@ FUZZ_FACTOR ?= 50
 soak: setup
 	mkdir -p $(SOAK)
 	rm -f $(SOAK)/soak.jsonl $(SOAK)/fuzz.jsonl
+	$(MAKE) --jobs 2 soak-trials soak-fuzz
+	$(BIN)/python -m tests.soak.report $(SOAK)/soak.jsonl $(SOAK)/fuzz.jsonl
+
+soak-trials:
 	OMP_NUM_THREADS=1 MOHAWKIFY_SOAK=1 MOHAWKIFY_SOAK_SHARE=$(SOAK_SHARE) MOHAWKIFY_SOAK_LOG=$(CURDIR)/$(SOAK)/soak.jsonl \
 		$(BIN)/python -m pytest tests/soak
+
+soak-fuzz:
 	OMP_NUM_THREADS=1 MOHAWKIFY_FUZZ=$(FUZZ_FACTOR) MOHAWKIFY_FUZZ_LOG=$(CURDIR)/$(SOAK)/fuzz.jsonl \
 		$(BIN)/python -m pytest tests/fuzz
-	$(BIN)/python -m tests.soak.report $(SOAK)/soak.jsonl $(SOAK)/fuzz.jsonl

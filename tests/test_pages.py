@@ -64,6 +64,18 @@ def test_links_in_the_pages_lead_somewhere() -> None:
     assert_none(broken)
 
 
+def test_tests_that_the_pages_name_exist() -> None:
+    pages = [ROOT / "SECURITY.md", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        f"{shown(page)}: {name}"
+        for page in pages
+        if page.name != "log.md"  # which tells what was
+        for name in re.findall(r"`(tests/[\w/]+(?:\.py)?)`", page.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert_none(named)
+
+
 def test_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^- \[[^]]+\]\((\w+\.md)\)", index, flags=re.MULTILINE))

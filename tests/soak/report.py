@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("soak_log", type=Path)
     parser.add_argument("fuzz_log", type=Path, nargs="?")
-    parser.add_argument("--machine", default=f"{platform.system()} on {platform.machine()}, one core")
+    parser.add_argument("--machine", default=f"{platform.system()} on {platform.machine()}, two cores")
     parser.add_argument("--command", default="make soak")
     parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     given = parser.parse_args()
