@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify import storage
-from mohawkify.data import corpus
+from mohawkify.data import corpus_files
 from mohawkify.verdict import judge
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.teacher_damage import edit_json
@@ -125,8 +125,9 @@ def test_text_that_was_noted_as_checked_is_hashed_all_the_same(work, tmp_path):
         content = file.read_bytes()
         file.write_bytes(bytes(len(content)))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    storage.write_json(folder.parent / f".checked-{folder.name}.json", corpus._stamps(folder))
-    corpus.checked_facts(folder)  # as a conversion would, which trusts the note
+    note = {"files": corpus_files._stamps(folder), corpus_files.LARGEST_ID: 0}
+    storage.write_json(folder.parent / f".checked-{folder.name}.json", note)
+    corpus_files.checked_facts(folder)  # as a conversion would, which trusts the note
     assert not judge(folder)["sound"]
     assert not judge(folder.parent)["sound"]
 

@@ -20,6 +20,7 @@ from mohawkify.data.corpus import load_corpus, read_note
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import MohawkifyError
+from mohawkify.manifest import sealed
 from mohawkify.ops.losses import TopK
 from mohawkify.prepare import inspect_text
 from mohawkify.recipe import Source
@@ -101,7 +102,7 @@ def seal(root: Path, name: str) -> None:
     folder = (root / name).parent
     if name.endswith(MANIFEST):
         body = json.loads((root / name).read_bytes())
-        (root / name).write_bytes(storage._sealed({key: body[key] for key in body if key != "sha256"}, root / name))
+        (root / name).write_bytes(sealed({key: body[key] for key in body if key != "sha256"}, root / name))
         folder = folder.parent
     while (folder / MANIFEST).is_file():
         facts = json.loads((folder / MANIFEST).read_bytes())["facts"]
