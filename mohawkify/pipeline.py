@@ -33,7 +33,6 @@ from mohawkify.stages.base import Pair
 from mohawkify.stages.footprint import count_footprint
 from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
 from mohawkify.student.save import save_student, weight_bytes
-from mohawkify.teacher.claims import text_hashes
 from mohawkify.teacher.finishing import (
     Finishing,
     OtherTeacher,
@@ -48,6 +47,7 @@ from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.prove import prove_family
 from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.tokenizer_files import text_hashes
 from mohawkify.train.engines import choose_engine, require_agreeing_settings, require_even_shares, unheeded_settings
 from mohawkify.train.stop import StopRequest
 from mohawkify.train.track import PROJECT, Tracking, require_trackers, tracking_id

@@ -26,9 +26,8 @@ from mohawkify.teacher.claims import (
     require_config,
     require_own_files,
     require_plain_weights,
-    text_hashes,
 )
-from mohawkify.teacher.tokenizer_files import require_tokenizer_files
+from mohawkify.teacher.tokenizer_files import require_tokenizer_files, text_hashes
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
 NOTHING = "nothing known"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mohawkify.errors import INPUT, RECIPE, TeacherError
 from mohawkify.shelf import adapter_names
 from mohawkify.storage import read_json, remove_directory, write_json
-from mohawkify.teacher.claims import TEXT_FILES, read_tensors, require_config, require_own_files, text_hashes
+from mohawkify.teacher.claims import read_tensors, require_config, require_own_files
 from mohawkify.teacher.load import require_fit
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.faults import content_of
@@ -425,13 +425,6 @@ def test_a_run_keeps_its_tokenizer(teacher: Path) -> None:
         assert content_of(Path("out")) == before
         (teacher / "tokenizer.json").write_bytes(original)
     run_well(*SHORT)
-
-
-def test_every_file_that_decides_how_text_is_cut_is_hashed(tmp_path: Path) -> None:
-    assert text_hashes(tmp_path) == {}
-    for name in TEXT_FILES:
-        (tmp_path / name).write_text(name)
-    assert text_hashes(tmp_path).keys() == set(TEXT_FILES)
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "generation_config.json"])

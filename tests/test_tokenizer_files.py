@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from mohawkify.errors import TeacherError
 from mohawkify.teacher.no_questions import never_ask
 from mohawkify.teacher.tokenizer import load_tokenizer
-from mohawkify.teacher.tokenizer_files import tokenizer_files
+from mohawkify.teacher.tokenizer_files import text_hashes, tokenizer_files
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.teacher_damage import config, edit_json, swap_ids, tokenizer, tokenizer_config
 from tests.tiny import tiny_config
@@ -209,3 +209,12 @@ def test_the_files_that_decide_what_a_tokenizer_does(folder: Path) -> None:
         "chat_template.jinja",
         "additional_chat_templates/tools.jinja",
     ]
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "spiece.model").write_text("x")
+    assert text_hashes(folder).keys() == {
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "generation_config.json",
+        "spiece.model",
+    }

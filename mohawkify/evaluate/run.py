@@ -24,10 +24,10 @@ from mohawkify.evaluate.report import markdown_report
 from mohawkify.lock import run_lock
 from mohawkify.run import RunFolder, changed_files
 from mohawkify.student.save import load_student
-from mohawkify.teacher.claims import text_hashes
 from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder
 from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.tokenizer_files import text_hashes
 from mohawkify.train.stop import StopRequest
 
 Report = Callable[[str], None]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mohawkify.errors import MohawkifyError, TeacherError
-from mohawkify.storage import file_sha256, read_json
+from mohawkify.storage import read_json
 from mohawkify.strict_json import parse_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,13 +23,6 @@ INTEGER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8
 
 # Keys that make transformers run code of the folder or, where its package `kernels` is installed, of the Hub.
 CODE_KEYS = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
-
-# What decides how text becomes tokens and how a student writes, not what the teacher computes. transformers reads the
-# first three where there is no tokenizer.json, and the others beside it (measured with 5.5).
-TEXT_FILES = (
-    *("vocab.json", "vocab.txt", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
-)
 
 _AGAIN = "download or copy the file again"
 _POINTER = b"version https://git-lfs"
@@ -235,11 +228,6 @@ def read_tensors(folder: Path) -> dict[str, ClaimedTensor]:
     if places is not None:
         _compare_index(index, places, tensors)
     return tensors
-
-
-def text_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of a teacher's `TEXT_FILES`, of those that are there."""
-    return {name: file_sha256(folder / name) for name in TEXT_FILES if (folder / name).is_file()}
 
 
 def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from mohawkify.teacher.generation import plain_generation
 from mohawkify.teacher.inspect import read_config
 from mohawkify.teacher.no_questions import never_ask
 from mohawkify.teacher.quantise import quantiser_options, require_sound_quantisation
+from mohawkify.teacher.tokenizer_files import OF_THE_TEACHER
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -58,7 +59,7 @@ def teacher_hashes(folder: Path) -> dict[str, str]:
     """
     files = [*weight_files(folder), folder / "config.json"]
     require_fit(folder)
-    files += [folder / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    files += [folder / name for name in OF_THE_TEACHER]
     return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mohawkify.errors import TeacherError
+from mohawkify.storage import file_sha256
 from mohawkify.teacher.claims import read_json_object, refuse_pointer, require_own_files
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,6 +24,9 @@ VOCABULARY_FILES = (
 )
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
+GENERATION_FILE = "generation_config.json"
+# Those that belong to what a run is known by, as the weights do.
+OF_THE_TEACHER = (TOKENIZER_FILE, "tokenizer.model", SETTINGS_FILE)
 
 _NAMES = (TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, *VOCABULARY_FILES, TEMPLATE_FILE)
 
@@ -35,6 +39,16 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that decide what its tokenizer does, chat templates included; not all need be there."""
     templates = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
     return [path for path in (*(folder / name for name in _NAMES), *templates) if path.is_file()]
+
+
+def text_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of what else than `OF_THE_TEACHER` decides how text becomes tokens and how a student writes.
+
+    transformers reads vocabularies where there is no tokenizer.json, all others beside it (measured with 5.23).
+    """
+    files = [*tokenizer_files(folder), folder / GENERATION_FILE]
+    names = {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
+    return {name: file_sha256(file) for name, file in names.items() if name not in OF_THE_TEACHER}
 
 
 def has_vocabulary(folder: Path) -> bool:
