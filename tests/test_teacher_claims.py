@@ -19,6 +19,7 @@ from mohawkify.errors import INPUT, RECIPE, TeacherError
 from mohawkify.shelf import adapter_names
 from mohawkify.storage import read_json, remove_directory, write_json
 from mohawkify.teacher.claims import read_tensors, require_config, require_own_files
+from mohawkify.teacher.inspect import read_config
 from mohawkify.teacher.load import require_fit
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.faults import content_of
@@ -374,6 +375,14 @@ def test_whole_teachers_pass(teacher: Path, tmp_path: Path) -> None:
     tokenizer_config(tokenizer_file="/home/somebody/tokenizer.json", special_tokens_map_file="/home/x.json")(teacher)
     config(_attn_implementation_internal="evil/kernel", auto_map={"AutoConfig": "evil.Config"})(teacher)
     run_well(*SHORT)
+
+
+def test_no_part_of_a_configuration_names_code(teacher: Path) -> None:
+    kernel = {"_attn_implementation": "evil/kernel", "attn_implementation": "evil/kernel", "auto_map": {"A": "evil.B"}}
+    config(text_config={"inner": kernel, **kernel}, rope_scaling=None, **kernel)(teacher)
+    found = read_config(teacher / "config.json")[0]
+    assert "text_config" in found.to_dict()
+    assert "evil" not in found.to_json_string()
 
 
 def test_the_cache_of_the_hub_is_links_and_works(whole_teacher: Path, tmp_path: Path) -> None:

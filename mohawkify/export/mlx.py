@@ -17,7 +17,7 @@ from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.student.save import family_of, student_config
-from mohawkify.teacher.claims import CODE_KEYS
+from mohawkify.teacher.claims import without_code
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that divides a weight's rows is taken
@@ -185,8 +185,7 @@ def _student_config(final: Path, adapter: Adapter) -> dict[str, Any]:
     """The keys of a student's configuration that its family has; others would run code, or say what nobody asked."""
     family = getattr(transformers, adapter.config_class)
     known = {*family().to_dict(), *family.attribute_map, "mixer"}
-    values = student_config(final).items()
-    return {key: value for key, value in values if key in known and not CODE_KEYS.fullmatch(key)}
+    return {key: value for key, value in without_code(student_config(final)).items() if key in known}
 
 
 def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from mohawkify.errors import CheckpointError, is_out_of_memory
 from mohawkify.student.build import classes_for
 from mohawkify.student.mixer import PRECISE_PARAMETERS
 from mohawkify.teacher.claims import (
-    CODE_KEYS,
     read_tensors,
     require_config,
     require_generation_settings,
@@ -34,6 +33,7 @@ from mohawkify.teacher.claims import (
     require_room,
     require_settings,
     require_token_ids,
+    without_code,
 )
 from mohawkify.teacher.generation import plain_generation
 from mohawkify.teacher.no_questions import never_ask
@@ -139,7 +139,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     """
     never_ask()
     path = directory / "config.json"
-    values = {key: value for key, value in require_config(path).items() if not CODE_KEYS.fullmatch(key)}
+    values = without_code(require_config(path))
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
     require_settings(path, values, config_class)
     require_generation_settings(directory)

@@ -22,7 +22,7 @@ FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 INTEGER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 # Keys that make transformers run code of the folder or, where its package `kernels` is installed, of the Hub.
-CODE_KEYS = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
+_CODE_KEYS = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
 
 _AGAIN = "download or copy the file again"
 _POINTER = b"version https://git-lfs"
@@ -101,6 +101,15 @@ def require_config(path: Path) -> dict[str, Any]:
             hint="remove the key configuration_files",
         )
     return config
+
+
+def without_code(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration without those that name code to run, at any depth."""
+    return {
+        key: without_code(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not _CODE_KEYS.fullmatch(key)
+    }
 
 
 def require_settings(path: Path, values: Mapping[str, Any], config_class: Any) -> None:

@@ -14,7 +14,7 @@ from mohawkify.adapter import Adapter, AttentionWeights
 from mohawkify.errors import TeacherError
 from mohawkify.spec import TeacherSpec
 from mohawkify.student.grafting import find_layers
-from mohawkify.teacher.claims import CODE_KEYS, require_config, require_settings, require_token_ids
+from mohawkify.teacher.claims import require_config, require_settings, require_token_ids, without_code
 from mohawkify.teacher.locate import find_config
 from mohawkify.teacher.projections import read_attention
 from mohawkify.teacher.recognise import find_adapter
@@ -73,7 +73,7 @@ def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
         raise TeacherError(f"{path} has no model_type", hint="expected the config.json of a transformers model")
     if raw["model_type"].startswith("mohawk_"):
         raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")
-    values = {key: value for key, value in raw.items() if not CODE_KEYS.fullmatch(key) and key not in UNUSED_KEYS}
+    values = {key: value for key, value in without_code(raw).items() if key not in UNUSED_KEYS}
     adapter = find_adapter(raw["model_type"], values)
     require_settings(path, values, getattr(transformers, adapter.config_class))
     try:
