@@ -164,7 +164,7 @@ def test_a_damaged_teacher(teacher, damage):
 
 
 def test_a_vocabulary_that_does_not_fit(teacher, whole_teacher):
-    make_teacher(teacher / "small", vocab_size=97)
+    make_teacher(teacher / "small", vocab_size=97, bos_token_id=1, eos_token_id=2)
     refused(*convert("--output", "out", teacher=teacher / "small"), code=66, says="token id 257")
 
 
