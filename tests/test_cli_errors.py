@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify import pipeline
 from mohawkify.cli import main
-from mohawkify.cli_errors import describe
+from mohawkify.cli_errors import Verbs, describe
 from mohawkify.errors import is_out_of_memory
 from mohawkify.lock import run_lock
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
@@ -394,3 +395,24 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+def test_a_process_of_several_ends_past_pythons_own_end(monkeypatch, capsys):
+    @click.group(cls=Verbs)
+    def group() -> None:
+        """Verbs."""
+
+    @group.command()
+    @click.pass_context
+    def work(context: click.Context) -> None:
+        """Works with others."""
+        context.find_root().obj.is_one_of_several = True
+        click.echo("done")
+
+    ended: list[object] = []
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: ended.append("goodbye"))
+    monkeypatch.setattr("os._exit", ended.append)
+    with pytest.raises(SystemExit):
+        group.main(["work"])
+    assert ended == ["goodbye", 0]
+    assert capsys.readouterr().out == "done\n"
