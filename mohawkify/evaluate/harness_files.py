@@ -20,7 +20,7 @@ from mohawkify.strict_yaml import load_yaml, read_text
 SUFFIXES = (".yaml", ".yml")
 # Kinds of files that hold rows and no code; the others that datasets knows include pickles.
 _LOCAL_DATA = ("json", "csv", "parquet", "arrow", "text")
-_HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 _Rows = dict[str, Any]
 
@@ -231,7 +231,7 @@ def _place_rows(path: Path, settings: dict[str, Any], dataset: Any, root: Path) 
     """Refuse rows that lie elsewhere, and make the paths of the others absolute."""
     dataset = settings.get("dataset_path", dataset)
     is_local = dataset is None or dataset in _LOCAL_DATA
-    if not is_local and (not _HUB_DATA.fullmatch(dataset) or dataset.count("/") != 1 or Path(dataset).exists()):
+    if not is_local and (not _HUB_DATA.fullmatch(dataset) or Path(dataset).exists()):
         raise UsageError(
             f"{path}: dataset_path: found {dataset!r}, expected a dataset of the Hub or one of {', '.join(_LOCAL_DATA)}"
         )

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from mohawkify.errors import MohawkifyError, TeacherError, is_out_of_memory
-from mohawkify.teacher.claims import read_json_object, require_config
+from mohawkify.errors import MohawkifyError, TeacherError, is_out_of_memory, is_panic
+from mohawkify.teacher.claims import require_config
 from mohawkify.teacher.no_questions import never_ask
 from mohawkify.teacher.tokenizer_files import (
     SETTINGS_FILE,
@@ -52,8 +52,7 @@ def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBas
         vocabulary = tokenizer.get_vocab()
     except BaseException as error:
         # A panic in the tokenizers library is no Exception, but it is what a damaged file does to it.
-        is_panic = type(error).__name__ == "PanicException"
-        if isinstance(error, MohawkifyError) or not (isinstance(error, Exception) or is_panic):
+        if isinstance(error, MohawkifyError) or not (isinstance(error, Exception) or is_panic(error)):
             raise
         if is_out_of_memory(error):
             raise
@@ -79,8 +78,7 @@ def _family(path: Path) -> Any:
 
     Left to itself it would read the whole configuration, and follow what else that names.
     """
-    require_config(path)
-    facts = read_json_object(path)
+    facts = require_config(path)
     model_type, tokenizer_class = facts.get("model_type"), facts.get("tokenizer_class")
     _require_tokenizer_class(path, tokenizer_class)
     config: Any = PreTrainedConfig()
