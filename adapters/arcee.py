@@ -1,6 +1,6 @@
 """Arcee's foundation models."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="arcee",

@@ -1,6 +1,6 @@
 """Cohere's Command R and Aya."""
 
-from mohawkify.adapter import Adapter, Logits
+from mohawkify.families.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="cohere",

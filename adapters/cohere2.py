@@ -1,6 +1,6 @@
 """Cohere's Command R7B and Command A."""
 
-from mohawkify.adapter import Adapter, Logits
+from mohawkify.families.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="cohere2",

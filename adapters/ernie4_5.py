@@ -1,6 +1,6 @@
 """Baidu's ERNIE 4.5 dense models."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="ernie4_5",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 
 def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def refuse(config: Any) -> str | None:
@@ -13,7 +13,7 @@ def refuse(config: Any) -> str | None:
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Cut the one matrix in the way of the model's generation."""
-    from mohawkify.teacher.projections import cut_into_heads, interleaved_rows, rows_of
+    from mohawkify.families.projections import cut_into_heads, interleaved_rows, rows_of
 
     width, heads, linear = attention.head_dim, attention.num_heads, attention.query_key_value
     if attention.new_decoder_architecture:
@@ -30,7 +30,7 @@ def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> An
     """Rebuild rotated queries and keys as the module does."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
-    from mohawkify.ops.orient_loss import AttentionMatrix
+    from mohawkify.ops.mixing_matrices import AttentionMatrix
 
     q_blhp, k_blhp, _ = attention._split_heads(attention.query_key_value(hidden_bld))
     q_bhlp, k_bhlp = apply_rotary_pos_emb(

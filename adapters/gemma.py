@@ -1,6 +1,6 @@
 """Gemma 1."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="gemma",

@@ -1,6 +1,6 @@
 """Gemma 2."""
 
-from mohawkify.adapter import Adapter, Logits
+from mohawkify.families.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="gemma2",

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights, Logits
+from mohawkify.families.adapter import Adapter, AttentionWeights, Logits
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Fold in the weights of the query and key norms, which are stored less 1."""
-    from mohawkify.teacher.projections import fold_scales, read_projections
+    from mohawkify.families.projections import fold_scales, read_projections
 
     return fold_scales(read_projections(attention), 1.0 + attention.q_norm.weight, 1.0 + attention.k_norm.weight)
 

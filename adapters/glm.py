@@ -1,6 +1,6 @@
 """GLM-4 of 2024 and GLM-Edge."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="glm",

@@ -1,6 +1,6 @@
 """GLM-4-0414."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="glm4",

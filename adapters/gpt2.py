@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Transpose, and cut the one matrix into queries, keys and values."""
-    from mohawkify.teacher.projections import Rows, cut_into_heads
+    from mohawkify.families.projections import Rows, cut_into_heads
 
     rows, features = Rows(attention.c_attn.weight.T, attention.c_attn.bias), attention.embed_dim
     query, key, value = (rows.between(part * features, (part + 1) * features) for part in range(3))

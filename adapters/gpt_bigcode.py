@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Cut the one matrix: with one key head its rows lie below the queries, else all three follow in every head."""
-    from mohawkify.teacher.projections import cut_into_heads, interleaved_rows, rows_of
+    from mohawkify.families.projections import cut_into_heads, interleaved_rows, rows_of
 
     width, features = attention.head_dim, attention.embed_dim
     if attention.multi_query:

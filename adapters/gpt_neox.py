@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Take queries, keys and values out of the one matrix, where they follow each other within every head."""
-    from mohawkify.teacher.projections import cut_into_heads, interleaved_rows, rows_of
+    from mohawkify.families.projections import cut_into_heads, interleaved_rows, rows_of
 
     width = attention.head_size
     query, key, value = interleaved_rows(attention.query_key_value, (1, 1, 1), width)

@@ -1,6 +1,6 @@
 """IBM Granite 3 mixtures of experts."""
 
-from mohawkify.adapter import Adapter, Logits
+from mohawkify.families.adapter import Adapter, Logits
 
 ADAPTER = Adapter(
     model_type="granitemoe",

@@ -1,6 +1,6 @@
 """Kyutai's Helium."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="helium",

@@ -1,6 +1,6 @@
 """Tencent's Hunyuan dense models."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="hunyuan_v1_dense",

@@ -1,6 +1,6 @@
 """Llama 1 to 3.x and the many checkpoints that share its type."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="llama",

@@ -1,6 +1,6 @@
 """Ministral 8B."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="ministral",

@@ -1,6 +1,6 @@
 """Mistral 7B, Nemo and their relatives."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="mistral",

@@ -1,6 +1,6 @@
 """Mixtral, a mixture of experts."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="mixtral",

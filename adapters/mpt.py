@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Cut the one matrix into queries, keys and values."""
-    from mohawkify.teacher.projections import cut_into_heads, rows_of
+    from mohawkify.families.projections import cut_into_heads, rows_of
 
     rows, features = rows_of(attention.Wqkv), attention.hidden_size
     query, key, value = (rows.between(part * features, (part + 1) * features) for part in range(3))
@@ -18,7 +18,7 @@ def read_weights(attention: Any) -> AttentionWeights:
 
 def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> Any:
     """Rebuild queries and keys as the module does; its mask is true where it must not look."""
-    from mohawkify.ops.orient_loss import AttentionMatrix
+    from mohawkify.ops.mixing_matrices import AttentionMatrix
 
     qkv_blf = attention.Wqkv(hidden_bld)
     if attention.clip_qkv:

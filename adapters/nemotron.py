@@ -1,6 +1,6 @@
 """NVIDIA's Nemotron-4 and Minitron."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="nemotron",

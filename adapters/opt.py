@@ -1,6 +1,6 @@
 """Meta's OPT."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="opt",

@@ -1,6 +1,6 @@
 """Phi-1, Phi-1.5 and Phi-2."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="phi",

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Cut the one matrix into queries, keys and values."""
-    from mohawkify.teacher.projections import cut_into_heads, rows_of
+    from mohawkify.families.projections import cut_into_heads, rows_of
 
     rows, out, width = rows_of(attention.qkv_proj), attention.o_proj, attention.head_dim
     queries, keys = out.in_features, attention.num_key_value_heads * width

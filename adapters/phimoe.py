@@ -1,6 +1,6 @@
 """Phi-3.5-MoE."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="phimoe",

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5, and distilled models that share the type."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="qwen2",

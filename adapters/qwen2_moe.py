@@ -1,6 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="qwen2_moe",

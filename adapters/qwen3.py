@@ -1,6 +1,6 @@
 """Qwen3 dense models."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="qwen3",

@@ -1,6 +1,6 @@
 """ByteDance's Seed-OSS."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="seed_oss",

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from mohawkify.adapter import Adapter, AttentionWeights
+from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_weights(attention: Any) -> AttentionWeights:
     """Fold in the weights of the norms, of which every head has its own."""
     import torch
 
-    from mohawkify.teacher.projections import fold_scales, read_projections
+    from mohawkify.families.projections import fold_scales, read_projections
 
     weights = read_projections(attention)
     if not attention.qk_layernorm:

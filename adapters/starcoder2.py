@@ -1,6 +1,6 @@
 """StarCoder2."""
 
-from mohawkify.adapter import Adapter
+from mohawkify.families.adapter import Adapter
 
 ADAPTER = Adapter(
     model_type="starcoder2",

@@ -1,5 +1,5 @@
 """`python -m mohawkify`: the command line, for launchers that start a module."""
 
-from mohawkify.cli import NAME, main
+from mohawkify.cli.main import NAME, main
 
 main(prog_name=NAME)

@@ -1,12 +1,15 @@
 """The errors a user can meet. Each says what was found, what was expected and what to do.
 
-`mohawkify.cli` turns them into one clean line and an exit code; everything else that is raised is a bug.
+`mohawkify.cli.main` turns them into one clean line and an exit code; everything else that is raised is a bug.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
+import json
 import re
+from collections.abc import Iterable
 
 # Exit codes: those of the shell (0, 2, 128 + signal), and from 64 on those of sysexits.h.
 USAGE = 2
@@ -167,3 +170,23 @@ class MissingExtraError(MohawkifyError):
 def printable(text: str) -> str:
     """A text for a terminal: names come from strangers' files, and nothing in them may steer it. Lines stay lines."""
     return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)
+
+
+_LONGEST_NAME = 100  # Comparing names takes time that grows with their length, and names come from strangers' files.
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Returns the candidate that a mistyped name most likely means, or None where none is close."""
+    matches = difflib.get_close_matches(name[:_LONGEST_NAME], list(candidates), n=1)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """`` (did you mean NAME?)`` for a mistyped name that is close to one of `names`, else nothing."""
+    guess = nearest(name, names)
+    return f" (did you mean {guess}?)" if guess else ""
+
+
+def quoted(name: str) -> str:
+    """A name as messages show it: in quotes, and not too long."""
+    return json.dumps(name[:_LONGEST_NAME])

@@ -67,7 +67,7 @@ def main() -> None:
     sys.addaudithook(listen)
     from click.testing import CliRunner
 
-    from mohawkify.cli import main as mohawkify
+    from mohawkify.cli.main import main as mohawkify
 
     done = []
     for number, command in enumerate(todo):

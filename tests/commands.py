@@ -8,7 +8,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from mohawkify.cli import main
+from mohawkify.cli.main import main
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.tiny import save_teacher, tiny_teacher
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mohawkify.recipe import StudentRecipe
-from mohawkify.storage import atomic_directory, write_json
+from mohawkify.files.atomic import atomic_directory, write_json
+from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.student.save import save_student
 from mohawkify.teacher.inspect import inspect_teacher

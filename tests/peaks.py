@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawkify.plan import trained_parameters
-from mohawkify.plan_memory import Layout, memory_parts, sizes_of
-from mohawkify.recipe import Recipe, apply_overrides, load_recipe
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Pair, Runner, Stage
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.footprint import count_footprint
-from mohawkify.stages.orient import Orient
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Pair, Runner, Stage
+from mohawkify.plan.activations import count_footprint
+from mohawkify.plan.memory import Layout, memory_parts, sizes_of
+from mohawkify.plan.planner import trained_parameters
+from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
-from mohawkify.train.engine import LocalEngine
+from mohawkify.train.engines.engine import LocalEngine
 from tests.tiny import packed, tiny_pair
 
 PASSES = 2  # micro-batches of a step

@@ -109,16 +109,18 @@ def main() -> None:
     """Run a command of mohawkify on the device, wherever a recipe asks for one."""
     place = device()  # before the first backward pass, when torch asks once for all what devices there are
     torch.inference_mode = torch.no_grad  # which tensors of a class of their own do not know
-    from mohawkify import cli, pipeline, plan
+    from mohawkify.cli import main
+    from mohawkify.plan import planner
     from mohawkify.student import save
+    from mohawkify.train import pipeline
 
     # huggingface_hub looks for tensors that share memory, which a GPU's can say and these cannot.
     write = save.save_torch_state_dict
     save.save_torch_state_dict = lambda weights, *more, **options: write(tree_map(_held, weights), *more, **options)
-    plan.ASSUMED_FLOPS_PER_SECOND[NAME] = 1.0
+    planner.ASSUMED_FLOPS_PER_SECOND[NAME] = 1.0
     pipeline.choose_device = lambda wanted: place
     torch.set_num_threads(1)
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mohawkify.storage import read_lines
+from mohawkify.files.atomic import read_lines
 from tests.commands import make_teacher, run_well
 
 RECIPE = """

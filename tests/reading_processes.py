@@ -10,7 +10,7 @@ import json
 import multiprocessing
 from itertools import islice
 
-from mohawkify.data.reading import Stretch, read_batches
+from mohawkify.data.loader import Stretch, read_batches
 from tests.test_data_reading import BATCH, WORKERS, WORLDS, make_stretches, resume_points, total
 
 Stream = list[list[bytes]]  # of every batch every tensor

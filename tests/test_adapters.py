@@ -10,25 +10,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mohawkify.adapter import Logits
 from mohawkify.data.packing import Batch
 from mohawkify.errors import UnknownFamilyError
-from mohawkify.ops.distill_chunks import distill_loss_chunked
+from mohawkify.families.adapter import Logits
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.projections import read_attention
+from mohawkify.families.registry import adapter_names, load_adapter
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Pair, Runner, model_inputs
+from mohawkify.objectives.trainable import part_of_parameters
+from mohawkify.ops.chunked_kl import distill_loss_chunked
 from mohawkify.ops.losses import distill_loss
-from mohawkify.pipeline import plan
-from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
-from mohawkify.shelf import adapter_names, load_adapter
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Pair, Runner, model_inputs
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.orient import Orient
-from mohawkify.stages.parameters import part_of_parameters
-from mohawkify.student.grafting import find_layers
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
-from mohawkify.teacher.head import prove_head, run_to_head
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
-from mohawkify.teacher.projections import read_attention
-from mohawkify.train.engine import LocalEngine
+from mohawkify.teacher.lm_head import prove_head, run_to_head
+from mohawkify.train.engines.engine import LocalEngine
+from mohawkify.train.pipeline import plan
 from tests.close import assert_close
 from tests.conftest import ROOT
 from tests.tiny import packed, tiny_pair, tiny_teacher

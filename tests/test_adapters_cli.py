@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from mohawkify.errors import UnknownFamilyError
-from mohawkify.shelf import adapter_names
-from mohawkify.unsupported import UNSUPPORTED
+from mohawkify.families.registry import adapter_names
+from mohawkify.families.unsupported import UNSUPPORTED
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.commands import run, run_well
 from tests.tiny import save_teacher, tiny_teacher

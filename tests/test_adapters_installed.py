@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 
 FAMILY = "persimmon"
-MAIN = "from mohawkify.cli import main; main()"
+MAIN = "from mohawkify.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from mohawkify.errors import ExportError
 from mohawkify.export.export import export_run
-from mohawkify.shelf import adapter_names, load_adapter
+from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.student.save import is_precise
 from tests.finished import finished_run
 

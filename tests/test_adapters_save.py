@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawkify.export.export import export_run
-from mohawkify.shelf import adapter_names
+from mohawkify.families.registry import adapter_names
+from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import mixers_of
-from mohawkify.student.mixer import PRECISE_PARAMETERS
 from mohawkify.student.save import is_precise, load_student
 from tests.close import TOLERANCE, assert_close
 from tests.finished import WITHOUT_MOHAWKIFY, finished_run, run_python

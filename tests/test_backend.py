@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mohawkify.errors import MissingExtraError, UsageError
-from mohawkify.ops import backend, scan, scan_libraries
-from mohawkify.recipe import apply_overrides, load_recipe
+from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.ops import dispatch, libraries, scan
+from mohawkify.recipe.schema import apply_overrides, load_recipe
 from mohawkify.student.build import use_kernels
-from mohawkify.student.mixer import DiscreteMamba2
 from tests.commands import run, run_well
 from tests.tiny import tiny_pair
 
@@ -26,19 +26,19 @@ def machine(monkeypatch):
     """Pretend what is installed and what the GPU can do; these are facts of the machine, not what is judged here."""
 
     def pretend(*installed: str, capability: tuple[int, int] = (9, 0)) -> None:
-        monkeypatch.setattr(backend, "find_spec", lambda name: object() if name in installed else None)
+        monkeypatch.setattr(dispatch, "find_spec", lambda name: object() if name in installed else None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    backend._cuda_backend.cache_clear()
-    backend._say_once.cache_clear()
+    dispatch._cuda_backend.cache_clear()
+    dispatch._say_once.cache_clear()
     yield pretend
-    backend._cuda_backend.cache_clear()
-    backend._say_once.cache_clear()
+    dispatch._cuda_backend.cache_clear()
+    dispatch._say_once.cache_clear()
 
 
 def test_plain_torch_away_from_gpus_whatever_is_asked_for():
     for kernels in ("auto", "torch", "triton", "fla", "mamba-ssm"):
-        found = backend.backend("scan", CPU, torch.float32, kernels)
+        found = dispatch.backend("scan", CPU, torch.float32, kernels)
         assert found.name == "torch"
         assert found.reason == "asked for" if kernels == "torch" else "cpu" in found.reason
 
@@ -58,40 +58,40 @@ def test_plain_torch_away_from_gpus_whatever_is_asked_for():
 )
 def test_the_choice_on_a_gpu(machine, operator, kernels, installed, expected):
     machine(*installed)
-    assert backend.backend(operator, CUDA, torch.bfloat16, kernels).name == expected
+    assert dispatch.backend(operator, CUDA, torch.bfloat16, kernels).name == expected
 
 
 def test_the_reason_says_what_is_missing(machine):
     machine()
-    assert 'pip install "mohawkify[cuda]"' in backend.backend("scan", CUDA, torch.bfloat16).reason
+    assert 'pip install "mohawkify[cuda]"' in dispatch.backend("scan", CUDA, torch.bfloat16).reason
     machine("triton", capability=(7, 5))
-    assert "7.5" in backend.backend("scan", CUDA, torch.bfloat16).reason
+    assert "7.5" in dispatch.backend("scan", CUDA, torch.bfloat16).reason
     machine("triton")
-    assert "float64" in backend.backend("scan", CUDA, torch.float64).reason
-    assert "512" in backend.backend("scan", CUDA, torch.float32, width=512).reason
+    assert "float64" in dispatch.backend("scan", CUDA, torch.float64).reason
+    assert "512" in dispatch.backend("scan", CUDA, torch.float32, width=512).reason
 
 
 def test_a_slower_replacement_is_announced_once(machine):
     machine()
     with pytest.warns(RuntimeWarning, match="scan: torch instead of auto on cuda:0: triton is not installed"):
-        assert backend._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
+        assert dispatch._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
+        assert dispatch._chosen("scan", CUDA, torch.float32, "auto", 64) == "torch"
 
 
 def test_a_choice_that_cannot_be_met_is_refused(machine):
-    backend.require("auto", CPU)
-    backend.require("torch", CPU)
+    dispatch.require("auto", CPU)
+    dispatch.require("torch", CPU)
     with pytest.raises(UsageError, match="found triton on the device cpu"):
-        backend.require("triton", CPU)
+        dispatch.require("triton", CPU)
     machine("triton")
-    backend.require("triton", CUDA)
+    dispatch.require("triton", CUDA)
     with pytest.raises(MissingExtraError, match="fla"):
-        backend.require("fla", CUDA)
+        dispatch.require("fla", CUDA)
     machine("triton", capability=(7, 5))
     with pytest.raises(UsageError, match=r"7\.5"):
-        backend.require("triton", CUDA)
+        dispatch.require("triton", CUDA)
 
 
 def test_a_conversion_refuses_kernels_it_cannot_use(tmp_path):
@@ -103,7 +103,7 @@ def test_a_conversion_refuses_kernels_it_cannot_use(tmp_path):
 
 
 def test_mixers_scan_through_the_choice(tmp_path):
-    assert DiscreteMamba2.scan is backend.scan
+    assert DiscreteMamba2.scan is dispatch.scan
     pair = tiny_pair("llama", tmp_path)
     tokens = torch.arange(40).view(2, 20) % 97
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_mixers_scan_through_the_choice(tmp_path):
 def test_the_plain_scan_is_what_runs_on_a_cpu():
     x, b, c = (torch.randn(1, 9, 2, 4) for _ in range(3))
     log_decay = -torch.rand(1, 9, 2)
-    for one, other in zip(backend.scan(x, b, c, log_decay), scan.scan_chunked(x, b, c, log_decay), strict=True):
+    for one, other in zip(dispatch.scan(x, b, c, log_decay), scan.scan_chunked(x, b, c, log_decay), strict=True):
         assert torch.equal(one, other)
 
 
@@ -131,7 +131,7 @@ def test_the_state_of_flash_linear_attention_is_one_that_decoding_can_update(mon
     monkeypatch.setattr(sys.modules["fla.ops.simple_gla"], "chunk_simple_gla", chunk_simple_gla, raising=False)
     x, b, c = (torch.randn(2, 9, 3, width) for width in (4, 5, 5))
     log_decay, state = -torch.rand(2, 9, 3), torch.randn(2, 3, 4, 5)
-    y, last = scan_libraries.scan_fla(x, b, c, log_decay, state)
+    y, last = libraries.scan_fla(x, b, c, log_decay, state)
     expected_y, expected_last = scan.scan_chunked(x, b, c, log_decay, state)
     assert torch.equal(y, expected_y)
     assert torch.equal(last, expected_last)

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mohawkify.bench import ops as bench_ops
+from mohawkify.bench import operators as bench_ops
 from mohawkify.bench import peers
-from mohawkify.bench import train as bench_train
+from mohawkify.bench import training as bench_train
 from mohawkify.bench.cases import FOREIGN, find_cases, make_inputs, run_form, task_of
-from mohawkify.bench.decode import QUICK, Models, require_same_by_steps, student_cache
+from mohawkify.bench.decoding import QUICK, Models, require_same_by_steps, student_cache
+from mohawkify.bench.markdown import Bound, Measure, markdown
 from mohawkify.bench.measure import Timing, peak_in_child, side_by_side
 from mohawkify.bench.plot import line_plot
-from mohawkify.bench.report import Bound, Measure, markdown
 from mohawkify.errors import MohawkifyError, NumericsError
 from tests.commands import run
 
@@ -190,10 +190,10 @@ def test_the_command_writes_what_it_prints(tmp_path):
 
 
 def test_memory_that_is_not_there_is_a_result(monkeypatch):
-    from mohawkify.bench import decode
+    from mohawkify.bench import decoding
 
-    monkeypatch.setattr(decode, "available_bytes", lambda device: 40_000)
-    rows = decode._rows(Models.make(QUICK, CPU), 1, 256, 1)
+    monkeypatch.setattr(decoding, "available_bytes", lambda device: 40_000)
+    rows = decoding._rows(Models.make(QUICK, CPU), 1, 256, 1)
     assert [("says" in row, "seconds" in row) for row in rows] == [(True, False)] * 3
     assert all(row["says"].startswith("out of memory: needs ") for row in rows)
 

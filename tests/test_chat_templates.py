@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify.data.conversation import render_conversation
+from mohawkify.data.chat import render_conversation
 from mohawkify.errors import DataError
 from tests.bytes_tokenizer import bytes_tokenizer
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohawkify import checkpoint as checkpoint_module
-from mohawkify.checkpoint import (
+from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
+from mohawkify.files.atomic import sweep_temporaries, verify_directory
+from mohawkify.run import checkpoint as checkpoint_module
+from mohawkify.run.checkpoint import (
     list_checkpoints,
     load_tensors,
     newest_valid,
@@ -25,8 +27,6 @@ from mohawkify.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
-from mohawkify.storage import sweep_temporaries, verify_directory
 from tests.faults import content_of, fault_at, killed_at, raise_error
 
 STATE = {"stage": "align", "stage_step": 3, "tokens": 12_345_678_901, "loss": 1 / 3, "recipe": {"sha256": "00ff"}}
@@ -159,7 +159,7 @@ class TestRefusals:
         assert names_in(tmp_path) == []
 
     def test_too_little_space_is_found_before_writing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mohawkify.disk.free_bytes", lambda directory: 100)
+        monkeypatch.setattr("mohawkify.files.disk.free_bytes", lambda directory: 100)
         with pytest.raises(StorageError, match="100 are free"):
             save(tmp_path, 1)
         assert names_in(tmp_path) == []

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mohawkify.checkpoint import StoredTensors
 from mohawkify.errors import CheckpointError
-from mohawkify.train.fitting import require_fitting
+from mohawkify.run.checkpoint import StoredTensors
+from mohawkify.train.check_tensors import require_fitting
 
 STUDENT = nn.Linear(3, 2)
 KINDS = ("exp_avg", "exp_avg_sq")

@@ -14,17 +14,19 @@ from typing import Any
 import click
 import pytest
 
-from mohawkify import __version__, showcase
-from mohawkify.cli import main
-from mohawkify.cli_docs import with_reference
-from mohawkify.cli_options import own_text
-from mohawkify.cli_plan import plan_text
+from mohawkify import __version__
+from mohawkify.cli import showcase
+from mohawkify.cli.main import main
+from mohawkify.cli.options import own_text
+from mohawkify.cli.plan_tables import plan_text
 from mohawkify.export.export import TARGETS
-from mohawkify.pipeline import plan
-from mohawkify.recipe import apply_overrides, load_recipe, parse_recipe
-from mohawkify.shelf import adapter_names, recipe_names
+from mohawkify.families.registry import adapter_names
+from mohawkify.recipe.bundled import recipe_names
+from mohawkify.recipe.schema import apply_overrides, load_recipe, parse_recipe
+from mohawkify.train.pipeline import plan
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
+from tools.cli_docs import with_reference
 
 SCRIPT = Path(sys.executable).parent / "mohawkify"
 PROMISED = (
@@ -90,7 +92,7 @@ def test_help_and_light_commands_load_nothing_heavy():
     light = [[*verb, "--help"] for verb in verbs()] + [["families"], ["recipes", "ls"], ["recipes", "show", "demo"]]
     code = f"""
 import sys
-from mohawkify.cli import main
+from mohawkify.cli.main import main
 for arguments in {light!r}:
     try:
         main(arguments)
@@ -104,7 +106,7 @@ sys.exit(", ".join({{"torch", "transformers", "datasets", "numpy", "huggingface_
 
 def test_the_page_of_commands_is_what_help_says():
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert page == with_reference(page), "renew it with mohawkify.cli_docs.with_reference"
+    assert page == with_reference(page), "renew it with tools.cli_docs.with_reference"
 
 
 def test_the_lines_that_were_promised_stand_in_the_readme():

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawkify import pipeline
-from mohawkify.cli import main
-from mohawkify.cli_errors import Verbs, describe
+from mohawkify.cli.error_lines import Verbs, describe
+from mohawkify.cli.main import main
 from mohawkify.errors import is_out_of_memory
-from mohawkify.lock import run_lock
+from mohawkify.files.lock import run_lock
+from mohawkify.train import pipeline
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 from tests.faults import content_of

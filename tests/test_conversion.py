@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from mohawkify import checkpoint, manifest
-from mohawkify.conversion import Conversion
-from mohawkify.storage import read_json, read_lines, write_json
+from mohawkify.files import manifest
+from mohawkify.files.atomic import read_json, read_lines, write_json
+from mohawkify.run import checkpoint
 from mohawkify.train import loop
-from mohawkify.train.engine import LocalEngine
+from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.watch import HangWatch
+from mohawkify.train.trainer import Conversion
+from mohawkify.train.watchdog import HangWatch
 from tests.commands import make_recipe, make_teacher, run
 
 ORIENT_ALONE = ("--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=0")

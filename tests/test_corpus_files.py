@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify import storage
 from mohawkify.data.corpus import load_corpus, read_note
 from mohawkify.data.corpus_files import COMPLETION_FILE, OFFSETS_FILE, TOKENS_FILE, checked_facts
 from mohawkify.data.prepare import build_corpus
 from mohawkify.errors import CheckpointError, DataError
-from mohawkify.prepare import inspect_text
+from mohawkify.files import atomic
+from mohawkify.train.prepare_text import inspect_text
 from tests.fuzz.folders import inside
 from tests.test_data_prepare import sources, want
 
@@ -33,9 +33,9 @@ def corpus_folder(tmp_path: Path) -> Path:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    facts = json.loads((folder / storage.MANIFEST_NAME).read_text())["facts"] | changes
-    (folder / storage.MANIFEST_NAME).unlink()
-    storage._write_manifest(folder, {key: value for key, value in facts.items() if value != "GONE"})
+    facts = json.loads((folder / atomic.MANIFEST_NAME).read_text())["facts"] | changes
+    (folder / atomic.MANIFEST_NAME).unlink()
+    atomic._write_manifest(folder, {key: value for key, value in facts.items() if value != "GONE"})
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def test_a_note_that_leads_to_no_corpus_is_refused_before_anything_is_searched(
         raise AssertionError(f"searched {path}")
 
     monkeypatch.setattr("os.walk", walk)
-    storage.write_json(tmp_path / "x.json", {"folder": folder, "fingerprint": "x"})
+    atomic.write_json(tmp_path / "x.json", {"folder": folder, "fingerprint": "x"})
     with pytest.raises(DataError, match="the tokenised text is damaged"):
         load_corpus(read_note(tmp_path / "x.json")[0])
 
 
 def test_a_note_with_a_zero_byte_is_refused(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "x.json", {"folder": "a\0b", "fingerprint": "x"})
+    atomic.write_json(tmp_path / "x.json", {"folder": "a\0b", "fingerprint": "x"})
     with pytest.raises(CheckpointError, match="does not say where"):
         read_note(tmp_path / "x.json")
 
@@ -138,7 +138,7 @@ def test_a_teacher_that_text_names_is_not_fetched(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError(f"looked for {arguments}")
 
-    monkeypatch.setattr("mohawkify.prepare.find_tokenizer_folder", fetch)
+    monkeypatch.setattr("mohawkify.train.prepare_text.find_tokenizer_folder", fetch)
     reseal(corpus_folder, teacher=teacher)
     shown = inspect_text(corpus_folder, None, 2)["corpora"][corpus_folder.name]["shown"]
     assert [entry["text"] for entry in shown] == [None, None]

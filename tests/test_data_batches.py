@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.evaluation import evaluation_batches, evaluation_rows
 from mohawkify.data.order import sequence_indices
 from mohawkify.data.packing import num_sequences, packed_batch
+from mohawkify.data.validation import evaluation_batches, evaluation_rows
 from mohawkify.errors import DataError
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.encoders import encode_rows
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.packing import packed_batch
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.sources import Raw, to_document
+from mohawkify.data.tokenize_workers import encode_rows
 from mohawkify.errors import DataError
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 
 # In the style of ChatML, Llama 3, Mistral, Phi-3, Gemma, Qwen3 and Vicuna: made for these tests.

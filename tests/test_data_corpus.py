@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mohawkify.data.prepare as prepare_module
 from mohawkify.data.corpus import Corpus, hold_out
-from mohawkify.data.encoding import Document, encode_documents, tokenizer_hash
 from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.tokenize import Document, encode_documents, tokenizer_hash
 from mohawkify.errors import DataError
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 
 TEXTS = ["Lily had a ball.", "é", "The end of a longer story."]

@@ -23,7 +23,7 @@ from mohawkify.data.hub import _WAITS, _WAITS_AT_FIRST, Place
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.sources import Raw, raw_documents
 from mohawkify.errors import DataError
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.hub_server import Hub, hub_server
 

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data import files
-from mohawkify.data.files import read_rows
+from mohawkify.data import readers
+from mohawkify.data.readers import read_rows
 from mohawkify.errors import DataError
 
 SETTINGS: dict[str, Any] = {"columns": ("text",), "text_column": "text", "separator": None}
@@ -31,7 +31,7 @@ def test_a_line_without_end_is_not_read_to_it(tmp_path: Path, name: str) -> None
 
 
 def test_lines_up_to_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LONGEST_VALUE", 10)
+    monkeypatch.setattr(readers, "LONGEST_VALUE", 10)
     (tmp_path / "a.txt").write_bytes(b"0123456789")
     assert rows(tmp_path / "a.txt") == ["0123456789"]
     (tmp_path / "a.txt").write_bytes(b"012345678\n9")
@@ -71,7 +71,7 @@ def test_a_value_that_stands_in_every_row_is_read_few_rows_at_a_time(
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", listening)
     assert len(rows(file)) == 200
-    monkeypatch.setattr(files, "_BYTES_AT_ONCE", 100_000)
+    monkeypatch.setattr(readers, "_BYTES_AT_ONCE", 100_000)
     assert rows(file) == ["x" * 10_000, "y"] * 100
     assert sizes[0] == 256
     assert sizes[1] < 10
@@ -79,7 +79,7 @@ def test_a_value_that_stands_in_every_row_is_read_few_rows_at_a_time(
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_long_value_is_refused_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(files, "LONGEST_VALUE", 10)
+    monkeypatch.setattr(readers, "LONGEST_VALUE", 10)
     table = pyarrow.table({"text": ["short", "0123456789", "0123456789x"]})
     file = tmp_path / f"a.{kind}"
     if kind == "parquet":

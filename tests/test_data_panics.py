@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from mohawkify import cli
-from mohawkify.data.encoding import Document, encode_documents
+from mohawkify.cli import main
+from mohawkify.data.tokenize import Document, encode_documents
 from mohawkify.errors import BUG, DataError, is_panic
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import run
@@ -38,7 +38,7 @@ def test_any_other_panic_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     def give_up(*arguments: object) -> None:
         raise panic
 
-    monkeypatch.setattr(cli, "chosen_recipe", give_up)
+    monkeypatch.setattr(main, "chosen_recipe", give_up)
     result = run("convert", "demo", "--recipe", "llamba-1b")
     assert result.exit_code == BUG
     assert "error: unexpected PanicException" in result.stderr

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify import storage
 from mohawkify.data import prepare
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.corpus_files import checked_facts
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.errors import CheckpointError, DataError
-from mohawkify.recipe import Source
+from mohawkify.files import atomic
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -192,7 +192,7 @@ def test_a_damaged_shard_is_made_again_with_all_behind_it(tmp_path: Path, damage
     elif damage == "remove":
         (target / "offsets.bin").unlink()
     else:
-        storage.remove_directory(target)
+        atomic.remove_directory(target)
     build_corpus(wanted, tmp_path / "c")
     assert content_of(tmp_path / "c") == content_of(tmp_path / "whole")
 
@@ -217,7 +217,7 @@ def test_a_kill_between_the_last_shard_and_the_corpus(tmp_path: Path, monkeypatc
     def kill(*arguments: object) -> None:
         raise Killed
 
-    for place in ((prepare, "_link_shards"), (storage, "remove_directory")):
+    for place in ((prepare, "_link_shards"), (atomic, "remove_directory")):
         with monkeypatch.context() as patch:
             patch.setattr(*place, kill)
             with pytest.raises(Killed):
@@ -250,10 +250,10 @@ def test_an_error_in_a_process_arrives_as_it_is(tmp_path: Path) -> None:
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from mohawkify.data.encoders import encoders
+from mohawkify.data.tokenize_workers import encoders
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.sources import Raw
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 if __name__ == "__main__":
     with encoders(2, bytes_tokenizer(), 258) as submit:
@@ -299,8 +299,8 @@ def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, mo
     build_corpus(wanted, tmp_path / "c")
     folder = tmp_path / "c" / wanted.key
     hashed: list[Path] = []
-    verify = storage.verify_directory
-    monkeypatch.setattr(storage, "verify_directory", lambda path: hashed.append(path) or verify(path))
+    verify = atomic.verify_directory
+    monkeypatch.setattr(atomic, "verify_directory", lambda path: hashed.append(path) or verify(path))
     # So young a corpus is not believed: a change within the same tick of the clock would go unseen.
     checked_facts(folder)
     assert len(hashed) == 1

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mohawkify.data import reading
+from mohawkify.data import loader
 from mohawkify.data.corpus import Corpus, Joined
+from mohawkify.data.loader import Stretch, batch_at, read_batches
 from mohawkify.data.packing import Batch
-from mohawkify.data.reading import Stretch, batch_at, read_batches
 from mohawkify.data.selection import epochs_needed, reaches, stage_stretches, tokens_wanted
 from mohawkify.errors import RecipeError
-from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
+from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
 
 RECIPE = """
 name: tiny
@@ -166,7 +166,7 @@ def test_batches_are_read_ahead_in_order_and_the_threads_end(
         seen.append(step)
         return batch_at(stretches, step, batch_sequences, seed)
 
-    monkeypatch.setattr(reading, "batch_at", note)
+    monkeypatch.setattr(loader, "batch_at", note)
     batches = read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=3, num_workers=2)
     next(batches)
     while len(seen) < 5:
@@ -180,7 +180,7 @@ def test_an_error_in_a_thread_arrives(stretches: list[Stretch], monkeypatch: pyt
     def fail(*arguments: object) -> Batch:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(reading, "batch_at", fail)
+    monkeypatch.setattr(loader, "batch_at", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         next(read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=0, num_workers=2))
 

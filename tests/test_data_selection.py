@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify import storage
 from mohawkify.data.selection import TextReader, epochs_needed, tokens_wanted
 from mohawkify.errors import DataError, RecipeError
-from mohawkify.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
+from mohawkify.files import atomic
+from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_recipe
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 
@@ -170,7 +170,7 @@ def test_a_note_that_was_changed_is_refused(teacher: Path, tmp_path: Path) -> No
     text = reader(recipe, tmp_path, prepared=tmp_path / "ahead" / "corpora")
     first = text.training()["train"]
     (note,) = (path for path in (tmp_path / "corpora").glob("*.json"))
-    noted = storage.read_json(note)
+    noted = atomic.read_json(note)
     note.write_text(json.dumps({**noted, "fingerprint": "0" * 64}))
     with pytest.raises(DataError, match="holds other text than when the run began"):
         text.training()
@@ -192,7 +192,7 @@ def test_batches_in_which_no_prediction_counts_teach_nothing(teacher: Path, tmp_
     sizes = "stages.distill={tokens: 192, sequence_length: 16, batch_sequences: 1, learning_rate: 1e-3}"
     options = ["--recipe", make_recipe(tmp_path), "--set", source, "--set", sizes, "--set", "seed=3"]
     run_well("convert", tmp_path / "chat", *options, "--output", tmp_path / "run")
-    lines = [line for line in storage.read_lines(tmp_path / "run" / "metrics.jsonl") if line["stage"] == "distill"]
+    lines = [line for line in atomic.read_lines(tmp_path / "run" / "metrics.jsonl") if line["stage"] == "distill"]
     assert lines[0]["loss"] == 0, "the watch over gradients waits for a batch that counts"
     idle = [line for line in lines if line["loss"] == 0]
     assert 0 < len(idle) < len(lines)

@@ -19,7 +19,7 @@ from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.sources import raw_documents, to_document
 from mohawkify.demo import split_stories
 from mohawkify.errors import DataError
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -358,7 +358,7 @@ def test_hub_dataset_offline_gives_one_clear_error() -> None:
     program = """if True:
         from mohawkify.data.sources import raw_documents
         from mohawkify.errors import DataError
-        from mohawkify.recipe import Source
+        from mohawkify.recipe.schema import Source
         try:
             next(raw_documents(Source(hub="someone/web"), None))
         except DataError as error:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.ops.conv import causal_conv
-from mohawkify.ops.decode_step import decode_step
+from mohawkify.ops.decode import decode_step
 from mohawkify.ops.scan import scan_recurrent
 from mohawkify.student.cache import RecurrentLayer
-from mohawkify.student.mixer import DiscreteMamba2
 from tests.close import assert_close
 from tests.tiny import packed, tiny_pair
 

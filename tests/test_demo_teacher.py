@@ -11,9 +11,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohawkify.demo import TEACHER_DIRECTORY, split_stories
-from mohawkify.demo.measure import perplexity, recall_accuracy
 from mohawkify.demo.stories import VALIDATION_SEED, recall_questions, stories, tell_stories
-from mohawkify.demo.train_teacher import (
+from mohawkify.errors import DataError
+from tools.demo_teacher.measure import perplexity, recall_accuracy
+from tools.demo_teacher.train_teacher import (
     RECALL_WEIGHT,
     SHORT_STORY_CHARACTERS,
     Settings,
@@ -21,7 +22,6 @@ from mohawkify.demo.train_teacher import (
     lessons,
     read_documents,
 )
-from mohawkify.errors import DataError
 
 SIZE_LIMIT_BYTES = 2_000_000
 PERPLEXITY_CEILING = 1.8  # 1.70 on 50 held-out stories

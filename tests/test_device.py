@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mohawkify.data.teacher_logits import TeacherLogits
-from mohawkify.run import RunFolder
-from mohawkify.storage import read_json, read_lines
+from mohawkify.files.atomic import read_json, read_lines
+from mohawkify.run.folder import RunFolder
 from tests.commands import make_recipe, make_teacher, run_well
 
 

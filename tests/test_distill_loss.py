@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from mohawkify.errors import UsageError
-from mohawkify.ops import distill_chunks
-from mohawkify.ops.distill_chunks import HeadInput, chunk_tokens, distill_loss_chunked, head_logits
+from mohawkify.families.autodetect import NO_FILE
+from mohawkify.families.registry import load_adapter
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.objective import Runner
+from mohawkify.ops import chunked_kl
+from mohawkify.ops.chunked_kl import HeadInput, chunk_tokens, distill_loss_chunked, head_logits
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
-from mohawkify.recipe import DistillRecipe
-from mohawkify.shelf import load_adapter
-from mohawkify.stages.base import Runner
-from mohawkify.stages.distill import Distill
-from mohawkify.teacher.head import prove_head, run_to_head
-from mohawkify.teacher.recognise import NO_FILE
+from mohawkify.recipe.schema import DistillRecipe
+from mohawkify.teacher.lm_head import prove_head, run_to_head
 from tests.close import assert_close
 from tests.tiny import packed, tiny_pair, tiny_teacher
 
@@ -98,7 +98,7 @@ def figures(
 
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    monkeypatch.setattr(distill_chunks, "CHUNK_NUMBERS", num_tokens * VOCABULARY + VOCABULARY // 2)
+    monkeypatch.setattr(chunked_kl, "CHUNK_NUMBERS", num_tokens * VOCABULARY + VOCABULARY // 2)
     assert chunk_tokens(VOCABULARY) == num_tokens
 
 
@@ -286,7 +286,7 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("form", ["float32", "bf16-autocast", "bf16"])
 def test_low_precision_is_no_worse_than_all_logits_at_once(form, monkeypatch):
     """The error against float64 on the very numbers that both forms are given."""
-    monkeypatch.setattr(distill_chunks, "CHUNK_NUMBERS", 17 * 1003)
+    monkeypatch.setattr(chunked_kl, "CHUNK_NUMBERS", 17 * 1003)
     stored = torch.bfloat16 if form == "bf16" else torch.float32
     student, teacher = learning(sizeable(48, 10, stored)), sizeable(64, 20, stored)
     counts_bl = torch.ones(2, 61, dtype=torch.bool)
@@ -349,7 +349,7 @@ def test_a_softcap_is_read_from_the_configuration(family, values):
 
 MEMORY = """
 import sys, torch
-from mohawkify.ops import distill_chunks as chunks
+from mohawkify.ops import chunked_kl as chunks
 from mohawkify.ops.losses import distill_loss
 torch.set_num_threads(1)
 form, length, vocabulary, width = sys.argv[1], int(sys.argv[2]), 16000, 32

@@ -16,13 +16,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mohawkify.data.evaluation import EvaluationBatch, evaluation_batches
+from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.errors import DataError, NumericsError, UsageError
-from mohawkify.evaluate import agreement, speed
-from mohawkify.evaluate.agreement import Agreement, evaluating, measure_agreement, measure_teacher
+from mohawkify.evaluate import fidelity, speed
+from mohawkify.evaluate.fidelity import Agreement, evaluating, measure_agreement, measure_teacher
 from mohawkify.evaluate.report import console_table, markdown_report
 from mohawkify.evaluate.speed import decode_speed
-from mohawkify.shelf import adapter_names
+from mohawkify.families.registry import adapter_names
 from tests.tiny import COMMON, randomise, tiny_pair, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_padding_and_chunks_change_nothing(
     together = measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU)
     assert_figures(together, vars(alone), tolerance=1e-6)
     vocabulary_size = teacher.config.vocab_size
-    monkeypatch.setattr(agreement, "MAX_COPY_BYTES", 7 * 4 * vocabulary_size * 5)  # five tokens at a time
+    monkeypatch.setattr(fidelity, "MAX_COPY_BYTES", 7 * 4 * vocabulary_size * 5)  # five tokens at a time
     assert_figures(measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU), vars(alone), 1e-6)
 
 

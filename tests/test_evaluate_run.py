@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mohawkify.evaluate import run as evaluation
-from mohawkify.evaluate.answers import Answers
-from mohawkify.lock import run_lock
-from mohawkify.storage import file_sha256
+from mohawkify.evaluate import evaluation as evaluation
+from mohawkify.evaluate.answer_cache import Answers
+from mohawkify.files.atomic import file_sha256
+from mohawkify.files.lock import run_lock
 from tests.commands import make_recipe, make_teacher, run, run_well
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mohawkify.errors import ExportError
 from mohawkify.export import export
-from mohawkify.export.agreement import (
+from mohawkify.export.compare import (
     TIE,
     Agreement,
     compare,

@@ -16,8 +16,8 @@ from mohawkify.errors import CheckpointError, ExportError, UsageError
 from mohawkify.export import export
 from mohawkify.export.card import model_card
 from mohawkify.export.export import export_run
-from mohawkify.run import RunFolder
-from mohawkify.shelf import load_adapter
+from mohawkify.families.registry import load_adapter
+from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import is_precise, load_student, register_family, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
@@ -183,14 +183,14 @@ def test_a_saved_student_loads_with_equal_logits_and_tokenizer(run):
 
 def test_the_code_in_the_folder_is_ours_but_for_its_imports(run):
     folder, _ = run
-    from mohawkify.student import mixer
+    from mohawkify.mixers import mamba2
 
-    original = Path(mixer.__file__).read_text().splitlines()
-    carried = (folder / "final" / "mixer.py").read_text().splitlines()
+    original = Path(mamba2.__file__).read_text().splitlines()
+    carried = (folder / "final" / "mamba2.py").read_text().splitlines()
     changed = [(a, b) for a, b in zip(original, carried, strict=True) if a != b]
     assert changed == [
         ("from mohawkify.ops.conv import causal_conv", "from .conv import causal_conv"),
-        ("from mohawkify.ops.decode_step import decode_step", "from .decode_step import decode_step"),
+        ("from mohawkify.ops.decode import decode_step", "from .decode_step import decode_step"),
         ("from mohawkify.ops.scan import scan_chunked", "from .scan import scan_chunked"),
     ]
     for file in (folder / "final").glob("*.py"):

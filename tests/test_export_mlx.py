@@ -12,7 +12,7 @@ import torch
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export import mlx as mlx_target
 from mohawkify.export.export import export_run
-from mohawkify.shelf import load_adapter
+from mohawkify.families.registry import load_adapter
 from mohawkify.student.save import is_precise, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
@@ -154,8 +154,8 @@ ARGUMENTS = ("generate", "--trust-remote-code", "--ignore-chat-template", "--tem
 
 @pytest.mark.slow
 def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_teacher):
-    from mohawkify.recipe import StudentRecipe
-    from mohawkify.storage import atomic_directory, write_json
+    from mohawkify.files.atomic import atomic_directory, write_json
+    from mohawkify.recipe.schema import StudentRecipe
     from mohawkify.student.build import build_student, design_student
     from mohawkify.teacher.inspect import inspect_teacher
     from mohawkify.teacher.load import load_teacher

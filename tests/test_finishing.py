@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawkify import checkpoint
+from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, DataError, TeacherError, UsageError
-from mohawkify.pipeline import convert
-from mohawkify.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
-from mohawkify.run import RunFolder
-from mohawkify.storage import read_lines
-from mohawkify.teacher.finishing import OtherTeacher
-from mohawkify.train.position import read_position
+from mohawkify.files.atomic import read_lines
+from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_recipe
+from mohawkify.run import checkpoint
+from mohawkify.run.folder import RunFolder
+from mohawkify.teacher.second import OtherTeacher
+from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.stop import Interrupted
-from mohawkify.train.watch import HangWatch
+from mohawkify.train.training_state import read_position
+from mohawkify.train.watchdog import HangWatch
 from tests.commands import copy_of, make_teacher, run_well
 from tests.test_teacher_logits import RECIPE
 from tests.tiny import tiny_teacher

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from mohawkify import storage
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.errors import CheckpointError, DataError
+from mohawkify.files import atomic
 from tests.test_teacher_logits import logits_of, write
 
 SEQUENCES = "about/sequences.bin"
 
 
 def reseal(folder: Path) -> None:
-    facts = json.loads((folder / storage.MANIFEST_NAME).read_text())["facts"]
-    (folder / storage.MANIFEST_NAME).unlink()
-    storage._write_manifest(folder, facts)
+    facts = json.loads((folder / atomic.MANIFEST_NAME).read_text())["facts"]
+    (folder / atomic.MANIFEST_NAME).unlink()
+    atomic._write_manifest(folder, facts)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mohawkify.errors import DiskFullError, StorageError
-from mohawkify.metrics_log import MetricsLog
-from mohawkify.storage import read_lines
+from mohawkify.files.atomic import read_lines
+from mohawkify.run.metrics import MetricsLog
 from tests.faults import fault_at, raise_error
 
 

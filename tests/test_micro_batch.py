@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mohawkify.distributed.process_group import World
 from mohawkify.errors import MEMORY, MemoryShortageError, is_out_of_memory
-from mohawkify.recipe import apply_overrides, parse_recipe
+from mohawkify.recipe.schema import apply_overrides, parse_recipe
 from mohawkify.train.micro_batch import naming_what_to_try
-from mohawkify.train.world import World
 from tests.commands import RECIPE
 
 

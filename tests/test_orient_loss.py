@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohawkify.ops import orient_tiles
-from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix, orient_loss_direct
+from mohawkify.ops import matrix_distance
+from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.scan import mixing_matrix
 from tests.close import assert_close
 
@@ -61,7 +61,7 @@ def tensors(
 def both(*arguments, **options):
     """Loss, relative distance and gradients of the pass over bands, then of the definition."""
     found = []
-    for function in (orient_tiles.orient_loss, orient_loss_direct):
+    for function in (matrix_distance.orient_loss, orient_loss_direct):
         mixing, attention, starts_bl = tensors(*arguments, **options)
         loss, relative = function(mixing, attention, starts_bl)
         (2.5 * loss).backward()
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 100])
 def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch):
-    monkeypatch.setattr(orient_tiles, "NUMBERS_PER_BAND", 1)  # the shortest bands: 16 rows
+    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)  # the shortest bands: 16 rows
     names = ("loss", "relative", "b", "c", "log_decay", "d")
     for name, found, expected in zip(names, *both(length, **CASES[case]), strict=True):
         assert_close(f"{case} {length} {name}", found, expected)
@@ -95,7 +95,7 @@ def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch
 @pytest.mark.parametrize("case", CASES)
 def test_the_height_of_the_bands_does_not_matter(case, monkeypatch):
     low = both(90, **CASES[case])[0]
-    monkeypatch.setattr(orient_tiles, "NUMBERS_PER_BAND", 1)
+    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)
     for found, expected in zip(both(90, **CASES[case])[0], low, strict=True):
         assert_close(case, found, expected)
 
@@ -120,9 +120,9 @@ def test_bf16_inputs_are_computed_in_float32():
 
 def test_autocast_changes_nothing():
     mixing, attention, _ = tensors(40, dtype=torch.float32)
-    plain = orient_tiles.orient_loss(mixing, attention, None)[0]
+    plain = matrix_distance.orient_loss(mixing, attention, None)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(orient_tiles.orient_loss(mixing, attention, None)[0], plain)
+        assert torch.equal(matrix_distance.orient_loss(mixing, attention, None)[0], plain)
 
 
 def test_the_loss_is_zero_at_the_teacher():
@@ -134,7 +134,7 @@ def test_the_loss_is_zero_at_the_teacher():
     d = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     q = k = torch.zeros(1, 1, length, 2, dtype=torch.float64)
     attention = AttentionMatrix(q, k, 1.0, torch.ones(length, length, dtype=torch.bool).tril())
-    for function in (orient_tiles.orient_loss, orient_loss_direct):
+    for function in (matrix_distance.orient_loss, orient_loss_direct):
         loss, relative = function(MixingMatrix(b, c, log_decay, d), attention, None)
         assert loss < 1e-14
         assert relative < 1e-14
@@ -154,16 +154,16 @@ def test_gradients_by_finite_differences():
     mixing, attention, starts_bl = tensors(20, **CASES["all"])
 
     def loss(*parts: Tensor) -> Tensor:
-        return orient_tiles.orient_loss(MixingMatrix(*parts), attention, starts_bl)[0]
+        return matrix_distance.orient_loss(MixingMatrix(*parts), attention, starts_bl)[0]
 
     assert torch.autograd.gradcheck(loss, tuple(mixing))
 
 
 @pytest.mark.parametrize("lowest", [-2000.0, -1e30, -torch.inf])
 def test_tokens_that_forget_everything_leave_what_follows_alone(lowest, monkeypatch):
-    monkeypatch.setattr(orient_tiles, "NUMBERS_PER_BAND", 1)
+    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)
     results = []
-    for function, low in ((orient_tiles.orient_loss, lowest), (orient_loss_direct, -800.0)):
+    for function, low in ((matrix_distance.orient_loss, lowest), (orient_loss_direct, -800.0)):
         mixing, attention, _ = tensors(40)
         with torch.no_grad():
             mixing.log_decay_blh[:, [0, 3, 16, 17, 30]] = low
@@ -176,7 +176,7 @@ def test_tokens_that_forget_everything_leave_what_follows_alone(lowest, monkeypa
 
 def test_second_derivatives_are_refused():
     mixing, attention, _ = tensors(8)
-    loss, _ = orient_tiles.orient_loss(mixing, attention, None)
+    loss, _ = matrix_distance.orient_loss(mixing, attention, None)
     (gradient,) = torch.autograd.grad(loss.square(), mixing.c_blhn, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()

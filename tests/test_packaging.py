@@ -42,7 +42,9 @@ def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True)
     environment = {**os.environ, "PYTHONPATH": str(target)}
-    code = "import mohawkify, sys; from mohawkify.cli import main; print(mohawkify.__file__, file=sys.stderr); main()"
+    code = (
+        "import mohawkify, sys; from mohawkify.cli.main import main; print(mohawkify.__file__, file=sys.stderr); main()"
+    )
     for arguments, wanted in ((["recipes", "ls"], "llamba-1b"), (["families"], "qwen3"), (["--version"], "mohawkify")):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],

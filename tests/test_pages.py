@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from mohawkify.errors import EXIT_CODES
-from mohawkify.family_docs import with_reference
-from mohawkify.shelf import adapter_names
-from mohawkify.unsupported import UNSUPPORTED
+from mohawkify.families.registry import adapter_names
+from mohawkify.families.unsupported import UNSUPPORTED
 from tests.test_structure import PACKAGE, ROOT, assert_none, shown, source_files
+from tools.family_docs import with_reference
 
 
 def documented_modules(page: str) -> dict[str, str]:
@@ -86,7 +86,7 @@ def test_index_lists_every_page() -> None:
 
 def test_the_page_of_families_is_what_their_files_say() -> None:
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == with_reference(page), "renew it with mohawkify.family_docs.with_reference"
+    assert page == with_reference(page), "renew it with tools.family_docs.with_reference"
     assert_none(UNSUPPORTED.keys() & set(adapter_names()), "these families have a file and a reason against them")
 
 

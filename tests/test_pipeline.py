@@ -15,16 +15,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify import disk, pipeline
 from mohawkify.data.selection import tokens_wanted
+from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeError, UsageError
-from mohawkify.lock import run_lock
-from mohawkify.pipeline import convert, plan
-from mohawkify.prepare import prepare_text
-from mohawkify.recipe import Recipe, apply_overrides, parse_recipe
-from mohawkify.storage import read_json, read_lines
+from mohawkify.files import disk
+from mohawkify.files.atomic import read_json, read_lines
+from mohawkify.files.lock import run_lock
+from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
+from mohawkify.train import pipeline
+from mohawkify.train.pipeline import convert, plan
+from mohawkify.train.prepare_text import prepare_text
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.stop import Interrupted
 from tests.tiny import save_teacher, tiny_teacher
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

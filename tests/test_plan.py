@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from mohawkify.cli_plan import plan_text
+from mohawkify.cli.plan_tables import plan_text
 from mohawkify.errors import USAGE, RecipeError, UsageError
-from mohawkify.pipeline import plan
-from mohawkify.plan import _work, layout_of, trained_parameters
-from mohawkify.plan_memory import Layout, remedies
-from mohawkify.recipe import apply_overrides, load_recipe
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Runner
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.orient import Orient
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Runner
+from mohawkify.plan.memory import Layout, remedies
+from mohawkify.plan.planner import _work, layout_of, trained_parameters
+from mohawkify.recipe.schema import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.train.pipeline import plan
 from mohawkify.train.schedule import learning_rate
 from tests.commands import run, run_well
 from tests.tiny import packed, tiny_pair

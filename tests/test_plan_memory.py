@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from mohawkify.errors import UsageError
-from mohawkify.ops.orient_loss import MixingMatrix
-from mohawkify.ops.orient_tiles import orient_loss
-from mohawkify.pipeline import plan
-from mohawkify.plan import longest, trained_parameters
-from mohawkify.plan_gpus import GPUS, find_gpu, gpu_at_hand
-from mohawkify.plan_memory import (
+from mohawkify.ops.matrix_distance import orient_loss
+from mohawkify.ops.mixing_matrices import MixingMatrix
+from mohawkify.plan.gpus import GPUS, find_gpu, gpu_at_hand
+from mohawkify.plan.memory import (
     STAGES,
     Layout,
     band_rows,
@@ -25,9 +23,11 @@ from mohawkify.plan_memory import (
     rule_of_thumb,
     sizes_of,
 )
-from mohawkify.recipe import load_recipe
+from mohawkify.plan.planner import longest, trained_parameters
+from mohawkify.recipe.schema import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.train.pipeline import plan
 from tests.peaks import allocated_peak, planned_parts
 from tests.tiny import save_teacher, tiny_teacher
 

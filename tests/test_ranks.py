@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mohawkify import checkpoint
-from mohawkify.storage import read_lines
+from mohawkify.files.atomic import read_lines
+from mohawkify.run import checkpoint
 from mohawkify.train.progress import StageProgress
 from tests.commands import run
 from tests.rank_runs import (

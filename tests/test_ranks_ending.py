@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mohawkify import checkpoint
+from mohawkify.run import checkpoint
 from tests.rank_runs import (
     Workshop,
     ended,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mohawkify import strict_yaml
 from mohawkify.errors import RecipeError
-from mohawkify.recipe import (
+from mohawkify.recipe import strict_yaml
+from mohawkify.recipe.schema import (
     AlignRecipe,
     OrientRecipe,
     Recipe,
@@ -20,7 +20,7 @@ from mohawkify.recipe import (
     load_recipe,
     parse_recipe,
 )
-from mohawkify.recipe_types import format_count, parse_count
+from mohawkify.recipe.types import format_count, parse_count
 
 SMALL = """\
 name: small

@@ -12,12 +12,12 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from mohawkify.errors import TeacherError, UnknownFamilyError
-from mohawkify.recipe import StudentRecipe
-from mohawkify.shelf import adapter_names, load_adapter
+from mohawkify.families.autodetect import recognise
+from mohawkify.families.registry import adapter_names, load_adapter
+from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
+from mohawkify.student.verify import prove_family
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.teacher.prove import prove_family
-from mohawkify.teacher.recognise import recognise
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.commands import make_recipe, run, run_well
 from tests.tiny import COMMON, randomise, tiny_config, tiny_teacher

@@ -7,13 +7,13 @@ import signal
 
 import pytest
 
-from mohawkify.pipeline import convert, plan
-from mohawkify.recipe import DistillRecipe, ScheduleRecipe, apply_overrides, parse_recipe
-from mohawkify.storage import read_lines
+from mohawkify.distributed.shutdown import Interrupted
+from mohawkify.files.atomic import read_lines
+from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe, apply_overrides, parse_recipe
+from mohawkify.train.pipeline import convert, plan
+from mohawkify.train.plateau import Phases, SaturationWatch
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.saturation import Phases, SaturationWatch
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.stop import Interrupted
 from tests.commands import make_teacher
 from tests.test_teacher_logits import RECIPE
 

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from mohawkify import shelf
-from mohawkify.errors import RecipeError, UnknownFamilyError
-from mohawkify.shelf import adapter_names, load_adapter, nearest, recipe_names, recipe_text
+from mohawkify.errors import RecipeError, UnknownFamilyError, nearest
+from mohawkify.families import registry
+from mohawkify.families.registry import adapter_names, load_adapter
+from mohawkify.recipe.bundled import recipe_names, recipe_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +70,7 @@ def recording(function: Callable[[str], ModuleType], names: list[str]) -> Callab
 )
 def test_unknown_family_is_refused_without_an_import(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     imported = []
-    monkeypatch.setattr(shelf.importlib, "import_module", recording(importlib.import_module, imported))
+    monkeypatch.setattr(registry.importlib, "import_module", recording(importlib.import_module, imported))
     with pytest.raises(UnknownFamilyError) as caught:
         load_adapter(model_type)
     assert set(imported) == {"mohawkify.adapters"}  # to list the folder
@@ -85,12 +86,14 @@ def test_the_nearest_family_is_named() -> None:
 
 def register(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """Lets another package seem to register an adapter."""
-    entry_point = metadata.EntryPoint(name=name, value=value, group=shelf.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(shelf.metadata, "entry_points", lambda group: [entry_point])
+    entry_point = metadata.EntryPoint(name=name, value=value, group=registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [entry_point])
 
 
 def test_a_registered_adapter_is_listed_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "from mohawkify.adapter import Adapter\nADAPTER = Adapter('starling', 'Starling', (), (), 'A', 'B')\n"
+    module = (
+        "from mohawkify.families.adapter import Adapter\nADAPTER = Adapter('starling', 'Starling', (), (), 'A', 'B')\n"
+    )
     (tmp_path / "starling_family.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     register(monkeypatch, "starling", "starling_family:ADAPTER")
@@ -125,7 +128,8 @@ def test_nearest(name: str, candidates: list[str], guess: str | None) -> None:
 
 def test_recipes_and_shelf_come_without_torch() -> None:
     code = (
-        "import sys; from mohawkify.recipe import load_recipe; from mohawkify.shelf import load_adapter;"
+        "import sys; from mohawkify.recipe.schema import load_recipe;"
+        "from mohawkify.families.registry import load_adapter;"
         "load_recipe('demo'); load_adapter('llama');"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
     )

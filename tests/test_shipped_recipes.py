@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import recipe_docs
-from mohawkify.recipe import dump_recipe, load_recipe, parse_recipe
-from mohawkify.shelf import recipe_names, recipe_text
+from mohawkify.recipe.bundled import recipe_names, recipe_text
+from mohawkify.recipe.schema import dump_recipe, load_recipe, parse_recipe
+from tools import recipe_docs
 
 DOCS = Path(__file__).parent.parent / "docs" / "recipes.md"
 STAGES = ("orient", "align", "distill")

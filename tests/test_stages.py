@@ -7,18 +7,18 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mohawkify.distributed.process_group import World
 from mohawkify.errors import CheckpointError, NumericsError
-from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, ScheduleRecipe
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Runner
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.orient import Orient
-from mohawkify.stages.parameters import part_of_parameters
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Runner
+from mohawkify.objectives.trainable import part_of_parameters
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, ScheduleRecipe
 from mohawkify.student.build import checkpoint_activations
-from mohawkify.train.engine import LocalEngine
-from mohawkify.train.guard import require_finite, require_gradients
+from mohawkify.train.checks import require_finite, require_gradients
+from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.world import World
 from tests.tiny import FAMILIES, packed, tiny_pair
 
 STAGE = {"tokens": 1000, "sequence_length": 24, "batch_sequences": 2, "learning_rate": 1e-3}

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import disk
-from mohawkify.disk import free_bytes, require_space
 from mohawkify.errors import CheckpointError, NumericsError, StorageError, UsageError
-from mohawkify.lock import run_lock
-from mohawkify.storage import (
+from mohawkify.files import disk
+from mohawkify.files.atomic import (
     append_line,
     atomic_directory,
     ensure_writable,
@@ -28,13 +26,15 @@ from mohawkify.storage import (
     write_json,
     write_text,
 )
+from mohawkify.files.disk import free_bytes, require_space
+from mohawkify.files.lock import run_lock
 from tests.faults import content_of, fault_at, killed_at, raise_error
 
 
 def start_holder(directory: Path) -> subprocess.Popen[str]:
     """Start a process that locks the folder and stays; return once it holds the lock."""
     script = (
-        "import sys, time, pathlib; from mohawkify.lock import run_lock\n"
+        "import sys, time, pathlib; from mohawkify.files.lock import run_lock\n"
         "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, text=True)
@@ -242,7 +242,7 @@ class TestLock:
 
     def test_of_several_processes_at_once_one_wins(self, tmp_path: Path) -> None:
         script = (
-            "import sys, pathlib; from mohawkify.errors import UsageError; from mohawkify.lock import run_lock\n"
+            "import sys, pathlib; from mohawkify.errors import UsageError; from mohawkify.files.lock import run_lock\n"
             "sys.stdin.readline()\n"
             "try:\n"
             "    with run_lock(pathlib.Path(sys.argv[1])): print('won', flush=True); sys.stdin.readline()\n"

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from mohawkify import disk, manifest, storage
 from mohawkify.errors import CheckpointError, DiskFullError, NumericsError, StorageError, UsageError
-from mohawkify.storage import atomic_directory, remove_directory, sweep_temporaries, verify_directory
+from mohawkify.files import atomic, disk, manifest
+from mohawkify.files.atomic import atomic_directory, remove_directory, sweep_temporaries, verify_directory
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.faults import content_of, fault_at, killed_at, raise_error
 
@@ -413,7 +413,7 @@ class TestTemporaries:
         work: list[Callable[[Path], object]] = [
             make_folder,
             remove_directory,
-            lambda target: storage.write_bytes(target, b"x"),
+            lambda target: atomic.write_bytes(target, b"x"),
         ]
         for number, do in enumerate(work):
             place = tmp_path / str(number)

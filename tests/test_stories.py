@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mohawkify.pipeline import convert
-from mohawkify.recipe import apply_overrides, load_recipe
+from mohawkify.recipe.schema import apply_overrides, load_recipe
+from mohawkify.train.pipeline import convert
 
 # A twentieth of the recipe's tokens; the whole recipe reaches a KL of 0.105 (docs/log.md).
 SMALL = [

@@ -12,12 +12,12 @@ import torch
 from transformers import GenerationConfig
 
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError
+from mohawkify.evaluate.generation import write_text
 from mohawkify.export.card import model_card
 from mohawkify.export.mlx import require_mlx
-from mohawkify.generate import write_text
-from mohawkify.run import RunFolder
+from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import load_student
-from mohawkify.teacher.generation import plain_generation
+from mohawkify.teacher.generation_settings import plain_generation
 from mohawkify.teacher.inspect import read_config
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.tokenizer import load_tokenizer

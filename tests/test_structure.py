@@ -20,62 +20,56 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mohawkify"
 LONGEST_FILE = 500
+MOST_FILES_ON_TOP = 8
 
 # A module imports only from lines above its own; names are relative to the package, the longest one that fits counts,
 # and a package's modules may import each other. Two names on a line do not know each other.
 RANKS = (
-    ("errors", "adapter", "spec", "unsupported"),
-    ("strict_json", "strict_yaml"),
-    ("disk", "manifest", "shelf"),
-    ("storage",),
-    ("lock", "metrics_log", "recipe_fields"),
-    ("recipe_types",),
-    ("recipe_stages",),
+    ("errors",),
+    ("files",),
     ("recipe",),
-    ("recipe_docs", "run", "checkpoint", "plan_gpus", "plan_memory", "train.deepspeed_config"),
+    ("demo",),
+    ("distributed",),
+    ("ops",),
+    ("families",),
+    ("mixers",),
+    ("data",),
+    ("teacher",),
+    ("student",),
+    ("run",),
+    ("objectives",),
+    ("train.engines",),
     ("plan",),
-    ("family_docs",),
-    ("demo", "ops"),
-    ("data", "student.cache", "student.mixer"),
-    ("student.grafting",),
-    ("teacher.claims", "teacher.generation", "teacher.no_questions", "teacher.projections", "teacher.recognise"),
-    ("student", "teacher"),
-    ("adapters", "stages", "auto"),
-    ("train",),
     ("evaluate",),
-    ("export", "generate", "doctor", "verdict"),
-    ("conversion", "prepare"),
-    ("pipeline", "teach"),
+    ("adapters", "auto"),
+    ("train",),
+    ("export",),
+    ("doctor",),
     ("bench",),
-    ("cli_errors", "cli_inspect", "cli_quiet", "cli_show"),
-    ("cli_options", "cli_plan", "cli_ranks"),
-    ("cli_bench", "cli_data", "showcase"),
-    ("cli_teach",),
     ("cli",),
-    ("cli_docs", "__main__"),
+    ("__main__",),
 )
 
 # Who may import a package that is optional, or that only one corner of the code should know.
 FENCES = {
     "triton": "ops/triton_*",
-    "fla": "ops/scan_libraries.py",
-    "mamba_ssm": "ops/scan_libraries.py",
+    "fla": "ops/libraries.py",
+    "mamba_ssm": "ops/libraries.py",
     **dict.fromkeys(("mlx", "mlx_lm"), "export/mlx*"),
     "lm_eval": "evaluate/harness*",
-    "click": "cli*",
+    "click": "cli/*",
     "accelerate": "train/*",
     "deepspeed": "train/*",
 }
 
-# Functions outside storage.py that write files themselves. Those of the first lines are handed a temporary folder by
-# storage.atomic_directory; the lock's file is never renamed; the last line's belong to no run: they made the demo
-# teacher, or are save_pretrained.
+# Functions outside files/atomic.py that write files themselves. Those of the first lines get a temporary folder from
+# atomic.atomic_directory; the lock's file is never renamed; the last is save_pretrained, which belongs to no run.
 WRITERS = {
-    *("checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
+    *("run/checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("export/export.py:export_run", "export/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
-    *("lock.py:_take_lock", "lock.py:_lock_file"),
-    *("demo/train_teacher.py:write_folder", "demo/tokenizer.py:save_tokenizer", "student/save.py:_saving_code"),
+    *("files/lock.py:_take_lock", "files/lock.py:_lock_file"),
+    "student/save.py:_saving_code",
 }
 WRITING_METHODS = {
     *("write_text", "write_bytes", "touch", "mkdir", "rmdir", "rename", "unlink", "symlink_to", "hardlink_to", "chmod"),
@@ -98,8 +92,16 @@ MODES = {
 }
 
 LIGHT_MODULES = (
-    *("errors", "spec", "adapter", "shelf", "strict_yaml", "recipe"),
-    *("storage", "checkpoint", "run", "plan", "cli"),
+    *("errors", "teacher.teacher_spec", "student.student_spec", "families.adapter", "families.registry"),
+    *(
+        "recipe.strict_yaml",
+        "recipe.schema",
+        "files.atomic",
+        "run.checkpoint",
+        "run.folder",
+        "plan.planner",
+        "cli.main",
+    ),
 )
 HEAVY_MODULES = ("torch", "transformers", "datasets", "lm_eval", "mlx")
 
@@ -261,7 +263,7 @@ def test_imports_have_no_cycles() -> None:
 
 def test_nobody_imports_an_adapter_by_name() -> None:
     wrong = [place for _, imported, place in own_imports() if imported.startswith(f"{PACKAGE}.adapters.")]
-    assert_none(wrong, "shelf.load_adapter finds adapters by listing")
+    assert_none(wrong, "registry.load_adapter finds adapters by listing")
 
 
 @pytest.mark.parametrize(("package", "pattern"), FENCES.items())
@@ -281,6 +283,15 @@ def test_no_file_is_long() -> None:
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
+def test_few_files_lie_on_top() -> None:
+    assert len([path for path in (ROOT / PACKAGE).iterdir() if path.suffix == ".py"]) <= MOST_FILES_ON_TOP
+
+
+def test_every_module_has_a_name_of_its_own() -> None:
+    stems = [path.stem for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__init__.py"]
+    assert_none({stem for stem in stems if stems.count(stem) > 1})
+
+
 def test_packages_are_the_folders() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     inside = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("__init__.py")}
@@ -295,7 +306,7 @@ def test_files_are_written_by_storage_alone() -> None:
     found = {
         f"{shown(path)}:{function}": line
         for path in source_files().values()
-        if shown(path) != "storage.py"
+        if shown(path) != "files/atomic.py"
         for function, line in writers(tree_of(path)).items()
     }
     assert_none(f"{place} in line {line}" for place, line in found.items() if place not in WRITERS)
@@ -330,7 +341,7 @@ def test_the_search_finds_what_writes(text: str) -> None:
 def test_the_search_leaves_reading_alone() -> None:
     text = "open(p)\np.open('rb')\nname.replace('a', 'b')\nreplace(x, y=1)\np.read_text()\n"
     text += "import os, numpy\nos.fdopen(f)\nos.fdopen(f, 'rb')\nnumpy.memmap(p, mode='r')\n"
-    assert writers(ast.parse(f"from mohawkify import storage\nstorage.write_text(p, t)\n{text}")) == {}
+    assert writers(ast.parse(f"from mohawkify.files import atomic\natomic.write_text(p, t)\n{text}")) == {}
 
 
 def test_light_modules_load_nothing_heavy() -> None:

@@ -12,16 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, Gemma2PreTrainedModel, StaticCache
 from transformers.utils import find_labels
 
-from mohawkify.adapter import AttentionWeights
 from mohawkify.errors import RecipeError
-from mohawkify.storage import atomic_directory
+from mohawkify.families.adapter import AttentionWeights
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.projections import read_projections
+from mohawkify.files.atomic import atomic_directory
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.student.build import build_student
-from mohawkify.student.grafting import find_layers
-from mohawkify.student.mixer import DiscreteMamba2
 from mohawkify.student.save import load_student, save_student
 from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
 from mohawkify.teacher.load import load_teacher
-from mohawkify.teacher.projections import read_projections
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher

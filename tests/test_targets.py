@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mohawkify.data.packing import Batch
-from mohawkify.recipe import AlignRecipe, DistillRecipe
-from mohawkify.shelf import load_adapter
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Runner
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.orient import Orient
-from mohawkify.student.grafting import find_layers
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.registry import load_adapter
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Runner
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, listen
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher

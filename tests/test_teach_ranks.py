@@ -17,7 +17,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 SMALL_SHARDS = """
 from mohawkify.data import teacher_logits
 teacher_logits.SHARD_BYTES = 2000
-from mohawkify.cli import main
+from mohawkify.cli.main import main
 main()
 """
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify.errors import INPUT, RECIPE, TeacherError
-from mohawkify.shelf import adapter_names
-from mohawkify.storage import read_json, remove_directory, write_json
-from mohawkify.teacher.claims import read_tensors, require_config, require_own_files
+from mohawkify.families.registry import adapter_names
+from mohawkify.files.atomic import read_json, remove_directory, write_json
 from mohawkify.teacher.inspect import read_config
 from mohawkify.teacher.load import require_fit
+from mohawkify.teacher.validate import read_tensors, require_config, require_own_files
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.faults import content_of
 from tests.teacher_damage import (

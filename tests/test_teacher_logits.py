@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from mohawkify import disk, storage
 from mohawkify.data import teacher_logits
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, TeacherError, UsageError
+from mohawkify.files import atomic, disk
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 from tests.commands import make_teacher, run, run_well
@@ -121,7 +121,7 @@ def test_damaged_or_foreign_logits_are_refused(tmp_path):
         found.read(np.array([0, 6]))
     with pytest.raises(DataError, match="no teacher logits for sequence 4"):
         found.read(np.array([0, 4]))
-    storage.remove_directory(folder / "shard-000001")
+    atomic.remove_directory(folder / "shard-000001")
     with pytest.raises(DataError, match="lacks 1 of 3 shards"):
         found.require_complete()
     other = write(tmp_path / "other", logits_of(6, 9, 40), 7)
@@ -137,7 +137,7 @@ def test_damaged_or_foreign_logits_are_refused(tmp_path):
 
 def test_a_shard_that_fails_half_way_leaves_nothing(tmp_path):
     found = write(tmp_path / "logits", logits_of(4, 9, 40), 7)
-    storage.remove_directory(found.folder / "shard-000000")
+    atomic.remove_directory(found.folder / "shard-000000")
 
     def parts():
         yield kept(logits_of(1, 9, 40), 7)
@@ -193,7 +193,7 @@ def test_teach_killed_at_any_time_continues_to_the_same_bytes(teacher, recipe, t
     script = f"""
 from mohawkify.data import teacher_logits
 teacher_logits.SHARD_BYTES = 2000
-from mohawkify.cli import main
+from mohawkify.cli.main import main
 main({[*arguments, str(killed)]!r})
 """
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as child:

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoProcessor
 
 from mohawkify.errors import TeacherError
-from mohawkify.teacher.no_questions import never_ask
+from mohawkify.teacher.no_remote_code import never_ask
 from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.teacher.tokenizer_files import text_hashes, tokenizer_files
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, MissingExtraError
-from mohawkify.pipeline import convert
-from mohawkify.recipe import apply_overrides, parse_recipe
-from mohawkify.storage import read_lines
-from mohawkify.train import track
+from mohawkify.files.atomic import read_lines
+from mohawkify.recipe.schema import apply_overrides, parse_recipe
+from mohawkify.train import tracking
+from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.stop import Interrupted
 from tests.commands import make_teacher, run
 from tests.test_teacher_logits import RECIPE
 
@@ -58,7 +58,7 @@ def test_tensorboard_has_every_step_of_a_run_that_was_stopped(teacher, tmp_path,
         convert(str(teacher), recipe, **arguments)
     done = convert(str(teacher), recipe, **arguments)
     folders = list((done.tracking / "tensorboard").iterdir())
-    assert [folder.name for folder in folders] == [f"teacher-mohawk-{track.tracking_id(done.tracking_file)}"]
+    assert [folder.name for folder in folders] == [f"teacher-mohawk-{tracking.tracking_id(done.tracking_file)}"]
     lines = {line["global_step"]: line["loss"] for line in read_lines(done.metrics_file)}
     assert scalars(folders[0], "distill/loss") == pytest.approx(lines, rel=1e-6)
     held_out = scalars(folders[0], "held-out/kl")
@@ -70,20 +70,20 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(teacher, tmp_p
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the tracker wants a folder")
     lines: list[str] = []
-    tracking = track.Tracking(
+    tracked = tracking.Tracking(
         ["tensorboard"], 0, project="p", run_id="i", run_name="r", folder=blocked, config={}, report=lines.append
     )
     for step in range(1, 4):
-        tracking.log({"loss": 1.0}, step)
-    tracking.close()
+        tracked.log({"loss": 1.0}, step)
+    tracked.close()
     assert len(lines) == 1
     assert lines[0].startswith("--track tensorboard is given up, the run goes on: ")
 
 
 def test_a_missing_tracker_is_one_line_before_anything_begins(teacher, tmp_path, monkeypatch):
-    monkeypatch.setitem(track.TRACKERS, "wandb", ("a_package_that_nobody_has",))
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("a_package_that_nobody_has",))
     with pytest.raises(MissingExtraError, match="--track wandb needs a_package_that_nobody_has"):
-        track.require_trackers(["wandb"])
+        tracking.require_trackers(["wandb"])
     (tmp_path / "r.yaml").write_text(RECIPE)
     arguments = ("convert", teacher, "--recipe", tmp_path / "r.yaml", "--output", tmp_path / "run", "--track", "wandb")
     result = run(*arguments)
@@ -93,12 +93,12 @@ def test_a_missing_tracker_is_one_line_before_anything_begins(teacher, tmp_path,
 
 def test_the_id_of_a_run_is_drawn_once(tmp_path):
     file = tmp_path / "tracking.json"
-    assert track.tracking_id(file) == track.tracking_id(file)
-    assert track.tracking_id(file) != track.tracking_id(tmp_path / "other.json")
+    assert tracking.tracking_id(file) == tracking.tracking_id(file)
+    assert tracking.tracking_id(file) != tracking.tracking_id(tmp_path / "other.json")
     file.write_text("[]")
     with pytest.raises(CheckpointError, match="does not hold the id"):
-        track.tracking_id(file)
+        tracking.tracking_id(file)
 
 
 def test_nested_settings_become_dotted_names():
-    assert track._flat({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}
+    assert tracking._flat({"a": {"b": 1, "c": [1, 2]}, "d": None}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None"}

@@ -264,11 +264,11 @@ def make_tasks(work: Path) -> None:
 
 def reseal(folder: Path, **more: Any) -> None:
     """Give a folder a manifest that fits its files, as whoever edits a run can."""
-    from mohawkify import storage
+    from mohawkify.files import atomic
 
-    facts = json.loads((folder / storage.MANIFEST_NAME).read_text())["facts"]
-    (folder / storage.MANIFEST_NAME).unlink()
-    storage._write_manifest(folder, {**facts, **more})
+    facts = json.loads((folder / atomic.MANIFEST_NAME).read_text())["facts"]
+    (folder / atomic.MANIFEST_NAME).unlink()
+    atomic._write_manifest(folder, {**facts, **more})
 
 
 def make_strangers_text(work: Path) -> None:
@@ -418,7 +418,7 @@ def test_the_ear_hears(outcome: Outcome) -> None:
     for name in ("teacher/config.json", "teacher/tokenizer_config.json", "rows.jsonl", "tiny.yaml", "run/results.json"):
         assert str(outcome.root / "work" / name) in opened
     assert any(path.endswith("metrics.jsonl") for _, (_, path) in outcome.all("write"))
-    assert any(event[1] == "mohawkify.pipeline" for _, event in outcome.all("import"))
+    assert any(event[1] == "mohawkify.train.pipeline" for _, event in outcome.all("import"))
     assert any(event[1].endswith("jinja2/sandbox.py") for _, event in outcome.all("exec"))
 
 

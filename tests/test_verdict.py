@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawkify import storage
 from mohawkify.data import corpus_files
-from mohawkify.verdict import judge
+from mohawkify.doctor.check_folder import judge
+from mohawkify.files import atomic
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.teacher_damage import edit_json
 
@@ -126,7 +126,7 @@ def test_text_that_was_noted_as_checked_is_hashed_all_the_same(work, tmp_path):
         file.write_bytes(bytes(len(content)))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     note = {"files": corpus_files._stamps(folder), corpus_files.LARGEST_ID: 0}
-    storage.write_json(folder.parent / f".checked-{folder.name}.json", note)
+    atomic.write_json(folder.parent / f".checked-{folder.name}.json", note)
     corpus_files.checked_facts(folder)  # as a conversion would, which trusts the note
     assert not judge(folder)["sound"]
     assert not judge(folder.parent)["sound"]
@@ -136,12 +136,12 @@ def test_text_elsewhere_that_a_run_notes_is_judged(work, tmp_path):
     copy_of(work, tmp_path / "work")
     corpora, text = tmp_path / "work" / "run" / "corpora", corpus_of(tmp_path / "work")
     note = corpora / f"{text.name}.json"
-    facts = storage.read_json(text / storage.MANIFEST_NAME)["facts"]
-    storage.write_json(note, {"folder": str(text), "fingerprint": facts["fingerprint"]})
+    facts = atomic.read_json(text / atomic.MANIFEST_NAME)["facts"]
+    atomic.write_json(note, {"folder": str(text), "fingerprint": facts["fingerprint"]})
     assert judge(tmp_path / "work" / "run")["sound"]
-    storage.write_json(note, {"folder": str(text), "fingerprint": "0" * 64})
+    atomic.write_json(note, {"folder": str(text), "fingerprint": "0" * 64})
     assert said(tmp_path / "work" / "run") == [f"{text} holds other text than when the run began"]
-    storage.write_json(note, {"folder": str(tmp_path / "gone"), "fingerprint": "0" * 64})
+    atomic.write_json(note, {"folder": str(tmp_path / "gone"), "fingerprint": "0" * 64})
     assert "which is not there" in said(tmp_path / "work" / "run")[0]
 
 
@@ -189,10 +189,10 @@ def said(folder: Path) -> list[str]:
 
 def seal(folder: Path, **facts: object) -> None:
     """Let a folder's manifest fit its files again, as whoever wrote them would."""
-    manifest = folder / storage.MANIFEST_NAME
-    facts = storage.read_json(manifest)["facts"] | facts
+    manifest = folder / atomic.MANIFEST_NAME
+    facts = atomic.read_json(manifest)["facts"] | facts
     manifest.unlink()
-    storage._write_manifest(folder, facts)
+    atomic._write_manifest(folder, facts)
 
 
 def of_another_step(checkpoint: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_run_that_a_command_would_refuse_is_not_sound(work, tmp_path, damage, 
 @pytest.mark.parametrize("part", PARTS)
 def test_torch_is_not_loaded(work, part):
     code = (
-        "import sys\nfrom mohawkify.cli import main\n"
+        "import sys\nfrom mohawkify.cli.main import main\n"
         "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers', 'mlx'} & set(sys.modules)"
     )
     done = subprocess.run(

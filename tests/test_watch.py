@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from mohawkify.distributed.process_group import World
 from mohawkify.errors import HANG, NumericsError
-from mohawkify.recipe import OptimizerRecipe
-from mohawkify.train.engine import LocalEngine
-from mohawkify.train.watch import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
-from mohawkify.train.world import World
+from mohawkify.recipe.schema import OptimizerRecipe
+from mohawkify.train.engines.engine import LocalEngine
+from mohawkify.train.watchdog import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
 
 
 def losses(seed: int = 0, count: int = 200) -> list[float]:
@@ -145,8 +145,8 @@ def test_a_frozen_weight_that_moves_is_named():
 
 HANGING = """
 import sys, threading, time
-from mohawkify.train.watch import HangWatch
-from mohawkify.train.world import World
+from mohawkify.train.watchdog import HangWatch
+from mohawkify.distributed.process_group import World
 with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
@@ -159,8 +159,8 @@ with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
 # It waits for what cannot show that it gets on, and is stopped as Ctrl-Z does, both for longer than its patience.
 WAITING = """
 import os, signal, subprocess, time
-from mohawkify.train.watch import HangWatch
-from mohawkify.train.world import World
+from mohawkify.train.watchdog import HangWatch
+from mohawkify.distributed.process_group import World
 with HangWatch(0.8, "waiting for Godot", World()) as watch:
     with watch.paused():
         time.sleep(1.5)

@@ -15,26 +15,25 @@ import torch.distributed as distributed
 from click.testing import CliRunner
 from torch import nn
 
-from mohawkify import pipeline
-from mohawkify.cli import main
+from mohawkify.cli.main import main
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.reading import Stretch, batch_at
+from mohawkify.data.loader import Stretch, batch_at
+from mohawkify.distributed.failures import Alarm, OtherProcessError, is_lost, lost
+from mohawkify.distributed.launch import _exit_code, find_place, first_host
+from mohawkify.distributed.process_group import World
+from mohawkify.distributed.shutdown import StopRequest
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
-from mohawkify.recipe import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
-from mohawkify.train import loop
-from mohawkify.train.alarm import Alarm, OtherProcessError, is_lost, lost
-from mohawkify.train.engine import LocalEngine
-from mohawkify.train.engines import (
+from mohawkify.recipe.schema import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
+from mohawkify.train import loop, pipeline
+from mohawkify.train.engines.choice import (
     choose_engine,
     require_agreeing_settings,
     require_even_shares,
     unheeded_settings,
 )
-from mohawkify.train.launch import _exit_code, find_place, first_host
+from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
-from mohawkify.train.random_state import gather_random_state, restore_random_state
-from mohawkify.train.stop import StopRequest
-from mohawkify.train.world import World
+from mohawkify.train.rng_state import gather_random_state, restore_random_state
 from tests.commands import RECIPE
 
 CPU = torch.device("cpu")
@@ -225,9 +224,9 @@ def test_settings_that_the_chosen_engine_does_not_heed_are_named():
 @pytest.mark.parametrize("engine", ["fsdp", "single", "deepspeed"])
 def test_an_engine_on_the_command_line_goes_with_every_recipe(monkeypatch, engine):
     chosen = []
-    monkeypatch.setattr("mohawkify.cli_ranks.start_processes", lambda number: None)
+    monkeypatch.setattr("mohawkify.cli.ranks.start_processes", lambda number: None)
     monkeypatch.setattr(
-        "mohawkify.pipeline.convert",
+        "mohawkify.train.pipeline.convert",
         lambda teacher, recipe, **more: chosen.append(recipe.compute) or SimpleNamespace(path="run"),
     )
     result = CliRunner().invoke(main, ["convert", "x", "--recipe", "llamba-8b", "--engine", engine])
@@ -353,7 +352,7 @@ def test_a_store_that_gives_no_answer_keeps_nobody(monkeypatch):
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments: threading.Event().wait()
 
-    monkeypatch.setattr("mohawkify.train.alarm._SECONDS_TO_AGREE", 0.3)
+    monkeypatch.setattr("mohawkify.distributed.failures._SECONDS_TO_AGREE", 0.3)
     monkeypatch.setattr(Alarm, "_watch", lambda self: None)
     said: list[int] = []
     for rank in range(3):
@@ -459,7 +458,7 @@ def test_a_launchers_processes_and_ours_must_be_as_many(monkeypatch, tmp_path):
 
 
 def test_settings_of_deepspeed_must_be_a_json_object(tmp_path):
-    from mohawkify.train.deepspeed_config import read_settings
+    from mohawkify.train.engines.deepspeed_config import read_settings
 
     for text, says in ((None, "there is no file"), ("{", "settings"), ("[]", "is not a JSON object")):
         file = tmp_path / "settings.json"

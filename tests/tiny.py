@@ -9,13 +9,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mohawkify.adapter import Adapter
 from mohawkify.data.packing import Batch
-from mohawkify.recipe import StudentRecipe
-from mohawkify.shelf import load_adapter
-from mohawkify.stages.base import Pair
+from mohawkify.families.adapter import Adapter
+from mohawkify.families.decoder_layers import attention_implementation
+from mohawkify.families.registry import load_adapter
+from mohawkify.objectives.objective import Pair
+from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
-from mohawkify.student.grafting import attention_implementation
 from mohawkify.teacher.inspect import inspect_teacher
 
 COMMON: dict[str, Any] = {

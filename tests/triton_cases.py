@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mohawkify.ops import triton_orient, triton_scan, triton_step
+from mohawkify.ops import triton_decode, triton_matrix_distance, triton_scan
 from mohawkify.ops.conv import causal_conv
-from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix, orient_loss_direct
+from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.scan import scan_recurrent
-from mohawkify.ops.triton_orient import orient_loss_triton
+from mohawkify.ops.triton_decode import decode_step
+from mohawkify.ops.triton_matrix_distance import orient_loss_triton
 from mohawkify.ops.triton_scan import scan_triton
-from mohawkify.ops.triton_step import decode_step
 from tests.test_orient_loss import CASES, tensors
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -226,7 +226,7 @@ def test_many_sequences_and_long_ones_fit_the_grid(monkeypatch):
     """CUDA starts at most 2**31 - 1 programs on the first axis of a grid and 65,535 on the others."""
     grids = []
     kernels = [triton_scan._walk, triton_scan._outputs, triton_scan._gradients]
-    kernels += [triton_orient._normalise, triton_orient._side, triton_step._step]
+    kernels += [triton_matrix_distance._normalise, triton_matrix_distance._side, triton_decode._step]
     for kernel in kernels:
         monkeypatch.setattr(kernel, "run", lambda *args, grid, **kwargs: grids.append(grid))
 
@@ -288,7 +288,7 @@ def test_step_against_float64(dtype, num_taps, p_width, n_width, keeps):
 @pytest.mark.parametrize("borders", [False, True], ids=["one-document", "packed"])
 def test_flash_linear_attention_computes_the_same(borders, monkeypatch):
     simple_gla = pytest.importorskip("fla.ops.simple_gla")
-    from mohawkify.ops.scan_libraries import scan_fla
+    from mohawkify.ops.libraries import scan_fla
 
     if INTERPRETED:  # its chunked kernels do not run there; its plain form takes the same arguments
         from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
@@ -307,7 +307,7 @@ def test_flash_linear_attention_computes_the_same(borders, monkeypatch):
 @pytest.mark.parametrize("borders", [False, True], ids=["one-document", "packed"])
 def test_mamba_ssm_computes_the_same(borders):
     pytest.importorskip("mamba_ssm")
-    from mohawkify.ops.scan_libraries import scan_mamba_ssm
+    from mohawkify.ops.libraries import scan_mamba_ssm
 
     given = scan_inputs(256, torch.float32, 64, 64)
     starts_bl = torch.rand(1, 256, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None

@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mohawkify.ops import triton_orient, triton_scan, triton_step
-from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix
+from mohawkify.ops import triton_decode, triton_matrix_distance, triton_scan
+from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -95,12 +95,12 @@ def launch_everything(dtype: torch.dtype, p_width: int, n_width: int, biased: bo
     if biased:
         mask[2, 1] = False
         attention = attention._replace(bias_bhls=zeros(1, heads, length, length, dtype=torch.float32))
-    triton_orient.orient_loss_triton(mixing, attention, starts_bl)
+    triton_matrix_distance.orient_loss_triton(mixing, attention, starts_bl)
 
     num_features, num_lags = heads * (p_width + 2 * n_width), 3
     convs = (zeros(num_features, num_lags + 1, dtype=torch.float32), zeros(num_features, dtype=torch.float32))
     for keep_b in (None, *(torch.ones(batch, 3, dtype=dtype)[:, -1] for dtype in (torch.int64, torch.bool))):
-        triton_step.decode_step(
+        triton_decode.decode_step(
             *(zeros(batch, heads * width) for width in (p_width, n_width, n_width, p_width)),
             *(zeros(batch, heads, dtype=torch.float32), convs),
             *(zeros(heads * p_width, dtype=torch.float32), zeros(heads, dtype=torch.float32)),
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
     The dtype ``float32/bfloat16`` means inputs in float32 under autocast to bfloat16. A fifth word, ``bias``, gives the
     teacher a bias and a mask with holes.
     """
-    modules = (triton_scan, triton_orient, triton_step)
+    modules = (triton_scan, triton_matrix_distance, triton_decode)
     kernels = [item for module in modules for item in vars(module).values() if isinstance(item, triton.JITFunction)]
     for argument in arguments:
         capability, dtypes, p_width, n_width, *bias = argument.split(":")

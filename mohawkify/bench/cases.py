@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mohawkify.bench import peers
+from mohawkify.ops.chunked_kl import HeadInput, distill_loss_chunked
 from mohawkify.ops.conv import causal_conv
-from mohawkify.ops.decode_step import decode_step
-from mohawkify.ops.distill_chunks import HeadInput, distill_loss_chunked
+from mohawkify.ops.decode import decode_step
 from mohawkify.ops.losses import distill_loss
-from mohawkify.ops.orient_loss import AttentionMatrix, MixingMatrix, orient_loss_direct
-from mohawkify.ops.orient_tiles import orient_loss
+from mohawkify.ops.matrix_distance import orient_loss
+from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.scan import scan_chunked, scan_recurrent
 
 Sizes = dict[str, int]

@@ -36,7 +36,7 @@ def _measure_operator(task: dict[str, Any]) -> int:
 
 
 def _measure_step(task: dict[str, Any]) -> int:
-    from mohawkify.bench.train import Workload
+    from mohawkify.bench.training import Workload
 
     workload = Workload.make(task["teacher"], task["batch"], task["length"], CPU)
     return peak_over(workload.step(task["stage"], task["form"]), CPU)

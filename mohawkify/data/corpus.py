@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mohawkify import storage
 from mohawkify.data.corpus_files import (
     COMPLETION_FILE,
     LARGEST_ID,
@@ -22,8 +21,9 @@ from mohawkify.data.corpus_files import (
     checked_facts,
     verified_facts,
 )
-from mohawkify.data.encoding import TOKEN_DTYPE
+from mohawkify.data.tokenize import TOKEN_DTYPE
 from mohawkify.errors import CheckpointError, DataError
+from mohawkify.files import atomic
 
 
 class Joined:
@@ -154,7 +154,7 @@ def read_note(note: Path) -> tuple[Path, str]:
     Raises:
         CheckpointError: the note does not say it.
     """
-    noted = storage.read_json(note)
+    noted = atomic.read_json(note)
     match noted:
         case {"folder": str(folder), "fingerprint": str(fingerprint)} if "\0" not in folder:
             return Path(folder), fingerprint

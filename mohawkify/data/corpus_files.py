@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mohawkify import storage
-from mohawkify.data.encoding import TOKEN_DTYPE
+from mohawkify.data.tokenize import TOKEN_DTYPE
 from mohawkify.errors import CheckpointError, StorageError
+from mohawkify.files import atomic
 
 TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: it is mapped into memory
 OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
@@ -49,14 +49,14 @@ def checked_facts(folder: Path) -> dict[str, Any]:
     facts = _sound_facts(folder)
     stamps = _stamps(folder)
     with suppress(CheckpointError, StorageError):
-        noted = storage.read_json(note) if note.is_file() else None
+        noted = atomic.read_json(note) if note.is_file() else None
         if isinstance(noted, dict) and noted.get("files") == stamps and type(noted.get(LARGEST_ID)) is int:
             return {**facts, LARGEST_ID: noted[LARGEST_ID]}
     facts = verified_facts(folder)
     # A change within the same tick of the clock would go unseen: what is so young is hashed again next time.
     if all(now - stamp[2] > _TICK_NANOSECONDS for stamp in stamps.values()):
         with suppress(StorageError):  # text that lies where this user may only read is hashed every time
-            storage.write_json(note, {"files": stamps, LARGEST_ID: facts[LARGEST_ID]})
+            atomic.write_json(note, {"files": stamps, LARGEST_ID: facts[LARGEST_ID]})
     return facts
 
 
@@ -67,7 +67,7 @@ def verified_facts(folder: Path) -> dict[str, Any]:
         CheckpointError: a file is missing, extra or changed, or holds what no corpus does.
     """
     facts = _sound_facts(folder)
-    storage.verify_directory(folder)
+    atomic.verify_directory(folder)
     try:
         return {**facts, LARGEST_ID: _largest_id(folder, facts)}
     except (OSError, ValueError) as error:  # files that the manifest does not list, or that hold nothing
@@ -76,12 +76,12 @@ def verified_facts(folder: Path) -> dict[str, Any]:
 
 def _sound_facts(folder: Path) -> dict[str, Any]:
     try:
-        manifest = storage.read_json(folder / storage.MANIFEST_NAME)
+        manifest = atomic.read_json(folder / atomic.MANIFEST_NAME)
     except StorageError as error:
         raise CheckpointError(error.message) from error
     facts = manifest.get("facts") if isinstance(manifest, dict) else None
     if not isinstance(facts, dict) or not _are_sound(facts):
-        raise CheckpointError(f"{folder / storage.MANIFEST_NAME} does not say what a corpus holds")
+        raise CheckpointError(f"{folder / atomic.MANIFEST_NAME} does not say what a corpus holds")
     return facts
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mohawkify.data.files import Row
+from mohawkify.data.readers import Row
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
-    from mohawkify.recipe import Source
+    from mohawkify.recipe.schema import Source
 
 Report = Callable[[str], None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 
 Sized = TypeVar("Sized")
 

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mohawkify import storage
-from mohawkify.data.conversation import require_chat_template
+from mohawkify.data.chat import require_chat_template
 from mohawkify.data.corpus import Corpus, load_corpus
 from mohawkify.data.corpus_files import COMPLETION_FILE, OFFSET_DTYPE, OFFSETS_FILE, TOKENS_FILE, shard_name
-from mohawkify.data.encoders import Pending, Submit, encoders
-from mohawkify.data.encoding import TOKEN_DTYPE, Encoded, tokenizer_hash
 from mohawkify.data.hub import Place, Report, ignore
 from mohawkify.data.mixture import is_mixture, take_turns
 from mohawkify.data.sources import Raw, describe, empty_source, raw_documents, source_identity
+from mohawkify.data.tokenize import TOKEN_DTYPE, Encoded, tokenizer_hash
+from mohawkify.data.tokenize_workers import Pending, Submit, encoders
 from mohawkify.errors import CheckpointError, DataError
+from mohawkify.files import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mohawkify.recipe import Source
+    from mohawkify.recipe.schema import Source
 
 _FORMAT_VERSION = 2  # part of the key: to be raised when the same text would give other tokens, or other files
 # A shard is what a kill can cost, and ends with the first document that fills it.
@@ -147,15 +147,15 @@ def build_corpus(
         for source in wanted.sources:
             if source.chat is not None:
                 require_chat_template(wanted.tokenizer)
-        storage.sweep_temporaries(directory)
+        atomic.sweep_temporaries(directory)
         with encoders(num_workers, wanted.tokenizer, wanted.vocab_size) as submit:
             facts = _Work(wanted, work, report, progress or (lambda num_tokens: None)).finish(
                 submit, num_workers * _BATCHES_AHEAD
             )
-        with storage.atomic_directory(target, facts=facts) as folder:
+        with atomic.atomic_directory(target, facts=facts) as folder:
             _link_shards(work, facts["shards"], folder)
     if work.exists():  # also what a killed call left that had come so far
-        storage.remove_directory(work)
+        atomic.remove_directory(work)
     return load_corpus(target, wanted.vocab_size)
 
 
@@ -202,7 +202,7 @@ class _Work:
                 continue
             facts: dict[str, Any] = {}
             name = shard_name(len(self.shards))
-            with storage.atomic_directory(self.folder / name, facts=facts) as folder:
+            with atomic.atomic_directory(self.folder / name, facts=facts) as folder:
                 _write_shard(self, folder, chain([first], documents))
                 facts["taken"] = [asdict(taken) for taken in self.taken]
             self.shards.append(name)
@@ -234,17 +234,17 @@ class _Work:
         """Take the shards that a killed call finished, up to the first that is missing or damaged."""
         if not self.folder.is_dir():
             return
-        storage.sweep_temporaries(self.folder)
+        atomic.sweep_temporaries(self.folder)
         present = sorted(path for path in self.folder.iterdir() if path.name.startswith("shard-"))
         for number, path in enumerate(present):
             try:
-                values = storage.verify_directory(path)["facts"]["taken"]
+                values = atomic.verify_directory(path)["facts"]["taken"]
                 found = [Taken(**each) for each in values]
             except (CheckpointError, KeyError, TypeError):
                 found = []
             if len(found) != len(self.taken) or path.name != shard_name(number):
                 for other in present[number:]:
-                    storage.remove_directory(other)
+                    atomic.remove_directory(other)
                 break
             borders = np.fromfile(path / OFFSETS_FILE, dtype=OFFSET_DTYPE)[1:] + self.num_tokens
             tokens = np.memmap(path / TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r")

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mohawkify import storage
 from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, noted_corpus
-from mohawkify.data.evaluation import evaluation_rows
-from mohawkify.data.files import find_files
 from mohawkify.data.hub import Report, ignore
+from mohawkify.data.loader import Stretch
 from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import Wanted, build_corpus, bytes_to_write
-from mohawkify.data.reading import Stretch
-from mohawkify.data.telling import Telling
+from mohawkify.data.readers import find_files
+from mohawkify.data.tokenize_progress import Telling
+from mohawkify.data.validation import evaluation_rows
 from mohawkify.errors import DataError
-from mohawkify.recipe import Recipe, Source, StageRecipe, StagesRecipe
+from mohawkify.files import atomic
+from mohawkify.recipe.schema import Recipe, Source, StageRecipe, StagesRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -277,6 +277,6 @@ def find_prepared(key: str, directory: Path, prepared: Path | None, vocab_size: 
     if prepared is None or not (prepared / key).is_dir():
         return None
     corpus = load_corpus(prepared / key, vocab_size)
-    storage.ensure_writable(directory)
-    storage.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
+    atomic.ensure_writable(directory)
+    atomic.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
     return corpus

@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mohawkify.data.completion import completion_spans
-from mohawkify.data.conditions import column_value, meets_all
-from mohawkify.data.conversation import read_conversation, render_conversation
-from mohawkify.data.encoding import Document
-from mohawkify.data.files import Row, find_files, read_rows
+from mohawkify.data.chat import read_conversation, render_conversation
+from mohawkify.data.completions import completion_spans
+from mohawkify.data.filters import column_value, meets_all
 from mohawkify.data.hub import BEGINNING, After, Place, Report, hub_rows, ignore
+from mohawkify.data.readers import Row, find_files, read_rows
+from mohawkify.data.tokenize import Document
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mohawkify.recipe import Source
+    from mohawkify.recipe.schema import Source
 
 
 class Raw(NamedTuple):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mohawkify import storage
 from mohawkify.errors import CheckpointError, DataError, StorageError, UsageError
+from mohawkify.files import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ class TeacherLogits:
         self.folder = folder
         try:
             _require_no_link(folder / ABOUT)
-            manifest = storage.verify_directory(folder / ABOUT)
+            manifest = atomic.verify_directory(folder / ABOUT)
         except CheckpointError as error:
             raise DataError(
                 f"{folder} holds no teacher logits: {error.message}",
@@ -137,7 +137,7 @@ class TeacherLogits:
         self.facts = _checked(manifest["facts"], folder)
         self.layout = Layout(**{key: self.facts[key] for key in _SIZES})
         self.sequences = _read_sequences(folder / ABOUT / _SEQUENCES_FILE)
-        self._seal = storage.file_sha256(folder / ABOUT / storage.MANIFEST_NAME)
+        self._seal = atomic.file_sha256(folder / ABOUT / atomic.MANIFEST_NAME)
         self._verified: set[int] = set()
 
     @staticmethod
@@ -162,11 +162,11 @@ class TeacherLogits:
             foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
             if set(foreign) - {"corpora"}:
                 raise UsageError(f"{folder} is not empty (it holds {foreign[0]})", hint="choose another --output")
-            with storage.atomic_directory(folder / ABOUT, facts=facts) as about:
+            with atomic.atomic_directory(folder / ABOUT, facts=facts) as about:
                 # Tokenizers list their tokens in another order every time.
                 by_id = sorted(vocabulary.items(), key=lambda item: item[1])
-                storage.write_json(about / _VOCABULARY_FILE, dict(by_id))
-                storage.write_bytes(about / _SEQUENCES_FILE, order.tobytes())
+                atomic.write_json(about / _VOCABULARY_FILE, dict(by_id))
+                atomic.write_bytes(about / _SEQUENCES_FILE, order.tobytes())
         found = TeacherLogits(folder)
         other = [key for key in facts if found.facts.get(key) != json.loads(json.dumps(facts[key]))]
         if other or not np.array_equal(found.sequences, order):
@@ -198,13 +198,13 @@ class TeacherLogits:
             parts: the tokens of its sequences in order, some sequences at a time.
         """
         facts = {"teacher_logits_format": FORMAT, "shard": number, "about": self._seal}
-        with storage.atomic_directory(self._shard(number), facts=facts) as folder:
+        with atomic.atomic_directory(self._shard(number), facts=facts) as folder:
             _write_records(folder / _RECORDS_FILE, (self.layout.encode(tokens) for tokens in parts))
 
     def vocabulary(self) -> dict[str, int]:
         """The id of every token."""
         try:
-            vocabulary = storage.read_json(self.folder / ABOUT / _VOCABULARY_FILE)
+            vocabulary = atomic.read_json(self.folder / ABOUT / _VOCABULARY_FILE)
         except (CheckpointError, StorageError) as error:
             raise DataError(error.message) from error
         if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
@@ -234,7 +234,7 @@ class TeacherLogits:
         digest = hashlib.sha256(self._seal.encode())
         for number in range(self.num_shards):
             _require_no_link(self._shard(number))
-            digest.update(storage.file_sha256(self._shard(number) / storage.MANIFEST_NAME).encode())
+            digest.update(atomic.file_sha256(self._shard(number) / atomic.MANIFEST_NAME).encode())
         return digest.hexdigest()
 
     def read(self, sequences: np.ndarray) -> TopK:
@@ -287,7 +287,7 @@ class TeacherLogits:
         shard = self._shard(number)
         try:
             _require_no_link(shard)
-            facts = storage.verify_directory(shard)["facts"]
+            facts = atomic.verify_directory(shard)["facts"]
         except CheckpointError as error:
             raise DataError(
                 f"teacher logits are damaged: {error.message}",

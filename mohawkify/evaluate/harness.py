@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MohawkifyError, NumericsError, UsageError
-from mohawkify.evaluate.agreement import evaluating
-from mohawkify.evaluate.answers import Answers
+from mohawkify.evaluate.answer_cache import Answers
+from mohawkify.evaluate.fidelity import evaluating
 from mohawkify.evaluate.harness_tasks import PRESETS, Questions, first_line, import_lm_eval, quiet_lm_eval
 
 # lm-eval's own defaults, said here so that a result can be repeated with another version.

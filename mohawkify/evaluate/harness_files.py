@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mohawkify.errors import RecipeError, UsageError
-from mohawkify.strict_yaml import load_yaml, read_text
+from mohawkify.recipe.strict_yaml import load_yaml, read_text
 
 SUFFIXES = (".yaml", ".yml")
 # Kinds of files that hold rows and no code; the others that datasets knows include pickles.

@@ -12,9 +12,8 @@ from typing import Any
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mohawkify.errors import DataError, MissingExtraError, UsageError
+from mohawkify.errors import DataError, MissingExtraError, UsageError, nearest
 from mohawkify.evaluate.harness_files import SUFFIXES, group_members, read_task_file, refusal
-from mohawkify.shelf import nearest
 
 
 @dataclass(frozen=True)

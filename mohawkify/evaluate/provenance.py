@@ -11,9 +11,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mohawkify import __version__, storage
-from mohawkify.manifest import MANIFEST_NAME
-from mohawkify.run import RunFolder
+from mohawkify import __version__
+from mohawkify.files import atomic
+from mohawkify.files.manifest import MANIFEST_NAME
+from mohawkify.run.folder import RunFolder
 
 
 def provenance(run: RunFolder, models: Mapping[str, PreTrainedModel], device: torch.device) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def provenance(run: RunFolder, models: Mapping[str, PreTrainedModel], device: to
         ``versions`` by package, ``device``, and for each model its ``precision`` and the sha256 of its ``files``; the
         tokenizer, which both use, lies with the student's.
     """
-    manifest = storage.read_json(run.final / MANIFEST_NAME)
+    manifest = atomic.read_json(run.final / MANIFEST_NAME)
     files = {
         "teacher": run.teacher()["files"],
         "student": {name: entry["sha256"] for name, entry in manifest["files"].items()},

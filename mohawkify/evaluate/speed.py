@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mohawkify.errors import UsageError
-from mohawkify.evaluate.agreement import evaluating
+from mohawkify.evaluate.fidelity import evaluating
 
 REPEATS = 3
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from mohawkify.run import RunFolder
+from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import HUB_ID, teacher_name
 
 _RUN_TRANSFORMERS = """\

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mohawkify.errors import CheckpointError, ExportError, TeacherError
 from mohawkify.student.save import is_precise
-from mohawkify.teacher.claims import read_tensors
+from mohawkify.teacher.validate import read_tensors
 
 STORED_AS = {"bfloat16": "BF16", "float32": "F32"}  # safetensors' names of the precisions
 PRECISE = "F32"

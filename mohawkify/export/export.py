@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawkify.errors import ExportError, UsageError
-from mohawkify.export.agreement import compare, require_agreement, require_same_model, sample_ids
+from mohawkify.errors import ExportError, UsageError, nearest
 from mohawkify.export.card import model_card
+from mohawkify.export.compare import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.export.contents import Quantised, expected_tensors, require_contents
 from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
-from mohawkify.run import finished_run
-from mohawkify.shelf import nearest
-from mohawkify.storage import atomic_directory
+from mohawkify.files.atomic import atomic_directory
+from mohawkify.run.folder import finished_run
 from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes
 from mohawkify.teacher.tokenizer import load_tokenizer
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from mohawkify.adapter import Adapter
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
+from mohawkify.families.adapter import Adapter
 from mohawkify.student.save import family_of, student_config
-from mohawkify.teacher.claims import without_code
+from mohawkify.teacher.validate import without_code
 
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that divides a weight's rows is taken

@@ -12,14 +12,16 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mohawkify.adapter import Adapter
 from mohawkify.errors import RecipeError
-from mohawkify.ops import backend
-from mohawkify.recipe import StudentRecipe
-from mohawkify.spec import StudentSpec, TeacherSpec
-from mohawkify.student.grafting import find_layers, student_classes
-from mohawkify.student.mixer import DiscreteMamba2
+from mohawkify.families.adapter import Adapter
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.ops import dispatch
+from mohawkify.recipe.schema import StudentRecipe
+from mohawkify.student.graft import student_classes
+from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
+from mohawkify.teacher.teacher_spec import TeacherSpec
 
 NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 # Keys of a configuration that name the teacher's class or the file it came from, not the architecture, or that are the
@@ -27,8 +29,8 @@ NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "mixer")
 
 # The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
-DiscreteMamba2.scan = staticmethod(backend.scan)
-DiscreteMamba2.step = staticmethod(backend.step)
+DiscreteMamba2.scan = staticmethod(dispatch.scan)
+DiscreteMamba2.step = staticmethod(dispatch.step)
 
 
 def classes_for(adapter: Adapter) -> tuple[Any, Any]:
@@ -149,8 +151,8 @@ def build_student(
 def use_kernels(student: nn.Module, kernels: str) -> None:
     """Let a student's mixers compute by the implementation of a recipe's ``compute.kernels``; see `ops.backend`."""
     for mixer in mixers_of(student):
-        mixer.scan = partial(backend.scan, kernels=kernels)
-        mixer.step = partial(backend.step, kernels=kernels)
+        mixer.scan = partial(dispatch.scan, kernels=kernels)
+        mixer.step = partial(dispatch.step, kernels=kernels)
 
 
 def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:

@@ -21,11 +21,14 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify.adapter import Adapter
 from mohawkify.errors import CheckpointError, is_out_of_memory
+from mohawkify.families.adapter import Adapter
+from mohawkify.families.autodetect import find_classes
+from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import classes_for
-from mohawkify.student.mixer import PRECISE_PARAMETERS
-from mohawkify.teacher.claims import (
+from mohawkify.teacher.generation_settings import plain_generation
+from mohawkify.teacher.no_remote_code import never_ask
+from mohawkify.teacher.validate import (
     read_tensors,
     require_config,
     require_generation_settings,
@@ -35,15 +38,14 @@ from mohawkify.teacher.claims import (
     require_token_ids,
     without_code,
 )
-from mohawkify.teacher.generation import plain_generation
-from mohawkify.teacher.no_questions import never_ask
-from mohawkify.teacher.recognise import find_classes
 
 TYPE_PREFIX = "mohawk_"
 MODEL_FILE = "modeling_mohawk"
 CARRIED_FILES = {
-    "mohawkify.ops": ("conv.py", "decode_step.py", "scan.py"),
-    "mohawkify.student": ("cache.py", "mixer.py", "grafting.py"),
+    "mohawkify.families": ("decoder_layers.py",),
+    "mohawkify.mixers": ("mamba2.py",),
+    "mohawkify.ops": ("conv.py", "decode.py", "scan.py"),
+    "mohawkify.student": ("cache.py", "graft.py"),
 }
 
 _OUR_IMPORT = re.compile(r"^from mohawkify\.\w+\.(\w+) import", re.MULTILINE)
@@ -54,9 +56,10 @@ from transformers import {config}, {model}
 # All of the folder's code is named here: transformers 5.5.0 fetches what this file imports and no more.
 from .cache import StudentCache  # noqa: F401
 from .conv import causal_conv  # noqa: F401
-from .decode_step import decode_step  # noqa: F401
-from .grafting import GraftedModel, grafted_forward
-from .mixer import DiscreteMamba2  # noqa: F401
+from .decode import decode_step  # noqa: F401
+from .decoder_layers import find_layers  # noqa: F401
+from .graft import GraftedModel, grafted_forward
+from .mamba2 import DiscreteMamba2  # noqa: F401
 from .scan import scan_chunked  # noqa: F401
 
 

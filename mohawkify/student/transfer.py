@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mohawkify.adapter import Adapter, AttentionWeights
-from mohawkify.student.grafting import find_layers
-from mohawkify.student.mixer import DiscreteMamba2
-from mohawkify.teacher.projections import read_attention
+from mohawkify.families.adapter import Adapter, AttentionWeights
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.projections import read_attention
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 
 LONGEST_HALF_LIFE = 60.0  # tokens; measured on stories260k, see docs/log.md
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from mohawkify.adapter import Adapter
 from mohawkify.errors import TeacherError
-from mohawkify.ops.orient_loss import AttentionMatrix
-from mohawkify.student.grafting import find_layers
+from mohawkify.families.adapter import Adapter
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.ops.mixing_matrices import AttentionMatrix
 
 CAPTURE = "mohawk_capture"
 # Keywords of attention functions that change the matrix in ways `AttentionMatrix` does not hold.

@@ -10,14 +10,14 @@ import torch
 import transformers
 from torch import nn
 
-from mohawkify.adapter import Adapter, AttentionWeights
 from mohawkify.errors import TeacherError
-from mohawkify.spec import TeacherSpec
-from mohawkify.student.grafting import find_layers
-from mohawkify.teacher.claims import require_config, require_settings, require_token_ids, without_code
+from mohawkify.families.adapter import Adapter, AttentionWeights
+from mohawkify.families.autodetect import find_adapter
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.projections import read_attention
 from mohawkify.teacher.locate import find_config
-from mohawkify.teacher.projections import read_attention
-from mohawkify.teacher.recognise import find_adapter
+from mohawkify.teacher.teacher_spec import TeacherSpec
+from mohawkify.teacher.validate import require_config, require_settings, require_token_ids, without_code
 
 LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence, by whichever name
 CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token, by whichever name

@@ -12,9 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mohawkify.errors import TeacherError, is_out_of_memory
-from mohawkify.storage import file_sha256
-from mohawkify.student.grafting import attention_implementation
-from mohawkify.teacher.claims import (
+from mohawkify.families.decoder_layers import attention_implementation
+from mohawkify.files.atomic import file_sha256
+from mohawkify.teacher.generation_settings import plain_generation
+from mohawkify.teacher.inspect import read_config
+from mohawkify.teacher.no_remote_code import never_ask
+from mohawkify.teacher.quantize import quantiser_options, require_sound_quantisation
+from mohawkify.teacher.tokenizer_files import OF_THE_TEACHER
+from mohawkify.teacher.validate import (
     INTEGER_BYTES,
     ClaimedTensor,
     read_tensors,
@@ -24,11 +29,6 @@ from mohawkify.teacher.claims import (
     require_room,
     same_content,
 )
-from mohawkify.teacher.generation import plain_generation
-from mohawkify.teacher.inspect import read_config
-from mohawkify.teacher.no_questions import never_ask
-from mohawkify.teacher.quantise import quantiser_options, require_sound_quantisation
-from mohawkify.teacher.tokenizer_files import OF_THE_TEACHER
 
 
 def weight_files(folder: Path) -> list[Path]:

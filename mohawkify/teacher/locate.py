@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mohawkify.demo import TEACHER_DIRECTORY
 from mohawkify.errors import TeacherError
-from mohawkify.teacher.claims import require_config, require_own_files
+from mohawkify.teacher.validate import require_config, require_own_files
 
 DEMO = "demo"
 LONGEST_NAME = 255  # bytes, on every common file system

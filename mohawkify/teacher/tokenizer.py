@@ -9,8 +9,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from mohawkify.errors import MohawkifyError, TeacherError, is_out_of_memory, is_panic
-from mohawkify.teacher.claims import require_config
-from mohawkify.teacher.no_questions import never_ask
+from mohawkify.teacher.no_remote_code import never_ask
 from mohawkify.teacher.tokenizer_files import (
     SETTINGS_FILE,
     has_vocabulary,
@@ -19,6 +18,7 @@ from mohawkify.teacher.tokenizer_files import (
     require_tokenizer_files,
     tokenizer_settings,
 )
+from mohawkify.teacher.validate import require_config
 
 # transformers reads these with `TokenizersBackend`.
 _STANDS_FOR_ANY = ("PythonBackend", "PreTrainedTokenizer")

@@ -10,15 +10,15 @@ from functools import partial
 
 import torch
 
+from mohawkify.data.loader import Stretch, read_batches
 from mohawkify.data.packing import Batch
-from mohawkify.data.reading import Stretch, read_batches
-from mohawkify.recipe import Recipe, StageRecipe
-from mohawkify.stages.base import Runner, Stage
-from mohawkify.train.engine import Engine
-from mohawkify.train.guard import require_finite, require_gradients
+from mohawkify.distributed.process_group import World
+from mohawkify.objectives.objective import Runner, Stage
+from mohawkify.recipe.schema import Recipe, StageRecipe
+from mohawkify.train.checks import require_finite, require_gradients
+from mohawkify.train.engines.engine import Engine
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.watch import STEPS_BETWEEN_LOOKS, MotionWatch
-from mohawkify.train.world import World
+from mohawkify.train.watchdog import STEPS_BETWEEN_LOOKS, MotionWatch
 
 
 @dataclass(frozen=True)

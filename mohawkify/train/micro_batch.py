@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+from mohawkify.data.loader import Stretch, batch_at
 from mohawkify.data.packing import Batch
-from mohawkify.data.reading import Stretch, batch_at
 from mohawkify.data.selection import stage_recipes
+from mohawkify.distributed.process_group import World
 from mohawkify.errors import MemoryShortageError, is_out_of_memory
-from mohawkify.recipe import Recipe
-from mohawkify.stages.base import Runner, Stage
-from mohawkify.train.engine import Engine
-from mohawkify.train.world import World
+from mohawkify.objectives.objective import Runner, Stage
+from mohawkify.recipe.schema import Recipe
+from mohawkify.train.engines.engine import Engine
 
 _MOMENT_BYTES = 8  # what AdamW keeps of a weight, and has not yet taken before the first step
 

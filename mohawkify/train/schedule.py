@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mohawkify.recipe import ScheduleRecipe
+from mohawkify.recipe.schema import ScheduleRecipe
 
 
 def learning_rate(step: int, num_steps: int, peak: float, schedule: ScheduleRecipe) -> float:

@@ -17,23 +17,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mohawkify.data.packing import Batch
+from mohawkify.distributed.process_group import World
 from mohawkify.errors import NumericsError
-from mohawkify.recipe import AlignRecipe, DistillRecipe, OptimizerRecipe, StudentRecipe
-from mohawkify.stages.align import Align
-from mohawkify.stages.base import Pair, Runner, Stage, model_inputs
-from mohawkify.stages.distill import Distill
-from mohawkify.stages.orient import Orient
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.objectives.hidden_state import Align
+from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.objective import Pair, Runner, Stage, model_inputs
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, StudentRecipe
 from mohawkify.student.build import build_student, design_student
-from mohawkify.student.grafting import find_layers
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.train.deepspeed_config import EngineFacts, engine_config
-from mohawkify.train.deepspeed_engine import DeepSpeedEngine
-from mohawkify.train.engine import Engine, LocalEngine
-from mohawkify.train.fsdp_engine import FsdpEngine
-from mohawkify.train.guard import require_finite, require_gradients
-from mohawkify.train.sharded_teacher import shard_teacher
-from mohawkify.train.watch import MotionWatch
-from mohawkify.train.world import World
+from mohawkify.train.checks import require_finite, require_gradients
+from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config
+from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine
+from mohawkify.train.engines.engine import Engine, LocalEngine
+from mohawkify.train.engines.fsdp_engine import FsdpEngine
+from mohawkify.train.engines.sharded_teacher import shard_teacher
+from mohawkify.train.watchdog import MotionWatch
 from tests.tiny import packed, tiny_teacher
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import torch.distributed.fsdp  # noqa: E402
 import torch.optim._muon  # noqa: E402
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM  # noqa: E402
 
-from mohawkify.train.deepspeed_engine import import_deepspeed  # noqa: E402
+from mohawkify.train.engines.deepspeed_engine import import_deepspeed  # noqa: E402
 from tests.engines import cases  # noqa: E402
 
 import_deepspeed(torch.device("cpu"))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as distributed
 
+from mohawkify.distributed.process_group import World, join_world
 from mohawkify.errors import MohawkifyError
-from mohawkify.train.world import World, join_world
 
 SECONDS = 240  # for one group of processes; alone on a machine the longest takes about 10
 

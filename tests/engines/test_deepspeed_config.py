@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mohawkify.errors import RecipeError
-from mohawkify.recipe import OptimizerRecipe
-from mohawkify.train.deepspeed_config import EngineFacts, engine_config, read_settings
+from mohawkify.recipe.schema import OptimizerRecipe
+from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config, read_settings
 
 FACTS = EngineFacts(OptimizerRecipe(), 1e-4, "bf16", batch_sequences=64, micro_batch_sequences=2, num_processes=8)
 # As such files are written for Hugging Face's trainer.
@@ -148,7 +148,7 @@ def test_only_listed_keys_reach_deepspeed(tmp_path: Path):
 
 
 def test_the_page_lists_the_keys_that_are_passed_on():
-    from mohawkify.train.deepspeed_config import PASSED_ON, PASSED_ON_OFFLOAD, PASSED_ON_ZERO, SAFE_MODULES
+    from mohawkify.train.engines.deepspeed_config import PASSED_ON, PASSED_ON_OFFLOAD, PASSED_ON_ZERO, SAFE_MODULES
     from tests.conftest import ROOT
 
     page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")

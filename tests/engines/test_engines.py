@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify.train.world import World
+from mohawkify.distributed.process_group import World
 from tests.engines import cases
 from tests.engines.processes import run_processes
 from tests.tiny import save_teacher

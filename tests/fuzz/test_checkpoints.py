@@ -26,10 +26,10 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from mohawkify import storage
-from mohawkify.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
 from mohawkify.errors import StorageError, UsageError
-from mohawkify.lock import run_lock
+from mohawkify.files import atomic
+from mohawkify.files.lock import run_lock
+from mohawkify.run.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
 from tests.faults import fault_at, killed_at, raise_error
 from tests.fuzz import profile
 from tests.fuzz.campaign import counted
@@ -230,7 +230,7 @@ class Checkpoints(RuleBasedStateMachine):
     def _take_over(self) -> None:
         """What a new process does first; nothing half-written is left after it."""
         with run_lock(self.run):
-            storage.sweep_temporaries(self.directory)
+            atomic.sweep_temporaries(self.directory)
         assert not list(self.directory.glob(".tmp-*"))
         present = {_step_of(path) for path in list_checkpoints(self.directory)}
         self.damaged &= present

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from mohawkify.cli import main
-from mohawkify.recipe import Recipe
-from mohawkify.recipe_fields import keys
+from mohawkify.cli.main import main
+from mohawkify.recipe.messages import keys
+from mohawkify.recipe.schema import Recipe
 from tests.commands import RECIPE, run
 from tests.fuzz.campaign import run_campaign
 from tests.fuzz.folders import inside

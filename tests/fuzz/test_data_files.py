@@ -14,10 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data.encoding import encode_documents
 from mohawkify.data.sources import raw_documents, to_document
+from mohawkify.data.tokenize import encode_documents
 from mohawkify.errors import DataError, RecipeError
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, odd_value, render, render_twice

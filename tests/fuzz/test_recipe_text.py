@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mohawkify.errors import RecipeError
-from mohawkify.recipe import Condition, Recipe, Source, StageRecipe, apply_overrides, dump_recipe, parse_recipe
-from mohawkify.recipe_fields import keys
-from mohawkify.recipe_types import COUNT, Name
-from mohawkify.shelf import recipe_names, recipe_text
-from mohawkify.strict_yaml import dump_yaml
+from mohawkify.recipe.bundled import recipe_names, recipe_text
+from mohawkify.recipe.messages import keys
+from mohawkify.recipe.schema import Condition, Recipe, Source, StageRecipe, apply_overrides, dump_recipe, parse_recipe
+from mohawkify.recipe.strict_yaml import dump_yaml
+from mohawkify.recipe.types import COUNT, Name
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import WORDS, mutate_bytes, mutate_json, mutate_lines, odd_value, render
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from mohawkify import storage
-from mohawkify.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
+from mohawkify.doctor.check_folder import judge
 from mohawkify.errors import CheckpointError, MohawkifyError
-from mohawkify.manifest import sealed
-from mohawkify.run import RunFolder, finished_run
-from mohawkify.verdict import judge
+from mohawkify.files import atomic
+from mohawkify.files.manifest import sealed
+from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
+from mohawkify.run.folder import RunFolder, finished_run
 from tests.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
@@ -66,9 +66,9 @@ def make_run(folder: Path) -> Path:
     (folder / "final").mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     for name, value in (("results", RESULTS), ("teacher", FACTS), ("student", {"name": "x", "grafted_layers": [0, 1]})):
-        storage.write_json(folder / f"{name}.json", value)
+        atomic.write_json(folder / f"{name}.json", value)
     for line in LINES:
-        storage.append_line(folder / "metrics.jsonl", line)
+        atomic.append_line(folder / "metrics.jsonl", line)
     return folder
 
 
@@ -114,10 +114,10 @@ def _mutated_manifest(rng: Random, data: bytes) -> Any:
 
 def _seal(folder: Path, name: str) -> None:
     """Let a checkpoint's manifest fit its files, or itself, as whoever made it up would."""
-    manifest = folder / STEP / storage.MANIFEST_NAME
-    if not name.endswith(storage.MANIFEST_NAME):
+    manifest = folder / STEP / atomic.MANIFEST_NAME
+    if not name.endswith(atomic.MANIFEST_NAME):
         manifest.unlink()
-        storage._write_manifest(folder / STEP, {"checkpoint_format": 1, "global_step": 4})
+        atomic._write_manifest(folder / STEP, {"checkpoint_format": 1, "global_step": 4})
         return
     try:
         body = json.loads(manifest.read_bytes())
@@ -139,13 +139,13 @@ def read_all(folder: Path, name: str) -> Any:
     if name == "recipe.yaml":
         return run.recipe().name
     if name == "metrics.jsonl":
-        return len(storage.read_lines(run.metrics_file))
+        return len(atomic.read_lines(run.metrics_file))
     if name == "results.json":
         results = finished_run(folder).results()
         assert isinstance(results["stages"], dict)
         assert isinstance(results["teacher"], dict)
         return len(results["stages"])
-    value = storage.read_json(folder / name)
+    value = atomic.read_json(folder / name)
     run.write_results({"teacher": value, "stages": {}})  # what was read can be written
     (folder / "results.json").write_bytes(originals()["results.json"])
     return value
@@ -192,7 +192,7 @@ def test_any_small_file(run_folder: Path) -> None:
 
 def _manifest(name: str) -> dict[str, bytes]:
     """A checkpoint's manifest is brought back after each case, since sealing changes it."""
-    manifest = f"{STEP}/{storage.MANIFEST_NAME}"
+    manifest = f"{STEP}/{atomic.MANIFEST_NAME}"
     return {manifest: originals()[manifest]} if name.startswith(STEP) else {}
 
 
@@ -210,7 +210,7 @@ def _depths_at_the_limit() -> range:
 
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
 def test_a_manifest_nested_to_the_limit_is_passed_over(run_folder: Path, opening: str, closing: str) -> None:
-    manifest = f"{STEP}/{storage.MANIFEST_NAME}"
+    manifest = f"{STEP}/{atomic.MANIFEST_NAME}"
     for depth in _depths_at_the_limit():
         text = f'{{"format": "mohawkify-manifest", "facts": {opening * depth}0{closing * depth}}}'
         with changed(run_folder, originals(), {manifest: text.encode()}):
@@ -219,4 +219,4 @@ def test_a_manifest_nested_to_the_limit_is_passed_over(run_folder: Path, opening
 
 def test_a_damaged_checkpoint_is_named(run_folder: Path) -> None:
     with changed(run_folder, originals(), {f"{STEP}/state.json": b"{}"}), pytest.raises(CheckpointError):
-        storage.verify_directory(run_folder / STEP)
+        atomic.verify_directory(run_folder / STEP)

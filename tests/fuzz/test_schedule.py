@@ -7,7 +7,7 @@ import math
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mohawkify.recipe import ScheduleRecipe
+from mohawkify.recipe.schema import ScheduleRecipe
 from mohawkify.train.schedule import learning_rate
 from tests.fuzz import profile
 from tests.fuzz.campaign import counted

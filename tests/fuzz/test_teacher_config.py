@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from mohawkify.errors import CheckpointError, TeacherError
-from mohawkify.shelf import adapter_names, load_adapter
+from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.teacher.inspect import inspect_teacher, read_config
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, render, render_twice

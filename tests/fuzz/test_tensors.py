@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohawkify import storage
-from mohawkify.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
+from mohawkify.doctor.check_folder import judge
 from mohawkify.errors import CheckpointError, TeacherError, UsageError
-from mohawkify.teacher.claims import INDEX_FILE
+from mohawkify.files import atomic
+from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.teacher.load import load_teacher, weight_files
-from mohawkify.verdict import judge
+from mohawkify.teacher.validate import INDEX_FILE
 from tests.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
@@ -140,11 +140,11 @@ def test_any_checkpoint(folder: Path) -> None:
 
     def check(case: bytes) -> None:
         changes, facts = decode(case)
-        manifest = f"{STEP}/{storage.MANIFEST_NAME}"
+        manifest = f"{STEP}/{atomic.MANIFEST_NAME}"
         with changed(folder, original, {manifest: original[manifest], **changes}):
             if facts["sealed"]:
                 (folder / manifest).unlink()
-                storage._write_manifest(folder / STEP, FACTS)
+                atomic._write_manifest(folder / STEP, FACTS)
             with inside(folder):
                 try:
                     found = _load(folder)

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from mohawkify import storage
 from mohawkify.data import prepare
 from mohawkify.data.corpus import load_corpus, read_note
 from mohawkify.data.prepare import Wanted, build_corpus
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import MohawkifyError
-from mohawkify.manifest import sealed
+from mohawkify.files import atomic
+from mohawkify.files.manifest import sealed
 from mohawkify.ops.losses import TopK
-from mohawkify.prepare import inspect_text
-from mohawkify.recipe import Source
+from mohawkify.recipe.schema import Source
+from mohawkify.train.prepare_text import inspect_text
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
@@ -33,7 +33,7 @@ from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, render
 VOCABULARY = 258
 NOTE = "corpora/note.json"
 TEXT, LOGITS = "corpora/text", "logits"
-MANIFEST = storage.MANIFEST_NAME
+MANIFEST = atomic.MANIFEST_NAME
 ODD_NUMBERS = (-(2**63), -5, -1, 0, 1, 3, 257, 258, 2**31, 2**32 - 1, 2**62, 2**63 - 1)
 
 
@@ -48,7 +48,7 @@ def make(root: Path) -> None:
         patch.setattr(prepare, "_SHARD_TOKENS", 300)
         corpus = build_corpus(wanted, root / "corpora")
     (root / "corpora" / wanted.key).rename(root / TEXT)
-    storage.write_json(root / NOTE, {"folder": str(root / TEXT), "fingerprint": corpus.fingerprint})
+    atomic.write_json(root / NOTE, {"folder": str(root / TEXT), "fingerprint": corpus.fingerprint})
     facts = {"teacher": {"name": "t"}, "tokenizer": "a", "text": "b", "temperature": 1.0}
     (root / LOGITS).mkdir()
     logits = TeacherLogits.create(root / LOGITS, Layout(5, 3, 17, 2), facts, {"a": 0, "b": 1}, 3 * np.arange(4))
@@ -107,7 +107,7 @@ def seal(root: Path, name: str) -> None:
     while (folder / MANIFEST).is_file():
         facts = json.loads((folder / MANIFEST).read_bytes())["facts"]
         (folder / MANIFEST).unlink()
-        storage._write_manifest(folder, facts)
+        atomic._write_manifest(folder, facts)
         folder = folder.parent
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from mohawkify.recipe import Recipe, dump_recipe, parse_recipe
-from mohawkify.recipe_fields import keys
+from mohawkify.recipe.messages import keys
+from mohawkify.recipe.schema import Recipe, dump_recipe, parse_recipe
 from tests.commands import run
 
 EVERY_KEY = """\

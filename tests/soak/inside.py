@@ -18,36 +18,35 @@ from unittest import mock
 
 import torch
 
-from mohawkify import conversion
-from mohawkify.cli import main
-from mohawkify.train import loop
-from mohawkify.train.engine import LocalEngine
+from mohawkify.cli.main import main
+from mohawkify.train import loop, trainer
+from mohawkify.train.engines.engine import LocalEngine
 from tests import faults
 
 # Moments of a conversion by the function that begins them, as the caller finds it.
 EVENTS = {
-    "loading": ("mohawkify.pipeline", "load_teacher"),
-    "tokenising": ("mohawkify.data.encoders", "encode_documents"),
-    "building": ("mohawkify.pipeline", "build_student"),
-    "measuring": ("mohawkify.conversion", "measure_agreement"),
-    "measuring a batch": ("mohawkify.evaluate.agreement", "_add_batch"),
-    "reading": ("mohawkify.data.reading", "packed_batch"),
+    "loading": ("mohawkify.train.pipeline", "load_teacher"),
+    "tokenising": ("mohawkify.data.tokenize_workers", "encode_documents"),
+    "building": ("mohawkify.train.pipeline", "build_student"),
+    "measuring": ("mohawkify.train.trainer", "measure_agreement"),
+    "measuring a batch": ("mohawkify.evaluate.fidelity", "_add_batch"),
+    "reading": ("mohawkify.data.loader", "packed_batch"),
     "micro-batch": ("mohawkify.train.loop", "Runner"),
-    "update": ("mohawkify.train.engine.LocalEngine", "step"),
-    "logging": ("mohawkify.storage", "append_line"),
-    "saving": ("mohawkify.checkpoint", "save_checkpoint"),
-    "tensors saved": ("mohawkify.checkpoint", "write_json"),
-    "rotating": ("mohawkify.checkpoint", "rotate"),
-    "finishing": ("mohawkify.pipeline", "save_student"),
+    "update": ("mohawkify.train.engines.engine.LocalEngine", "step"),
+    "logging": ("mohawkify.files.atomic", "append_line"),
+    "saving": ("mohawkify.run.checkpoint", "save_checkpoint"),
+    "tensors saved": ("mohawkify.run.checkpoint", "write_json"),
+    "rotating": ("mohawkify.run.checkpoint", "rotate"),
+    "finishing": ("mohawkify.train.pipeline", "save_student"),
     "weights written": ("mohawkify.student.save", "save_tokenizer"),
 }
 # Functions during which operations on the disk are counted.
 WINDOWS = {
-    "save": ("mohawkify.conversion.Conversion", "_save"),
-    "measure": ("mohawkify.conversion.Conversion", "_measure"),
-    "finish": ("mohawkify.pipeline", "_finish"),
+    "save": ("mohawkify.train.trainer.Conversion", "_save"),
+    "measure": ("mohawkify.train.trainer.Conversion", "_measure"),
+    "finish": ("mohawkify.train.pipeline", "_finish"),
     "export": ("mohawkify.export.export", "export_run"),
-    "convert": ("mohawkify.pipeline", "convert"),
+    "convert": ("mohawkify.train.pipeline", "convert"),
 }
 CHANGING = tuple(name for name in faults.OPERATIONS if name not in ("open", "fchmod"))
 
@@ -124,8 +123,8 @@ def full_disk(times: int) -> Iterator[None]:
         return save
 
     with (
-        mock.patch.object(conversion, "SECONDS_BETWEEN_TRIES", 0.05),
-        _patched(("mohawkify.checkpoint", "save_checkpoint"), fails),
+        mock.patch.object(trainer, "SECONDS_BETWEEN_TRIES", 0.05),
+        _patched(("mohawkify.run.checkpoint", "save_checkpoint"), fails),
     ):
         yield
 
@@ -146,7 +145,7 @@ def full_log(first: int, times: int) -> Iterator[None]:
 
         return append
 
-    with mock.patch.object(conversion, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
+    with mock.patch.object(trainer, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
         yield
 
 
@@ -167,7 +166,7 @@ def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
     _enter_namespace()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
     ballast = Path(place) / ".ballast"
-    original = conversion.Conversion._save
+    original = trainer.Conversion._save
     saves = 0
 
     def save(self: Any, *args: Any) -> None:
@@ -187,7 +186,7 @@ def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
             ballast.unlink(missing_ok=True)
 
     try:
-        with mock.patch.object(conversion.Conversion, "_save", save), mock.patch.object(conversion.time, "sleep", wait):
+        with mock.patch.object(trainer.Conversion, "_save", save), mock.patch.object(trainer.time, "sleep", wait):
             yield
     finally:
         ballast.unlink(missing_ok=True)
@@ -275,7 +274,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
                 hashes["before"] = _hash_of(seen["stage"].pair.student)
             yield batch
 
-    save = conversion.Conversion._save
+    save = trainer.Conversion._save
 
     def spoil_and_save(self: Any, engine: Any, position: Any, *more: Any) -> None:
         if site == "weight" and position.stage == stage and position.stage_step == step:
@@ -284,9 +283,9 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
 
     try:
         with (
-            mock.patch.object(conversion, "run_stage", begin_stage),
+            mock.patch.object(trainer, "run_stage", begin_stage),
             mock.patch.object(loop, "read_batches", begin_steps),
-            mock.patch.object(conversion.Conversion, "_save", spoil_and_save),
+            mock.patch.object(trainer.Conversion, "_save", spoil_and_save),
         ):
             yield
     finally:
@@ -304,7 +303,7 @@ def idle(kind: str) -> Iterator[None]:
             parameter it does not get, `frozen` for one that takes no gradient, `detached` for a layer cut out of the
             graph, `leaking` for a frozen one that moves.
     """
-    run_stage, engine_init = conversion.run_stage, LocalEngine.__init__
+    run_stage, engine_init = trainer.run_stage, LocalEngine.__init__
 
     def begin_stage(stage: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         parameters = list(stage.parameters().values())
@@ -332,7 +331,7 @@ def idle(kind: str) -> Iterator[None]:
             self.adamw.step = lambda: None
 
     with (
-        mock.patch.object(conversion, "run_stage", begin_stage),
+        mock.patch.object(trainer, "run_stage", begin_stage),
         mock.patch.object(LocalEngine, "__init__", forgetful),
         mock.patch.object(loop, "learning_rate", return_value=0.0) if kind == "rate" else nullcontext(),
     ):
@@ -350,14 +349,14 @@ def spike(stage: str, step: int, factor: float, events: list[tuple[str, int, str
         return original(number, tokens, rate, norm, seconds, figures)
 
     seen: dict[str, str] = {}
-    run_stage = conversion.run_stage
+    run_stage = trainer.run_stage
 
     def begin_stage(which: Any, *args: Any, **kwargs: Any) -> None:
         seen["stage"] = which.name
         run_stage(which, *args, **kwargs)
 
     with (
-        mock.patch.object(conversion, "run_stage", begin_stage),
+        mock.patch.object(trainer, "run_stage", begin_stage),
         mock.patch.object(loop, "StepReport", report),
         at(events),
     ):

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mohawkify.recipe_docs import replace_between
-from mohawkify.storage import write_text
+from mohawkify.files.atomic import write_text
+from tools.recipe_docs import replace_between
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 BEGIN = "<!-- From here to the end mark the page is written from logs; `python -m tests.soak.report` renews it. -->"

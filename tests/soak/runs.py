@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mohawkify import checkpoint, storage
+from mohawkify.files import atomic
+from mohawkify.run import checkpoint
 from tests.soak import LOG
 from tests.soak.server import Child, Ended, Server
 
@@ -94,7 +95,7 @@ def end_state(run: Path) -> dict[str, Any]:
     for path in last.glob("*.safetensors"):
         state[f"{last.name}/{path.name}"] = _hash(path)
     state |= {f"step {step}": figures for step, figures in figures_of(run).items()}
-    results = storage.read_json(run / "results.json")
+    results = atomic.read_json(run / "results.json")
     for name, row in results["stages"].items():
         state[f"results {name}"] = {key: value for key, value in row.items() if key != "seconds"}
     return state
@@ -103,7 +104,7 @@ def end_state(run: Path) -> dict[str, Any]:
 def figures_of(run: Path) -> dict[int, dict[str, Any]]:
     """What the log says of every step but the time it took; a step that was taken again must say the same."""
     figures: dict[int, dict[str, Any]] = {}
-    for line in storage.read_lines(run / "metrics.jsonl"):
+    for line in atomic.read_lines(run / "metrics.jsonl"):
         if "refused" in line:
             continue
         line.pop("seconds")

@@ -27,8 +27,8 @@ ENVIRONMENT = {
 
 PRELOADED = (
     *("torch", "transformers.conversion_mapping", "transformers.models.llama.modeling_llama"),
-    *("mohawkify.pipeline", "mohawkify.evaluate.run", "mohawkify.export.export", "mohawkify.cli_quiet"),
-    *("mohawkify.train.fsdp_engine", "tests.soak.inside"),
+    *("mohawkify.train.pipeline", "mohawkify.evaluate.evaluation", "mohawkify.export.export", "mohawkify.cli.quiet"),
+    *("mohawkify.train.engines.fsdp_engine", "tests.soak.inside"),
 )
 
 

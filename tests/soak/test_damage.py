@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import checkpoint, storage
 from mohawkify.errors import CheckpointError
+from mohawkify.files import atomic
+from mohawkify.run import checkpoint
 from tests.soak import SEED, chooser, trials
 from tests.soak.runs import KILLED, Tally, copy_run, kept, require_one_line
 
@@ -142,7 +143,7 @@ def test_p5_a_damaged_student_is_noticed(workshop, tmp_path):
             with tally.trial(f"trial {trial} of seed {SEED}, {file.name}"), kept(file) as data:
                 file.write_bytes(change(data, draw))
                 with pytest.raises(CheckpointError, match=file.name):
-                    storage.verify_directory(run / "final")
+                    atomic.verify_directory(run / "final")
 
 
 @pytest.mark.parametrize("verb", [("generate", "RUN", "once"), ("eval", "RUN"), ("export", "RUN", "--target", "hf")])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mohawkify import checkpoint, storage
+from mohawkify.files import atomic
+from mohawkify.run import checkpoint
 from tests.soak import SEED, chooser, trials
 from tests.soak.runs import Tally, figures_of, require_checkpoints, require_one_line
 
@@ -72,7 +73,7 @@ def require_finite_checkpoints(run: Path) -> None:
 
 def require_honest_log(run: Path, before: int, site: str) -> None:
     """Fail unless the log shows the bad step as refused; one that was only found at the save is a step taken."""
-    lines = storage.read_lines(run / "metrics.jsonl")
+    lines = atomic.read_lines(run / "metrics.jsonl")
     assert [line["global_step"] for line in lines] == list(range(1, before + 2))
     is_taken = site in ("optimizer", "weight")
     assert [line.get("refused", False) for line in lines] == [False] * before + [not is_taken]

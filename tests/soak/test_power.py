@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from mohawkify import checkpoint, conversion, storage
+from mohawkify.distributed.process_group import World
+from mohawkify.distributed.shutdown import StopRequest
 from mohawkify.errors import CheckpointError
-from mohawkify.recipe import parse_recipe
-from mohawkify.run import RunFolder
+from mohawkify.files import atomic
+from mohawkify.recipe.schema import parse_recipe
+from mohawkify.run import checkpoint
+from mohawkify.run.folder import RunFolder
+from mohawkify.train import trainer
 from mohawkify.train.loop import StepReport
-from mohawkify.train.stop import StopRequest
-from mohawkify.train.watch import HangWatch
-from mohawkify.train.world import World
+from mohawkify.train.watchdog import HangWatch
 from tests.commands import RECIPE
 from tests.faults import content_of
 from tests.soak import SEED, chooser, trials
@@ -81,7 +83,7 @@ def test_p4_a_power_cut_during_save_and_rotation(tmp_path):
         for path in checkpoint.list_checkpoints(place):
             step = int(path.name[5:])
             try:
-                storage.verify_directory(path)
+                atomic.verify_directory(path)
             except CheckpointError:
                 assert step != 20, "the previous checkpoint is damaged"
                 continue
@@ -94,14 +96,14 @@ def test_p4_a_power_cut_during_save_and_rotation(tmp_path):
 def test_p4_a_power_cut_while_a_folder_or_a_file_is_written(tmp_path):
     top = tmp_path / "run"
     top.mkdir()
-    storage.write_json(top / "results.json", {"stages": {"init": 1}})
+    atomic.write_json(top / "results.json", {"stages": {"init": 1}})
     old = (top / "results.json").read_bytes()
-    storage.write_json(tmp_path / "new.json", {"stages": {"init": 1, "orient": 2}})
+    atomic.write_json(tmp_path / "new.json", {"stages": {"init": 1, "orient": 2}})
     new = (tmp_path / "new.json").read_bytes()
 
     def work() -> None:
-        storage.write_json(top / "results.json", {"stages": {"init": 1, "orient": 2}})
-        with storage.atomic_directory(top / "final") as folder:
+        atomic.write_json(top / "results.json", {"stages": {"init": 1, "orient": 2}})
+        with atomic.atomic_directory(top / "final") as folder:
             (folder / "config.json").write_text("{}")
             (folder / "code").mkdir()
             (folder / "code" / "model.py").write_text("pass\n")
@@ -109,7 +111,7 @@ def test_p4_a_power_cut_while_a_folder_or_a_file_is_written(tmp_path):
     def check(place: Path, is_done: bool) -> None:
         assert (place / "results.json").read_bytes() in ((new,) if is_done else (old, new))
         if is_done or (place / "final").exists():
-            storage.verify_directory(place / "final")
+            atomic.verify_directory(place / "final")
             assert content_of(place / "final").keys() == {"config.json", "code/model.py", "manifest.json"}
             assert (place / "results.json").read_bytes() == new
 
@@ -121,10 +123,10 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
     top = tmp_path / "run"
     top.mkdir()
     recipe = parse_recipe(RECIPE, "tiny.yaml")
-    run = conversion.Conversion(
+    run = trainer.Conversion(
         RunFolder(top), recipe, "identity", None, {}, [], torch.device("cpu"), World(), lambda line: None
     )  # type: ignore[arg-type]
-    tensors, position = {"weight": torch.ones(3)}, conversion.Position(stage="orient")
+    tensors, position = {"weight": torch.ones(3)}, trainer.Position(stage="orient")
 
     def work() -> None:
         for step in (1, 2, 3):
@@ -137,7 +139,7 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
         found = checkpoint.newest_valid(place / "checkpoints", lambda line: None)
         saved = 0 if found is None else found.global_step
         assert saved == 3 or not is_done
-        logged = [line["global_step"] for line in storage.read_lines(place / "metrics.jsonl")]
+        logged = [line["global_step"] for line in atomic.read_lines(place / "metrics.jsonl")]
         assert logged[:saved] == list(range(1, saved + 1)), f"a checkpoint of step {saved} beside the lines {logged}"
 
     with Tally("P4", "power cut after every operation of three steps and two saves") as tally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mohawkify.recipe_docs import replace_between
 from tests.soak import report
+from tools.recipe_docs import replace_between
 
 SOAK = [{"promise": "P1", "tried": 200, "held": 199, "seconds": 600.4, "what": "SIGKILL; kills: 512 | more"}]
 FUZZ = [{"target": "recipe-bytes", "cases": 4000, "seconds": 12.0, "seed": 1, "failures": ["a"]}]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mohawkify import storage
+from mohawkify.files import atomic
 from tests.faults import content_of
 from tests.soak import IS_SOAK, SEED, chooser, trials
 from tests.soak.runs import KILLED, Tally, copy_run, require_checkpoints, require_one_line
@@ -89,7 +89,7 @@ def require_whole_or_absent(folder: Path, exported: Path) -> bool:
     if not folder.exists():
         return False
     assert content_of(folder).keys() == content_of(exported).keys()
-    storage.verify_directory(folder)
+    atomic.verify_directory(folder)
     weights = "model.safetensors"
     assert (folder / weights).read_bytes() == (exported / weights).read_bytes()
     return True

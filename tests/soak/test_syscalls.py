@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mohawkify.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
-from mohawkify.storage import sweep_temporaries
+from mohawkify.files.atomic import sweep_temporaries
+from mohawkify.run.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
 from tests.soak.runs import Tally
 
 # What changes a disk; each is counted by itself.

@@ -1,0 +1,324 @@
+"""Decoding: tokens per second and memory of a student and its teacher, over batch sizes and over contexts.
+
+Both have random weights, and their caches are filled with random numbers as if the context had been read: how long a
+step takes does not depend on them. The teacher decodes twice, with the cache that transformers gives it by default,
+which is copied to grow, and with one that was allocated for the whole context.
+
+Shapes: b batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from mohawkify.bench.markdown import Bound, Measure, Report
+from mohawkify.bench.measure import available_bytes, side_by_side
+from mohawkify.errors import NumericsError
+from mohawkify.families.registry import load_adapter
+from mohawkify.student.build import classes_for, student_config
+from mohawkify.student.cache import RecurrentLayer, StudentCache
+
+ROUNDS = 5
+CONSTANT_SPEED, OVER_TEACHER = 0.97, 3.0
+STUDENT, TEACHER, TEACHER_STATIC = "student", "teacher", "teacher, static cache"
+STUDENT_CAPTURED = "student, captured"
+CHECKED_TOKENS = 12
+ALLOWED_DIFFERENCE = 1e-4  # of logits, relative to the largest
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        width, layers, vocabulary: of the teacher, a Llama whose heads are 64 wide.
+        batches: sequences side by side, of figure 4.
+        generated: tokens each of them has in figure 4, half of which are the context that a step is timed at.
+        contexts: of figure 5, with one sequence; the first and the last are compared.
+        many: sequences side by side that are timed at the last context too, where caches and not weights are most of
+            what a step reads.
+        steps: tokens in a row per timing.
+    """
+
+    width: int
+    layers: int
+    vocabulary: int
+    batches: tuple[int, ...]
+    generated: int
+    contexts: tuple[int, ...]
+    many: int
+    steps: int
+
+
+QUICK = Plan(64, 2, 97, (1, 2), 64, (16, 64), 2, 2)
+ON_CPU = Plan(768, 12, 32000, (8, 32, 256), 2048, (512, 2048, 8192), 8, 2)
+ON_GPU = Plan(
+    2048, 16, 128256, (8, 32, 128, 512, 2048), 8192, (512, 1024, 2048, 4096, 8192, 16384, 32768), 8, 32
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Models:
+    """A teacher and its student, with random weights."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    device: torch.device
+
+    @classmethod
+    def make(cls, plan: Plan, device: torch.device) -> Models:
+        """Build both on the device: in bfloat16 on GPUs, in float32 elsewhere."""
+        heads = plan.width // 64
+        config = LlamaConfig(
+            vocab_size=plan.vocabulary, hidden_size=plan.width, intermediate_size=plan.width * 8 // 3,
+            num_hidden_layers=plan.layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=64,
+            max_position_embeddings=max(plan.contexts) + plan.generated, tie_word_embeddings=True,
+        )  # fmt: skip
+        adapter = load_adapter("llama")
+        mixer = {
+            "layers": adapter.layers, "attention": adapter.attention, "grafted_layers": list(range(plan.layers)),
+            "num_heads": heads, "head_width": 64, "state_width": 64, "conv_width": 4, "decay_bias": True,
+            "out_bias": False, "reads_mask": False,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            teacher = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+            student = classes_for(adapter)[1](student_config(config, adapter, mixer))
+        for model in (teacher, student):
+            model.to(dtype).eval().requires_grad_(False)
+        return cls(teacher, student, device)
+
+
+def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict[str, Any]:
+    """Check a step, then time steps over batch sizes and contexts.
+
+    Args:
+        device: where it runs; the size of the models and the lists of batches and contexts follow from it.
+        quick: a tiny model, for a first look.
+        report: receives a line for every step of the way.
+
+    Returns:
+        A JSON object: ``batches`` and ``contexts`` (rows of the two figures), ``together`` (several sequences at the
+        last context) and ``measures``.
+
+    Raises:
+        NumericsError: token by token the student says something else than all at once.
+    """
+    plan = QUICK if quick else ON_GPU if device.type == "cuda" else ON_CPU
+    report(f"random models of width {plan.width} and {plan.layers} layers")
+    models = Models.make(plan, device)
+    error = require_same_by_steps(models.student, device)
+    context = plan.generated // 2
+    batches = []
+    for batch in plan.batches:
+        report(f"batch {batch}")
+        batches += _rows(models, batch, context, plan.steps)
+    contexts = []
+    for context in plan.contexts:
+        report(f"context {context}")
+        contexts += _rows(models, 1, context, plan.steps)
+    report(f"context {context}, batch {plan.many}")
+    together = _rows(models, plan.many, context, plan.steps)
+    report("side by side")
+    return {
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in _by_name(models).items()},
+        "error_by_steps": error,
+        "generated": plan.generated,
+        "batches": batches,
+        "contexts": contexts,
+        "together": together,
+        "measures": [m.to_json() for m in _measures(models, contexts, together, plan)],
+    }
+
+
+def require_same_by_steps(student: PreTrainedModel, device: torch.device) -> float:
+    """Compare the student token by token after a prompt with the student all at once.
+
+    Returns:
+        The largest difference of logits over the largest logit.
+
+    Raises:
+        NumericsError: it is too large.
+    """
+    model: Any = student
+    ids_bl = torch.randint(student.config.vocab_size, (2, 2 * CHECKED_TOKENS), device=device)
+    with torch.inference_mode():
+        whole = model(ids_bl, use_cache=False).logits[:, CHECKED_TOKENS:].float()
+        cache = model(ids_bl[:, :CHECKED_TOKENS], use_cache=True).past_key_values
+        pieces = [
+            model(ids_bl[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+            for t in range(CHECKED_TOKENS, 2 * CHECKED_TOKENS)
+        ]
+    difference = float((torch.cat(pieces, 1).float() - whole).abs().max() / whole.abs().max())
+    allowed = ALLOWED_DIFFERENCE if student.dtype == torch.float32 else 3e-2
+    if not difference <= allowed:
+        raise NumericsError(
+            f"decoding: token by token, logits differ by {difference:.2g} from all at once, allowed {allowed:.2g}",
+            hint="no speed is reported for wrong results; this is a bug of the step or of the device",
+        )
+    return difference
+
+
+def _by_name(models: Models) -> dict[str, PreTrainedModel]:
+    return {STUDENT: models.student, TEACHER: models.teacher}
+
+
+def _rows(models: Models, batch: int, context: int, steps: int) -> list[dict[str, Any]]:
+    """Time student and teacher at one batch and context, one after the other; what does not fit is a result too."""
+    rows = []
+    for name, make in _decoders(models, batch, context, steps).items():
+        row: dict[str, Any] = {"model": name, "batch": batch, "context": context}
+        row["cache_bytes"] = _cache_bytes(models, name, batch, context)
+        free = available_bytes(models.device)
+        # A fifth more for everything else: a cache that grows exists twice while a layer of it is copied.
+        if free is not None and row["cache_bytes"] * 1.2 > free:
+            row["says"] = f"{OUT_OF_MEMORY}: needs {row['cache_bytes']:,} bytes, {free:,} are free"
+        else:
+            try:
+                timing = side_by_side({name: make()}, ROUNDS, models.device)[name]
+                row |= {"tokens_per_second": batch * steps / timing.median, **timing.to_json()}
+            except torch.OutOfMemoryError as error:
+                row["says"] = f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}"
+        rows.append(row)
+    return rows
+
+
+def _decoders(models: Models, batch: int, context: int, steps: int) -> dict[str, Callable[[], Callable[[], Tensor]]]:
+    """What makes, for each way to decode, a function that decodes ``steps`` tokens; memory is taken when it is made."""
+    student, teacher, room = models.student, models.teacher, steps * (ROUNDS + 1)
+    found = {
+        STUDENT: lambda: steps_of(student, student_cache(student, batch, context), batch, context, steps),
+        TEACHER: lambda: steps_of(teacher, teacher_cache(teacher, batch, context), batch, context, steps),
+        TEACHER_STATIC: lambda: steps_of(teacher, static_cache(teacher, batch, context, room), batch, context, steps),
+    }
+    if models.device.type == "cuda":
+        captured = lambda: captured_steps(student, student_cache(student, batch, context), batch, context, steps)  # noqa: E731
+        found = {STUDENT_CAPTURED: captured, **found}
+    return found
+
+
+def steps_of(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
+    """A function that decodes ``steps`` tokens greedily, from where the cache stands."""
+    caller: Any = model
+    ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    positions_b1 = torch.full((batch, 1), context, device=model.device)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            for _ in range(steps):
+                logits = caller(
+                    input_ids=ids_b1, position_ids=positions_b1, past_key_values=cache, use_cache=True
+                ).logits
+                ids_b1.copy_(logits[:, -1:].argmax(-1))
+                positions_b1.add_(1)
+        return ids_b1
+
+    return run
+
+
+def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
+    """As `steps_of`, every step being one CUDA graph: the memory is moved on in place, so the graph finds it again."""
+    caller: Any = model
+    ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    positions_b1 = torch.full((batch, 1), context, device=model.device)
+
+    def step() -> None:
+        logits = caller(input_ids=ids_b1, position_ids=positions_b1, past_key_values=cache, use_cache=True).logits
+        ids_b1.copy_(logits[:, -1:].argmax(-1))
+        positions_b1.add_(1)
+
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # whatever is made once is made before the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+
+    def run() -> Tensor:
+        for _ in range(steps):
+            graph.replay()
+        return ids_b1
+
+    return run
+
+
+def student_cache(student: PreTrainedModel, batch: int, context: int) -> StudentCache:
+    """A cache as after ``context`` tokens."""
+    mixer, dtype, device = student.config.mixer, student.dtype, student.device
+    width = mixer["num_heads"] * (mixer["head_width"] + 2 * mixer["state_width"])
+    cache = StudentCache(student.config)
+    for layer in cache.layers:
+        assert isinstance(layer, RecurrentLayer)  # every layer is grafted
+        tail_bkf = torch.randn(batch, mixer["conv_width"] - 1, width, dtype=dtype, device=device)
+        shape = (batch, mixer["num_heads"], mixer["head_width"], mixer["state_width"])
+        layer.write(tail_bkf, torch.randn(shape, device=device), context)
+    return cache
+
+
+def teacher_cache(teacher: PreTrainedModel, batch: int, context: int) -> DynamicCache:
+    """transformers' default cache as after ``context`` tokens."""
+    cache = DynamicCache(config=teacher.config)
+    _fill(cache, teacher, batch, context)
+    return cache
+
+
+def static_cache(teacher: PreTrainedModel, batch: int, context: int, room: int) -> StaticCache:
+    """A cache with room for ``room`` more tokens that is written in place."""
+    cache = StaticCache(config=teacher.config, max_cache_len=context + room)
+    _fill(cache, teacher, batch, context)
+    return cache
+
+
+def _fill(cache: Any, teacher: PreTrainedModel, batch: int, context: int) -> None:
+    config = teacher.config
+    shape = (batch, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        keys = torch.randn(shape, dtype=teacher.dtype, device=teacher.device)
+        cache.update(keys, keys.clone(), layer)
+
+
+def _cache_bytes(models: Models, name: str, batch: int, context: int) -> int:
+    """What a cache holds per batch: constant for the student, linear in the context for the teacher."""
+    if name in (STUDENT, STUDENT_CAPTURED):
+        layers: Any = student_cache(models.student, 1, context).layers
+        held = [t for layer in layers for t in (layer.tail_bkf, layer.state_bhpn)]
+        return batch * sum(t.numel() * t.element_size() for t in held)
+    config = models.teacher.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
+    return batch * numbers * models.teacher.dtype.itemsize
+
+
+def _measures(
+    models: Models, contexts: list[dict[str, Any]], together: list[dict[str, Any]], plan: Plan
+) -> list[Measure]:
+    """Constant speed, constant state, and the speed over the teacher at the last context, each side by side."""
+    first, last, steps = plan.contexts[0], plan.contexts[-1], plan.steps
+    ways = {context: _decoders(models, 1, context, steps) for context in (first, last)}
+    best = STUDENT_CAPTURED if STUDENT_CAPTURED in ways[first] else STUDENT
+    both = side_by_side({str(context): ways[context][best]() for context in (first, last)}, 3 * ROUNDS, models.device)
+    sizes = [row["cache_bytes"] for row in contexts if row["model"] == STUDENT]
+    title = f"decoding: tokens/s at {last} over those at {first}"
+    measures = [
+        Measure(title, both[str(first)].over(both[str(last)]), Bound.AT_LEAST, CONSTANT_SPEED),
+        Measure("decoding: largest state over smallest", max(sizes) / min(sizes), Bound.AT_MOST, 1.0),
+    ]
+    fit = [row for row in (*contexts, *together) if row["context"] == last and "says" not in row]
+    for row in fit:
+        name, batch = row["model"], row["batch"]
+        if name in (TEACHER, TEACHER_STATIC):  # one at a time: two caches of this size may not fit
+            makers = _decoders(models, batch, last, steps)
+            timings = side_by_side({each: makers[each]() for each in (best, name)}, ROUNDS, models.device)
+            title = f"decoding: speed over the {name} at {last}, batch {batch}"
+            measures.append(Measure(title, timings[name].over(timings[best]), Bound.AT_LEAST, OVER_TEACHER))
+    return measures

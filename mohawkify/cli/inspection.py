@@ -1,0 +1,102 @@
+"""What happens to each part of a teacher: which attention a mixer replaces, what is copied, what learns when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mohawkify.student.student_spec import StudentSpec
+
+if TYPE_CHECKING:
+    from mohawkify.teacher.inspect import Inspection
+
+# The stages of a recipe that leaves `train` at its defaults.
+MIXER_LEARNS = ("orient", "align", "distill")
+BLOCK_LEARNS = ("align", "distill")
+ENDS_LEARN = ("distill",)
+
+
+def inspect_source(source: str) -> dict[str, Any]:
+    """Describe a teacher and the student of default sizes that would be made of it; no weights are read.
+
+    Args:
+        source: a Hub id, a folder or a config.json.
+
+    Raises:
+        TeacherError: no such teacher, a broken configuration, or an unknown family.
+    """
+    from mohawkify.recipe.schema import StudentRecipe
+    from mohawkify.student.build import design_student
+    from mohawkify.teacher.inspect import inspect_teacher
+    from mohawkify.teacher.locate import teacher_name
+
+    found = inspect_teacher(source)
+    name = f"{teacher_name(source)}-mohawk"
+    return describe_teacher(found, design_student(name, found.spec, found.config, found.adapter, StudentRecipe()))
+
+
+def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, Any]:
+    """List the parts of a teacher and what becomes of each.
+
+    Args:
+        inspection: the teacher on the meta device.
+        student: the student that would be made of it.
+
+    Returns:
+        A JSON object: the facts of both; ``parts`` with name, attention, replaced, mixer and copied parameters and
+        the stages in which each learns. Tensors that two parts share are counted in the first.
+    """
+    from mohawkify.families.decoder_layers import find_layers
+    from mohawkify.teacher.inspect import embedding_tables
+
+    spec, adapter = inspection.spec, inspection.adapter
+    modules: Any = inspection.modules
+    mixer = student.mixer_parameters // len(student.grafted_layers)
+    counted: set[int] = set()
+
+    def count(parameters: Any) -> int:
+        fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in counted}
+        counted.update(fresh)
+        return sum(fresh.values())
+
+    parts: list[dict[str, Any]] = [_end("embedding", count(embedding_tables(modules)))]
+    for index, layer in enumerate(find_layers(modules, adapter.layers)):
+        grafted = index in student.grafted_layers
+        attention = count(getattr(layer, adapter.attention).parameters())
+        parts.append(
+            {
+                "part": f"layer {index}",
+                "attention": spec.layer_types[index],
+                "replaced": attention if grafted else 0,
+                "mixer": mixer if grafted else 0,
+                "copied": count(layer.parameters()) + (0 if grafted else attention),
+                "mixer_learns": list(MIXER_LEARNS) if grafted else [],
+                "copied_learns": list(BLOCK_LEARNS) if grafted else list(ENDS_LEARN),
+            }
+        )
+    head = modules.get_output_embeddings()
+    head_parameters = count(head.parameters())
+    norms = [each for each in modules.modules() if "norm" in type(each).__name__.lower()]
+    parts.append(_end("norm", count(parameter for norm in norms for parameter in norm.parameters())))
+    others = count(modules.parameters())
+    if others:
+        parts.append(_end("projections at the ends", others))
+    parts.append(_end("head, tied to the embedding" if spec.tied else "head", head_parameters))
+    return {
+        "teacher": spec.to_json(),
+        "family": adapter.title,
+        "odd": list(adapter.odd),
+        "student": student.to_json(),
+        "parts": parts,
+    }
+
+
+def _end(name: str, copied: int) -> dict[str, Any]:
+    return {
+        "part": name,
+        "attention": None,
+        "replaced": 0,
+        "mixer": 0,
+        "copied": copied,
+        "mixer_learns": [],
+        "copied_learns": list(ENDS_LEARN) if copied else [],
+    }

@@ -1,0 +1,103 @@
+"""The verb that keeps a teacher's likeliest next tokens on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mohawkify.cli.data_commands import prepared_option
+from mohawkify.cli.options import (
+    FOLDER,
+    as_json,
+    chosen_recipe,
+    own_text,
+    processes_option,
+    recipe_option,
+    say,
+    set_option,
+    setting,
+    working,
+)
+
+
+@click.command()
+@click.argument("teacher")
+@recipe_option
+@click.option(
+    "--for",
+    "for_source",
+    metavar="TEACHER",
+    help="The teacher that is converted: its tokenizer and folder give the text; by default the one that is asked.",
+)
+@click.option(
+    "--stage-phase",
+    type=click.Choice(["finish", "train"]),
+    default="finish",
+    show_default=True,
+    help="Which text of the recipe's stage 3.",
+)
+@click.option("--data", metavar="PATH", help="This file, folder or glob instead of the recipe's text of that phase.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="K",
+    help="How many of the likeliest tokens are kept; the rest is kept as one number.",
+)
+@click.option("--output", type=FOLDER, metavar="DIR", help="By default teacher-logits/ and the teacher's name.")
+@click.option("--bits", type=click.Choice(["8", "4"]), help="Take the teacher's weights in so many bits.")
+@prepared_option
+@processes_option
+@set_option
+@as_json
+def teach(
+    teacher: str,
+    recipe_name: str,
+    for_source: str | None,
+    stage_phase: str,
+    data: str | None,
+    top_k: int,
+    output: Path | None,
+    bits: str | None,
+    prepared: Path,
+    processes: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Keep a teacher's likeliest next tokens on disk.
+
+    For every token of the text that a phase of the recipe's stage 3 reads, so that `convert` can learn from a teacher
+    that is not there: stages.distill.finish.logits names the folder. Stop it at any time; the same command continues
+    it. Prints the folder.
+    """
+    text = [] if data is None else own_text(data, None)
+    if data is not None and stage_phase == "finish":
+        text = [setting("data.finish", [{"path": data}])]
+    recipe = chosen_recipe(recipe_name, (*text, *overrides))
+    with working():
+        from mohawkify.cli.ranks import joined, start_processes
+
+        start_processes(processes)
+        with joined(recipe.compute.device) as world:
+            from mohawkify.teacher.locate import teacher_name
+            from mohawkify.train.cache_logits import teach as ask
+            from mohawkify.train.pipeline import choose_device
+
+            done = ask(
+                teacher,
+                recipe,
+                phase=stage_phase,
+                for_source=for_source,
+                top_k=top_k,
+                output=output or Path("teacher-logits") / teacher_name(teacher),
+                bits=None if bits is None else int(bits),
+                device=choose_device(recipe.compute.device),
+                world=world,
+                prepared=prepared,
+                report=say if world.is_main else lambda line: None,
+            )
+    if world.is_main:
+        click.echo(json.dumps(done, indent=2) if as_json else done["folder"])

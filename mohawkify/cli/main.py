@@ -1,0 +1,478 @@
+"""The command line: parse, call, print. Data goes to standard output, everything else to standard error.
+
+Nothing heavy is imported before a verb runs, so that help and completion come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from mohawkify import __version__
+from mohawkify.cli import tables
+from mohawkify.cli.bench_commands import bench
+from mohawkify.cli.data_commands import data as data_verbs
+from mohawkify.cli.data_commands import prepared_option
+from mohawkify.cli.error_lines import Verbs
+from mohawkify.cli.logits_commands import teach
+from mohawkify.cli.options import (
+    FOLDER,
+    FiniteRange,
+    as_json,
+    chosen_recipe,
+    own_text,
+    print_result,
+    processes_option,
+    recipe_names_beginning,
+    recipe_option,
+    say,
+    set_option,
+    setting,
+    working,
+)
+from mohawkify.errors import INPUT, UsageError
+
+NAME = "mohawkify"
+COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
+
+teacher_moved = click.option(
+    "--teacher",
+    "teacher_source",
+    metavar="TEACHER",
+    help="Where the teacher is now; by default where it was when the run was made.",
+)
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", prog_name=NAME)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Turn a pretrained Transformer into a recurrent model.
+
+    TEACHER is a model on the Hugging Face Hub, a local folder or, for inspect and plan, a config.json; `demo` is the
+    little teacher that comes along. RUN is a folder written by convert; without one, the newest finished run below
+    runs/ is meant. Results go to standard output, everything else to standard error. The exit code is 0 when done, 2
+    when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command()
+@click.argument("teacher")
+@as_json
+def inspect(teacher: str, as_json: bool) -> None:
+    """Show layer by layer what is grafted, copied, learned.
+
+    No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
+    """
+    with working():
+        from mohawkify.cli.inspection import inspect_source
+
+        found = inspect_source(teacher)
+    print_result(found, tables.inspection_text, as_json)
+
+
+@main.command()
+@click.argument("teacher")
+@recipe_option
+@set_option
+@click.option("--gpu", metavar="NAME", help="Plan for H100, H200, A100 or 4090; by default for this machine.")
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
+    default="auto",
+    show_default=True,
+    help="What spreads the training over GPUs; auto: the recipe's, or nothing for one and DeepSpeed for several.",
+)
+@click.option(
+    "--zero",
+    type=click.IntRange(0, 3),
+    metavar="0-3",
+    help="Stage of ZeRO with DeepSpeed; by default the recipe's, or 3.",
+)
+@click.option(
+    "--utilisation",
+    type=FiniteRange(min=0.001, max=1),
+    default=0.3,
+    show_default=True,
+    metavar="X",
+    help="Part of a GPU's peak arithmetic that is sustained: an assumption.",
+)
+@click.option(
+    "--flops-per-second",
+    type=FiniteRange(min=1, max=1e30),
+    metavar="X",
+    help="Sustained speed of everything together, such as 4e14, instead of an assumption.",
+)
+@click.option(
+    "--price-per-hour",
+    type=FiniteRange(min=0, max=1e9),
+    metavar="X",
+    help="What one GPU costs per hour, in your money; without it no cost is planned.",
+)
+@click.option(
+    "--output", type=FOLDER, metavar="DIR", help="Where the run will lie: compare the disk with what is free."
+)
+@as_json
+def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bool, **wanted: Any) -> None:
+    """Dry run: steps, FLOPs, memory, disk, time, cost.
+
+    Everything is worked out from configuration and recipe; all but steps and tokens are estimates, explained in
+    docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
+    """
+    recipe = chosen_recipe(recipe_name, overrides)
+    with working():
+        from mohawkify.cli.plan_tables import plan_text
+        from mohawkify.train import pipeline
+
+        planned = pipeline.plan(teacher, recipe, **wanted, count=True)
+    print_result(planned, plan_text, as_json)
+
+
+@main.command()
+@click.argument("teacher")
+@recipe_option
+@click.option("--output", type=FOLDER, metavar="DIR", help="The run's folder; by default runs/ and the student's name.")
+@set_option
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Train on this file, folder or glob instead of the recipe's text; without --validation its end is held out.",
+)
+@click.option("--validation", metavar="PATH", help="Measure on this text instead of the recipe's held-out text.")
+@prepared_option
+@processes_option
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "single", "deepspeed", "fsdp"]),
+    help="What holds weights and optimiser, instead of the recipe's compute.engine.",
+)
+@click.option("--zero", type=click.IntRange(0, 3), help="Stage of DeepSpeed's ZeRO, instead of the recipe's.")
+@click.option(
+    "--offload",
+    type=click.Choice(["none", "optimizer", "all"]),
+    help="What is kept in the CPU's memory, instead of what the recipe says.",
+)
+@click.option("--deepspeed-config", type=FOLDER, metavar="FILE", help="A JSON file of further settings for DeepSpeed.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="auto: continue what the same command began; never: insist on a fresh folder.",
+)
+@click.option(
+    "--patience",
+    type=FiniteRange(min=0),
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="End with exit code 75 and all stacks after so long without progress in training; 0: never.",
+)
+@click.option(
+    "--disk-wait",
+    type=FiniteRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Where the disk is full at a checkpoint, wait so long for space before giving up.",
+)
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    multiple=True,
+    help="Send the figures to a tracker as well. May be given again.",
+)
+@click.option(
+    "--track-project",
+    default="mohawkify",
+    show_default=True,
+    metavar="NAME",
+    help="The project in which trackers show the run.",
+)
+def convert(
+    teacher: str,
+    recipe_name: str,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    data: str | None,
+    validation: str | None,
+    processes: int | None,
+    engine: str | None,
+    zero: int | None,
+    offload: str | None,
+    deepspeed_config: Path | None,
+    resume: str,
+    patience: float,
+    disk_wait: float,
+    prepared: Path,
+    track: tuple[str, ...],
+    track_project: str,
+) -> None:
+    """Turn a teacher into a student, in three stages.
+
+    Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
+    same command continues it, also in another number of processes or on another engine. Prints the run's folder.
+    """
+    wanted = {
+        "engine": engine,
+        "zero": zero,
+        "offload": offload,
+        "deepspeed_config": deepspeed_config and str(deepspeed_config),
+    }
+    compute = [setting(f"compute.{key}", value) for key, value in wanted.items() if value is not None]
+    if engine in ("single", "fsdp") and zero is None:
+        compute.append("compute.zero=null")  # the recipe's is for DeepSpeed
+    recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
+    with working():
+        from mohawkify.cli.ranks import joined, start_processes
+
+        start_processes(processes)
+        with joined(recipe.compute.device) as world:
+            from mohawkify.train import pipeline
+
+            run = pipeline.convert(
+                teacher,
+                recipe,
+                output=output,
+                resume=resume,
+                report=say,
+                patience=patience,
+                disk_wait=disk_wait,
+                world=world,
+                prepared=prepared,
+                track=track,
+                track_project=track_project,
+            )
+    if world.is_main:
+        click.echo(str(run.path))
+
+
+main.add_command(teach)
+
+
+@main.command("eval")
+@click.argument("run", required=False, type=FOLDER)
+@click.option(
+    "--against",
+    type=click.Choice(["teacher", "none"]),
+    default="teacher",
+    show_default=True,
+    help="What the student is compared with.",
+)
+@click.option("--tasks", metavar="NAMES", help="lm-eval tasks by name or YAML path, with commas between.")
+@click.option("--preset", metavar="NAME", help="A set of lm-eval tasks: llamba.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N questions of each task.")
+@click.option("--shots", type=click.IntRange(min=0), metavar="N", help="Examples in front of each question.")
+@click.option("--include-path", type=FOLDER, metavar="DIR", help="A folder with lm-eval tasks of your own.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions per forward pass."
+)
+@teacher_moved
+@as_json
+def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
+    """Measure a student against its teacher.
+
+    Perplexity, KL(teacher || student) and top-1 agreement on the run's held-out text, and lm-eval tasks. Also writes
+    eval.json and eval.md into the run.
+    """
+    from mohawkify.run.folder import finished_run
+
+    chosen = finished_run(run)
+    with working():
+        from mohawkify.evaluate.evaluation import evaluate_run
+        from mohawkify.evaluate.report import console_table
+        from mohawkify.train.pipeline import choose_device
+
+        device = choose_device(chosen.recipe().compute.device)
+        found = evaluate_run(chosen, **wanted, device=device, report=say)
+    print_result(found, console_table, as_json)
+
+
+@main.command()
+@click.argument("run", required=False, type=FOLDER)
+@click.option("--target", required=True, metavar="TARGET", help="hf, mlx, mlx-q8 or mlx-q4.")
+@click.option(
+    "--output", type=FOLDER, metavar="DIR", help="A new or empty folder; by default exports/TARGET in the run."
+)
+@click.option("--dtype", metavar="DTYPE", help="bfloat16 (the default) or float32.")
+@as_json
+def export(run: Path | None, target: str, output: Path | None, dtype: str | None, as_json: bool) -> None:
+    """Write a student for transformers or mlx-lm.
+
+    The export is loaded again and compared with the run before it is kept. Prints the folder.
+    """
+    from mohawkify.run.folder import finished_run
+
+    chosen = finished_run(run)
+    with working():
+        from mohawkify.export.export import export_run
+
+        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=say)
+    say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
+    click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
+
+
+@main.command()
+@click.argument("words", nargs=-1, required=True, metavar="[RUN] PROMPT")
+@click.option("--teacher", "with_teacher", is_flag=True, help="Let the teacher continue the prompt too.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The most tokens to write."
+)
+@click.option(
+    "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the drawn tokens.")
+def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temperature: float, seed: int) -> None:
+    """Continue PROMPT with a run's student.
+
+    The text is printed as it comes; no chat template is put around the prompt.
+    """
+    from mohawkify.run.folder import finished_run
+
+    if len(words) > 2:
+        raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
+    chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
+    with working() as output:
+        from mohawkify.evaluate.evaluation import load_run_models, teacher_folder
+        from mohawkify.evaluate.generation import write_text
+        from mohawkify.train.pipeline import choose_device
+
+        def show(text: str) -> None:
+            click.echo(text, file=output, nl=False)
+
+        device = choose_device(chosen.recipe().compute.device)
+        teacher = teacher_folder(chosen) if with_teacher else None
+        models, tokenizer = load_run_models(chosen, teacher, device)
+        for name, model in models.items():
+            show(f"{name}: {words[-1]}" if with_teacher else words[-1])
+            write_text(
+                model, tokenizer, words[-1], max_tokens=max_tokens, temperature=temperature, seed=seed, on_text=show
+            )
+            show("\n")
+
+
+@main.command()
+@click.option(
+    "--output", type=FOLDER, default="runs/demo-mohawk", show_default=True, metavar="DIR", help="The run's folder."
+)
+def demo(output: Path) -> None:
+    """The whole way on the demo teacher, in minutes.
+
+    Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story. Run
+    again, it continues where it was stopped, or measures and exports once more.
+    """
+    with working():
+        from mohawkify.cli.showcase import run_demo
+
+        summary = run_demo(output, report=say)
+    click.echo(summary)
+
+
+main.add_command(data_verbs)
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """The recipes that come along: ls, show, cp."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@recipes.command("ls")
+@as_json
+def recipes_ls(as_json: bool) -> None:
+    """List the bundled recipes."""
+    from mohawkify.recipe.bundled import recipe_names
+    from mohawkify.recipe.schema import load_recipe
+
+    found = [
+        {"name": name, "description": load_recipe(name).description, "teacher": load_recipe(name).teacher}
+        for name in recipe_names()
+    ]
+    print_result({"recipes": found}, tables.recipes_text, as_json)
+
+
+@recipes.command("show")
+@click.argument("name", shell_complete=recipe_names_beginning)
+def recipes_show(name: str) -> None:
+    """Print a bundled recipe."""
+    from mohawkify.recipe.bundled import recipe_text
+
+    click.echo(recipe_text(name), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("name", shell_complete=recipe_names_beginning)
+@click.argument("file", type=FOLDER)
+def recipes_cp(name: str, file: Path) -> None:
+    """Copy a bundled recipe to FILE, to make it your own; an existing file is never replaced."""
+    from mohawkify.files.atomic import write_text
+    from mohawkify.recipe.bundled import recipe_text
+
+    text = recipe_text(name)
+    if os.path.isdir(file):  # Path.is_dir raises for a name that is too long
+        file = file / f"{name}.yaml"
+    if file.exists() or file.is_symlink():
+        raise UsageError(f"{file} exists already", hint="choose another name")
+    write_text(file, text)
+    click.echo(str(file))
+
+
+@main.command()
+@as_json
+def families(as_json: bool) -> None:
+    """List the families of teachers that can be converted."""
+    from mohawkify.families.registry import adapter_names, load_adapter
+
+    details = {}
+    for name in adapter_names():
+        adapter = load_adapter(name)
+        details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
+    print_result({"families": list(details), "details": details}, tables.families_text, as_json)
+
+
+main.add_command(bench)
+
+
+@main.command()
+@as_json
+@click.argument("folder", required=False, type=FOLDER)
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Say what is installed and what is missing, or whether a folder is sound.
+
+    Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher, a run,
+    a checkpoint, an export, prepared text or teacher logits as FOLDER: whether every byte is as it was written and what
+    a command would refuse; nothing in it is run. The exit code is then 0 where it is sound and 66 where not.
+    """
+    if folder is not None:
+        from mohawkify.doctor.check_folder import judge
+
+        found = judge(folder)
+        print_result(found, tables.verdict_text, as_json)
+        if not found["sound"]:
+            raise SystemExit(INPUT)
+        return
+    from mohawkify.doctor.installed import examine
+
+    print_result(examine(), tables.doctor_text, as_json)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a shell's completion script.
+
+    For example, in ~/.bashrc: eval "$(mohawkify completion bash)"
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has all three
+    click.echo(kind(main, {}, NAME, COMPLETION_VARIABLE).source())

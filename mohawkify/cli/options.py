@@ -1,0 +1,106 @@
+"""What several verbs share: options, the recipe they mean, and how they speak."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+from click.shell_completion import CompletionItem
+
+from mohawkify.errors import printable
+
+if TYPE_CHECKING:
+    from mohawkify.recipe.schema import Recipe
+
+FOLDER = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def recipe_names_beginning(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from mohawkify.recipe.bundled import recipe_names
+
+    return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
+
+
+recipe_option = click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    metavar="RECIPE",
+    shell_complete=recipe_names_beginning,
+    help="A bundled recipe (`mohawkify recipes ls`), or the path of a .yaml file.",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value of the recipe, such as stages.distill.tokens=5B. May be given again.",
+)
+processes_option = click.option(
+    "--processes",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Start N processes on this machine, one for each GPU. Under torchrun and other launchers leave it out.",
+)
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; nan is in none, though click lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a refusal."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def chosen_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe that --recipe and --set mean."""
+    from mohawkify.recipe.schema import apply_overrides, load_recipe
+
+    return apply_overrides(load_recipe(name), overrides)
+
+
+def own_text(data: str | None, validation: str | None) -> list[str]:
+    """Overrides for text of the user's own; with it, the recipe's held-out text no longer fits."""
+    sources: dict[str, list[dict[str, str]]] = {}
+    if data is not None:
+        sources = {"train": [{"path": data}], "validation": []}
+    if validation is not None:
+        sources["validation"] = [{"path": validation}]
+    return [setting(f"data.{key}", value) for key, value in sources.items()]
+
+
+_END = "...\n"  # what YAML puts behind a single value
+
+
+def setting(key: str, value: Any) -> str:
+    """A value as --set takes it: a path stays one value whatever signs are in it."""
+    from mohawkify.recipe.strict_yaml import dump_yaml
+
+    return f"{key}={dump_yaml(value).removesuffix(_END)}"
+
+
+def working() -> AbstractContextManager[TextIO]:
+    """Keep the libraries' own chatter off the terminal; gives the real standard output."""
+    from mohawkify.cli.quiet import quiet_libraries
+
+    return quiet_libraries()
+
+
+def say(line: str) -> None:
+    """Tell the user something on standard error."""
+    click.echo(printable(line), err=True)
+
+
+def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print what a verb found on standard output."""
+    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else printable(as_text(found)))

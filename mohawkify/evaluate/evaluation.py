@@ -1,0 +1,224 @@
+"""Measure a finished run again: on its own held-out text, and on the tasks of lm-eval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mohawkify.data.selection import TextReader
+from mohawkify.data.validation import evaluation_batches
+from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.errors import TeacherError, UsageError
+from mohawkify.evaluate.answer_cache import Answers
+from mohawkify.evaluate.fidelity import measure_agreement, measure_teacher
+from mohawkify.evaluate.harness import ask_models
+from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
+from mohawkify.evaluate.provenance import provenance, text_sha256
+from mohawkify.evaluate.report import markdown_report
+from mohawkify.files import atomic
+from mohawkify.files.lock import run_lock
+from mohawkify.run.folder import RunFolder, changed_files
+from mohawkify.student.save import load_student
+from mohawkify.teacher.load import load_teacher, teacher_hashes
+from mohawkify.teacher.locate import find_folder
+from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.tokenizer_files import text_hashes
+
+Report = Callable[[str], None]
+EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
+ANSWERS = "answers"  # the folder of a run where answers are kept until its evaluation is done
+
+
+def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
+    """The folder of a run's teacher, proved to hold the very files the run was made from.
+
+    Args:
+        run: the run.
+        override: where the teacher is now; None looks where it was.
+
+    Raises:
+        TeacherError: it is not there, or its files have changed.
+    """
+    facts = run.teacher()
+    recorded = Path(facts["folder"])
+    folder = recorded if override is None and recorded.is_dir() else find_folder(override or facts["source"])
+    changed = changed_files(facts["files"], teacher_hashes(folder))
+    text_files = run.text_files()
+    if text_files is not None:
+        changed += changed_files(text_files, text_hashes(folder))
+    if changed:
+        raise TeacherError(
+            f"{folder} is not the teacher that {run.path} was made from: {changed[0]} differs",
+            hint="name the folder of the original teacher with --teacher",
+        )
+    return folder
+
+
+def load_run_models(
+    run: RunFolder, teacher: Path | None, device: torch.device
+) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """Load what a run is made of.
+
+    Args:
+        run: a finished run.
+        teacher: the folder that `teacher_folder` found; None leaves the teacher out.
+        device: where the models go.
+
+    Returns:
+        The models by name, ``teacher`` first where wanted, then ``student``; and the tokenizer of both.
+
+    Raises:
+        TeacherError: the teacher is damaged.
+        CheckpointError: the student is damaged.
+    """
+    models: dict[str, PreTrainedModel] = {}
+    if teacher is not None:
+        is_bf16 = run.recipe().compute.precision == "bf16"  # then it taught in bf16, and is measured as it taught
+        models["teacher"] = load_teacher(teacher, dtype=torch.bfloat16 if is_bf16 else torch.float32, device=device)
+    student: Any = load_student(run.checked_final())
+    models["student"] = student.to(device)
+    return models, load_tokenizer(run.final, student.config.vocab_size)
+
+
+def evaluate_run(
+    run: RunFolder,
+    *,
+    device: torch.device,
+    report: Report,
+    against: str = "teacher",
+    teacher_source: str | None = None,
+    tasks: str | None = None,
+    preset: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    include_path: Path | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Measure the finished student of a run, and write what was found into the run.
+
+    Args:
+        run: a finished run.
+        device: where to compute.
+        report: receives a line for every step of the way.
+        against: ``teacher`` measures both and compares them; ``none`` the student alone.
+        teacher_source: where the teacher is now; None looks where it was.
+        tasks: tasks of lm-eval, with commas between.
+        preset: the name of a set of such tasks.
+        limit: only the first questions of each task.
+        shots: examples in front of each question; None leaves it to the task.
+        include_path: a folder with more tasks.
+        batch_size: questions per forward pass.
+
+    Returns:
+        What `mohawkify.evaluate.report` reads: ``name`` and the figures of the ``student``; with a teacher its own,
+        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for, and
+        ``provenance`` (`mohawkify.evaluate.provenance`).
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the same call does not ask again what was answered.
+        MohawkifyError: anything foreseeable, such as a teacher that is gone, or another process at work in the run.
+    """
+    # First of all, because a mistyped task should not cost the loading of two models.
+    questions = _questions(tasks, preset, limit, shots, include_path)
+    with run_lock(run.path), StopRequest() as stop:
+        try:
+            found = _measure(run, questions, device, report, against, teacher_source, limit, batch_size)
+            atomic.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
+            atomic.write_json(run.path / EVAL_JSON, found)
+            if (run.path / ANSWERS).is_dir():
+                atomic.remove_directory(run.path / ANSWERS)
+        except KeyboardInterrupt:
+            stop.obey("before all was measured" + ("; the answers so far are kept" if questions else ""))
+            raise
+    return found
+
+
+def _measure(
+    run: RunFolder,
+    questions: Questions | None,
+    device: torch.device,
+    report: Report,
+    against: str,
+    teacher_source: str | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    recipe = run.recipe()
+    teacher_path = teacher_folder(run, teacher_source) if against == "teacher" else None
+    report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
+    models, tokenizer = load_run_models(run, teacher_path, device)
+    student, teacher = models["student"], models.get("teacher")
+    found: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
+    if questions is not None:
+        report(f"asking the questions of {questions.preset or ', '.join(questions.names)}")
+        answers = _answers(run, found["provenance"], models, batch_size, report)
+        found["tasks"] = ask_models(models, tokenizer, questions, batch_size=batch_size, limit=limit, answers=answers)
+    # Text beside the teacher is found without it being compared, or even whole.
+    text_base = teacher_path or Path(run.teacher()["folder"])
+    text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
+    known = _corpora(run)
+    rows = text.held_out()
+    found["provenance"]["text"] = text_sha256(rows)
+    report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
+    if _corpora(run) != known:
+        report(
+            "warning: the text has moved or changed since the run; if it changed, its figures do not compare with these"
+        )
+    batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
+    if teacher is None:
+        found["student"] = {"perplexity": measure_teacher(student, batches)}
+    else:
+        agreement = measure_agreement(student, teacher, batches, device=device)
+        found["teacher"] = {"perplexity": agreement.teacher_perplexity}
+        found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
+        found["evaluation_tokens"] = agreement.tokens
+    return found
+
+
+def _answers(
+    run: RunFolder, facts: dict[str, Any], models: dict[str, PreTrainedModel], batch_size: int, report: Report
+) -> dict[str, Answers]:
+    """Where each model's answers are kept: in a file that is named by all that they depend on but the questions."""
+    folder = run.path / ANSWERS
+    atomic.ensure_writable(folder)
+    found = {}
+    for name in models:
+        of = [facts["versions"], facts["device"], facts[name], facts["student"]["files"], batch_size]
+        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+        found[name] = Answers(folder / f"{name}-{key[:16]}.jsonl")
+        if len(found[name]):
+            report(f"{len(found[name]):,} answers of the {name} are there already, from an evaluation that was stopped")
+    return found
+
+
+def _corpora(run: RunFolder) -> set[str]:
+    """The tokenised texts of a run by name; notes of what was checked do not count."""
+    entries = run.corpora.iterdir() if run.corpora.is_dir() else ()
+    return {entry.name for entry in entries if not entry.name.startswith(".")}
+
+
+def _questions(
+    tasks: str | None, preset: str | None, limit: int | None, shots: int | None, include_path: Path | None
+) -> Questions | None:
+    """The questions asked for, None where there are none; refuses settings that nothing would heed."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise UsageError("--tasks names no task, expected names with commas between")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"found the preset {preset}, expected {' or '.join(PRESETS)}")
+    given = {"--tasks": tasks, "--shots": shots, "--include-path": include_path}
+    clashing = [flag for flag, value in given.items() if value is not None]
+    if preset is not None and clashing:
+        raise UsageError(f"found --preset and {clashing[0]}, expected one of them: a preset says its own")
+    idle = [flag for flag, value in {"--limit": limit, **given}.items() if value is not None]
+    if preset is None and not names and idle:
+        raise UsageError(f"found {idle[0]} without --tasks or --preset, expected both or neither")
+    if preset is not None:
+        return load_preset(preset)
+    return load_questions(names, shots, include_path) if names else None

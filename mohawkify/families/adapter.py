@@ -1,0 +1,112 @@
+"""What a family file in `adapters/` says about its teachers: data first, functions only where a family differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mohawkify.ops.mixing_matrices import AttentionMatrix
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One attention module's projections, head by head; the source of the attention start.
+
+    Shapes: h query heads, g key heads, p head width, d model width. A bias is None where the family has none.
+    Scales such as the weight of a query norm are folded in; ``scaling`` is not.
+
+    Args:
+        scaling: what products of queries and keys are multiplied by; None is 1/sqrt(p).
+    """
+
+    q_hpd: Tensor
+    k_gpd: Tensor
+    v_gpd: Tensor
+    out_dhp: Tensor
+    q_bias_hp: Tensor | None = None
+    k_bias_gp: Tensor | None = None
+    v_bias_gp: Tensor | None = None
+    out_bias_d: Tensor | None = None
+    scaling: float | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a family's logits come of what its head, a linear layer, puts out.
+
+    They are multiplied, then divided, then bounded by ``cap * tanh(logit / cap)``. With that known, stage 3 and the
+    comparison of student and teacher hold the logits of a few tokens at a time.
+
+    Args:
+        multiplier: key of the configuration with the factor; None for none.
+        divisor: key of the configuration with the divisor; None for none.
+        softcap: key of the configuration with the cap, whose value None is none; None where the family has no cap.
+        unknown: why none of this says it; the model then makes all logits itself, at once. None where it is known.
+    """
+
+    multiplier: str | None = None
+    divisor: str | None = None
+    softcap: str | None = None
+    unknown: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A family of teachers that share transformers' ``model_type``; the file's name is that type.
+
+    Args:
+        model_type: the key in ``config.json``.
+        title: the family's name as people write it.
+        examples: checkpoints people use.
+        odd: what is particular about the family and where it is handled, a sentence each.
+        model_class: the causal language model class in transformers.
+        config_class: its configuration class in transformers.
+        sample: keys of a small model's configuration, beyond the usual sizes, that switch on what is odd about the
+            family; its tests are run on that model.
+        layers: attribute path from the model to its list of decoder layers.
+        attention: attribute of a decoder layer that holds the attention module.
+        out_proj: attribute of the attention module that holds its output projection.
+        qk_norms: attributes of the attention module that hold the norms of queries and keys, if there are any.
+        read_weights: reads an attention module's projections; None uses q_proj, k_proj, v_proj and ``out_proj``.
+        capture: rebuilds what an attention module computed from the module, its input and the keywords of its call;
+            only for families that do not attend through transformers' attention interface.
+        refuse: says why a configuration of the family cannot be converted, or None where it can.
+        logits: how logits come of what the head puts out; the head's output itself unless said otherwise.
+        packs_by_mask: the model does not see document borders in ``position_ids``; it is handed a mask that has them.
+        reads_mask: decoder layers keep ``position_ids`` or further keywords from their attention; mixers then read
+            borders and padding from the mask that the model builds.
+        mlx_module: the module of ``mlx_lm.models`` that has the family; None where mlx-lm has not.
+        mlx_config: further keys that mlx-lm's model reads, from the student's configuration; None where it needs none.
+        mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
+        mlx_counts_tokens: mlx-lm's model has learned positions, and asks its first layer's cache for the next one.
+        mlx_sample: changes of ``sample`` for the tests of MLX, where mlx-lm's model lacks what it switches on.
+        recognised: nobody wrote this: it was read off a model's modules, and is proved on the weights before a run.
+    """
+
+    model_type: str
+    title: str
+    examples: tuple[str, ...]
+    odd: tuple[str, ...]
+    model_class: str
+    config_class: str
+    sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    out_proj: str = "o_proj"
+    qk_norms: tuple[str, str] | None = None
+    read_weights: Callable[[Any], AttentionWeights] | None = None
+    capture: Callable[[Any, Tensor, Mapping[str, Any]], AttentionMatrix] | None = None
+    refuse: Callable[[Any], str | None] | None = None
+    logits: Logits = field(default_factory=Logits)
+    packs_by_mask: bool = False
+    reads_mask: bool = False
+    mlx_module: str | None = None
+    mlx_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    mlx_prefix: str = ""
+    mlx_counts_tokens: bool = False
+    mlx_sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    recognised: bool = False

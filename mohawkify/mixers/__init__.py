@@ -1,0 +1,1 @@
+"""Mixers: the modules that replace attention."""

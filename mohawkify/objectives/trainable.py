@@ -1,0 +1,79 @@
+"""Which parameters a stage trains: chosen by part, so that everything else is out of the optimiser's reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.student.student_spec import StudentSpec
+
+# What a mixing matrix is made of; x, z and the output projection have no part in it.
+MIXING = ("b_proj", "c_proj", "decay_proj", "b_conv", "c_conv", "d")
+
+
+def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str, str]:
+    """Say for every parameter of the student which part it belongs to.
+
+    Args:
+        student: the student; a tied head counts as embedding, and so do learned positions.
+        spec: its facts.
+
+    Returns:
+        Parameter name to ``mixer``, ``attention`` (kept layers), ``norm``, ``mlp``, ``embedding`` or ``head``.
+    """
+    owner = dict(student.named_modules())
+    head = student.get_output_embeddings()
+    kept = range(len(find_layers(student, spec.layers)))
+    grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.grafted_layers)
+    attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.grafted_layers)
+    parts: dict[str, str] = {}
+    for name, _ in student.named_parameters():
+        module = owner[name.rpartition(".")[0]]
+        if name.startswith(grafted):
+            parts[name] = "mixer"
+        elif isinstance(module, nn.Embedding):
+            parts[name] = "embedding"
+        elif module is head:
+            parts[name] = "head"
+        elif "norm" in type(module).__name__.lower():
+            parts[name] = "norm"
+        else:
+            parts[name] = "attention" if name.startswith(attention) else "mlp"
+    return parts
+
+
+def trainable_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of the given parts by name; with ``mlp``, the attention that a hybrid keeps trains too."""
+    wanted = set(parts)
+    if "mlp" in wanted:
+        wanted.add("attention")
+    part_of = part_of_parameters(student, spec)
+    return {name: parameter for name, parameter in student.named_parameters() if part_of[name] in wanted}
+
+
+def layer_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterable[str]) -> dict[str, nn.Parameter]:
+    """As `trainable_parameters`, but only inside the grafted layers: what a layer-wise stage can reach."""
+    prefixes = tuple(f"{spec.layers}.{index}." for index in spec.grafted_layers)
+    return {n: p for n, p in trainable_parameters(student, spec, parts).items() if n.startswith(prefixes)}
+
+
+def mixing_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a mixing matrix is made of."""
+    return {
+        f"{name}.{own}": parameter
+        for name, module in student.named_modules()
+        if isinstance(module, DiscreteMamba2)
+        for own, parameter in module.named_parameters()
+        if own.split(".")[0] in MIXING
+    }
+
+
+def mixers_by_layer(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:
+    """The modules at the attention's place in the grafted layers: mixers in a student, attention in a teacher."""
+    layers = find_layers(model, spec.layers)
+    return {index: getattr(layers[index], spec.attention) for index in spec.grafted_layers}

@@ -1,0 +1,176 @@
+"""Stage 1 without the matrices: distance and gradients in one pass over bands of rows, in memory linear in the length.
+
+A band of the student's matrix left of its diagonal tile is a plain product: the decay between a target l of the band
+and a source s before it is exp(sum from the band's start to l) times exp(sum from s to the band's start), one factor
+for each row of C and of B. Only the diagonal tile needs decays pair by pair. With R the difference of both matrices,
+
+    grad C_l ~ sum_s R_ls e_ls B_s,   grad B_s ~ sum_l R_ls e_ls C_l,   grad D ~ sum_l R_ll,
+    grad log_decay_k ~ sum over l >= k of (sum_s W_ls - sum_l' W_l'l)  with W = R * (M without D),
+
+all over the norm of R: the gradient is linear in R, so it is summed first and divided at the end (docs/math.md).
+
+Shapes: b batch, h query heads, g key heads, l target, s source, r rows of a band, p head width, n state width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix
+from mohawkify.ops.scan import LOWEST_LOG_DECAY
+
+NUMBERS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
+LARGEST_BAND = 64  # rows; of a higher one the diagonal tile, most of it above the diagonal, takes too long
+
+
+def orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean over batch and heads of the Frobenius distance between mixing and attention matrices.
+
+    The same figures and gradients as `orient_loss_direct`, to rounding; the gradients reach what the mixing matrix is
+    made of, the attention's side is taken as given.
+
+    Args:
+        mixing: the student's side.
+        attention: the teacher's side.
+        starts_bl: true where a new document begins.
+
+    Returns:
+        The loss, and the relative distance ``|M - P| / |P|`` (detached).
+    """
+    with torch.autocast(mixing.b_blhn.device.type, enabled=False):
+        loss, relative = _OrientLoss.apply(*mixing, attention, starts_bl)
+    return loss, relative
+
+
+class _OrientLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        b_blhn: Tensor,
+        c_blhn: Tensor,
+        log_decay_blh: Tensor,
+        d_h: Tensor,
+        attention: AttentionMatrix,
+        starts_bl: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        mixing = MixingMatrix(b_blhn, c_blhn, log_decay_blh, d_h)
+        sums = _sum_over_bands(mixing, attention, starts_bl)
+        norm_bh = sums.squared_bh.sqrt()
+        share_bh = torch.where(norm_bh > 0, 1.0 / norm_bh, 0.0) / norm_bh.numel()
+        sums.b_bhln.mul_(share_bh[..., None, None])
+        sums.c_bhln.mul_(share_bh[..., None, None])
+        # Every difference reaches all log-decays between source and target: a running sum from the end.
+        log_decay_bhl = sums.difference_bhl.flip(-1).cumsum(-1).flip(-1) * share_bh.unsqueeze(-1)
+        ctx.save_for_backward(
+            sums.b_bhln.transpose(1, 2).to(b_blhn.dtype),
+            sums.c_bhln.transpose(1, 2).to(c_blhn.dtype),
+            log_decay_bhl.transpose(1, 2).to(log_decay_blh.dtype),
+            (sums.diagonal_bh * share_bh).sum(0).to(d_h.dtype),
+        )
+        relative = (norm_bh / sums.attention_squared_bh.sqrt()).mean()
+        ctx.mark_non_differentiable(relative)
+        return norm_bh.mean(), relative
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *(saved * gradients[0] for saved in ctx.saved_tensors), None, None
+
+
+class _Sums(NamedTuple):
+    """What the bands add up to, before the division by the norm."""
+
+    b_bhln: Tensor
+    c_bhln: Tensor
+    difference_bhl: Tensor
+    diagonal_bh: Tensor
+    squared_bh: Tensor
+    attention_squared_bh: Tensor
+
+
+def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None) -> _Sums:
+    dtype = torch.promote_types(mixing.b_blhn.dtype, torch.float32)
+    b_bhln, c_bhln = (t.to(dtype).transpose(1, 2) for t in (mixing.b_blhn, mixing.c_blhn))
+    batch, heads, length, _ = b_bhln.shape
+    exact = dtype if b_bhln.device.type == "mps" else torch.float64
+    cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).to(exact).clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
+    document_bl = torch.zeros(batch, length, dtype=torch.long, device=b_bhln.device)
+    if starts_bl is not None:
+        document_bl = starts_bl.cumsum(-1)
+    sums = _Sums(
+        torch.zeros_like(b_bhln, memory_format=torch.contiguous_format),
+        torch.zeros_like(c_bhln, memory_format=torch.contiguous_format),
+        torch.zeros(batch, heads, length, dtype=exact, device=b_bhln.device),
+        *(torch.zeros(batch, heads, dtype=dtype, device=b_bhln.device) for _ in range(3)),
+    )
+    num_rows = min(max(NUMBERS_PER_BAND // (batch * heads * length), 16), LARGEST_BAND)
+    for begin in range(0, length, num_rows):
+        end = min(begin + num_rows, length)
+        p_bhrs = attention.band(begin, end, dtype)
+        sums.attention_squared_bh.add_(p_bhrs.square().sum((-2, -1)))
+        band = slice(begin, end)
+        _add_tile(sums, band, b_bhln, c_bhln, cumulative_bhl, mixing.d_h.to(dtype), document_bl, p_bhrs[..., begin:])
+        if begin:
+            _add_rectangle(sums, band, b_bhln, c_bhln, cumulative_bhl, document_bl, p_bhrs[..., :begin])
+    return sums
+
+
+def _add_tile(
+    sums: _Sums,
+    band: slice,
+    b_bhln: Tensor,
+    c_bhln: Tensor,
+    cumulative_bhl: Tensor,
+    d_h: Tensor,
+    document_bl: Tensor,
+    p_bhrr: Tensor,
+) -> None:
+    """The tile on the diagonal: decays pair by pair."""
+    b, c, document_br = b_bhln[:, :, band], c_bhln[:, :, band], document_bl[:, band]
+    same_brr = (document_br.unsqueeze(-1) == document_br.unsqueeze(-2)).tril().unsqueeze(1)
+    difference = cumulative_bhl[:, :, band].unsqueeze(-1) - cumulative_bhl[:, :, band].unsqueeze(-2)
+    decay_bhrr = difference.to(b.dtype).masked_fill_(~same_brr, -torch.inf).exp_()
+    matrix_bhrr = (c @ b.transpose(-1, -2)).mul_(decay_bhrr)
+    rest_bhrr = matrix_bhrr - p_bhrr
+    rest_bhrr.diagonal(dim1=-2, dim2=-1).add_(d_h[:, None])
+    sums.squared_bh.add_(rest_bhrr.square().sum((-2, -1)))
+    sums.diagonal_bh.add_(rest_bhrr.diagonal(dim1=-2, dim2=-1).sum(-1))
+    weighted_bhrr = matrix_bhrr.mul_(rest_bhrr)
+    sums.difference_bhl[:, :, band] += (weighted_bhrr.sum(-1) - weighted_bhrr.sum(-2)).to(sums.difference_bhl.dtype)
+    rest_bhrr.mul_(decay_bhrr)
+    sums.c_bhln[:, :, band] += rest_bhrr @ b
+    sums.b_bhln[:, :, band] += rest_bhrr.transpose(-1, -2) @ c
+
+
+def _add_rectangle(
+    sums: _Sums,
+    band: slice,
+    b_bhln: Tensor,
+    c_bhln: Tensor,
+    cumulative_bhl: Tensor,
+    document_bl: Tensor,
+    p_bhrs: Tensor,
+) -> None:
+    """What lies left of the tile: the decay is a factor of each row of C times one of each row of B."""
+    begin = band.start
+    before_bh1 = cumulative_bhl[:, :, begin - 1 : begin]
+    open_b1 = document_bl[:, begin - 1 : begin]  # the document that reaches into the band, if any
+    to_row_bhr = (cumulative_bhl[:, :, band] - before_bh1).to(b_bhln.dtype).exp_()
+    to_row_bhr = (to_row_bhr * (document_bl[:, band] == open_b1).unsqueeze(1)).unsqueeze(-1)
+    from_source_bhs = (before_bh1 - cumulative_bhl[:, :, :begin]).to(b_bhln.dtype).exp_()
+    from_source_bhs = (from_source_bhs * (document_bl[:, :begin] == open_b1).unsqueeze(1)).unsqueeze(-1)
+    c_bhrn, b_bhsn = c_bhln[:, :, band] * to_row_bhr, b_bhln[:, :, :begin] * from_source_bhs
+
+    rest_bhrs = (c_bhrn @ b_bhsn.transpose(-1, -2)).sub_(p_bhrs)
+    sums.squared_bh.add_(torch.linalg.vector_norm(rest_bhrs, dim=(-2, -1)).square_())
+    c_gradient, b_gradient = rest_bhrs @ b_bhsn, rest_bhrs.transpose(-1, -2) @ c_bhrn
+    # The sums of R * M over rows and columns are products of what is there already.
+    exact = sums.difference_bhl.dtype
+    sums.difference_bhl[:, :, band] += (c_gradient * c_bhrn).sum(-1).to(exact)
+    sums.difference_bhl[:, :, :begin] -= (b_gradient * b_bhsn).sum(-1).to(exact)
+    sums.c_bhln[:, :, band] += c_gradient * to_row_bhr
+    sums.b_bhln[:, :, :begin] += b_gradient * from_source_bhs

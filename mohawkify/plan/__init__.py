@@ -1,0 +1,1 @@
+"""Plans: steps, FLOPs, memory, disk, time and cost."""

@@ -1,0 +1,398 @@
+"""Memory of a conversion on one GPU, part by part, and what to change where it does not fit. No torch here.
+
+Everything is a formula over a few frozen values: how training is laid out over GPUs (`Layout`), how large the models
+are (`Sizes`), and what one layer takes on its way (`Footprint`). docs/plan.md explains every term.
+
+Letters: P parameters of the student, T those a stage trains, N GPUs, b sequences of a micro-batch, l their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+from mohawkify.student.student_spec import StudentSpec
+from mohawkify.teacher.teacher_spec import TeacherSpec
+
+STAGES = ("orient", "align", "distill")
+FP32, BF16, FP64 = 4, 2, 8  # bytes
+MOMENTS = 2 * FP32  # of AdamW, bytes per parameter
+# The parts of a plan in the order they are printed.
+PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss", "update")
+
+NUMBERS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 64  # of ops/matrix_distance.py
+CHUNK_NUMBERS = 1 << 24  # of ops/chunked_kl.py
+WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
+CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities
+# DeepSpeed's defaults, in numbers: the buffer that gradients are reduced in, and the parameters ZeRO-3 keeps gathered.
+REDUCE_BUCKET, MOST_GATHERED = 5 * 10**8, 10**9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How training is laid out over GPUs.
+
+    Args:
+        engine: ``single``, ``deepspeed`` or ``fsdp``.
+        zero: stage of ZeRO, with DeepSpeed.
+        num_gpus: N, GPUs that share the work, each with micro-batches of its own.
+        offload: what is kept in the memory of the CPU: ``none``, ``optimizer`` or ``all``.
+        precision: ``fp32`` or ``bf16``, of forward and backward passes; weights stay float32.
+        micro_batch: b, sequences per forward pass on one GPU.
+        checkpointing: whether layers keep their input only, and are computed again for their gradients.
+        shard_teacher: whether the GPUs share the teacher's layers too.
+        on_gpu: whether the optimiser updates all weights at once, as it does on GPUs.
+    """
+
+    engine: str = "single"
+    zero: int = 0
+    num_gpus: int = 1
+    offload: str = "none"
+    precision: str = "bf16"
+    micro_batch: int = 1
+    checkpointing: bool = False
+    shard_teacher: bool = False
+    on_gpu: bool = True
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in the precision."""
+        return BF16 if self.precision == "bf16" else FP32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one sequence takes of its stage's greatest length, in bytes, beside weights and their gradients.
+
+    Args:
+        parts: stage 1: when B, C and decay of a layer are there and their loss begins, the teacher's side included.
+        orient: stage 1: at most, while they are differentiated.
+        align: stage 2: at most, in a layer of student and teacher, there and back.
+        entering: stage 3: a layer's input.
+        ends: stage 3: kept outside of the layers.
+        kept: stage 3: kept by a layer from its forward to its backward pass, its output included.
+        passing: stage 3: at most, beside what is kept, while a layer is differentiated.
+        teacher: stage 3: at most, in the teacher's own forward pass.
+        counted: whether the family's code was run to count it, or a rule of thumb stands in.
+    """
+
+    parts: float
+    orient: float
+    align: float
+    entering: float
+    ends: float
+    kept: float
+    passing: float
+    teacher: float
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of teacher and student, and of one stage, that memory depends on.
+
+    Args:
+        stage: ``orient``, ``align`` or ``distill``.
+        length: l, its greatest.
+        teacher: parameters of the teacher.
+        teacher_ends: those of its embedding and head, which every GPU has.
+        student: P.
+        trained: T.
+        trained_ends: those among them of embedding and head.
+        matrices: weights of products that the stage computes with, beside the head.
+        layer: parameters of the largest layer.
+        mixer: parameters of one mixer.
+        ends: parameters of embedding and head.
+        num_layers: layers that the stage goes through.
+        hidden: model width.
+        vocabulary: rows of the head.
+        heads: of a mixer.
+        state: state width per head.
+        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
+    """
+
+    stage: str
+    length: int
+    teacher: int
+    teacher_ends: int
+    student: int
+    trained: int
+    trained_ends: int
+    matrices: int
+    layer: int
+    mixer: int
+    ends: int
+    num_layers: int
+    hidden: int
+    vocabulary: int
+    heads: int
+    state: int
+    whole_logits: bool = False
+
+
+def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, lengths: dict[str, int]) -> Footprint:
+    """A footprint from sizes alone, for families whose code cannot be counted, and where seconds matter.
+
+    The numbers per token are those counted on Llamas: 22 of the model's width in a mixer and the norms, 4 of the width
+    of an MLP that one token meets. Other families are off by up to a third.
+    """
+    number = BF16 if precision == "bf16" else FP32
+    tokens = {stage: float(lengths[stage]) for stage in STAGES}
+    features = student.num_heads * (student.head_width + 2 * student.state_width)
+    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    mlp = (teacher.active_parameters - ends - teacher.attention_parameters) / teacher.num_layers
+    wide = mlp / (3 * teacher.hidden_size)
+    scan = 4.0 * features * FP32
+    layer = 5 * teacher.hidden_size * FP32 + 4 * features * number + scan + 4 * wide * number
+    mixing = student.num_heads * student.state_width
+    around = 8 * teacher.hidden_size * number
+    return Footprint(
+        parts=tokens["orient"] * (around + 12 * mixing * number),
+        orient=tokens["orient"] * (around + 18 * mixing * number),
+        align=tokens["align"] * (around + 1.1 * layer),
+        entering=tokens["distill"] * teacher.hidden_size * FP32,
+        ends=tokens["distill"] * 3 * teacher.hidden_size * FP32,
+        kept=tokens["distill"] * layer,
+        passing=tokens["distill"] * 0.15 * layer,
+        teacher=tokens["distill"] * (around + 3 * wide * number),
+        counted=False,
+    )
+
+
+def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str, int]:
+    """Bytes on one GPU at the fullest moment of a step, by part.
+
+    Args:
+        sizes: of the models and the stage.
+        layout: how training is laid out.
+        footprint: what one sequence takes.
+
+    Returns:
+        Bytes by the names in `PARTS`. ``update`` is what the optimiser's step needs beyond what forward and backward
+        passes had in use, which are over by then; the sum of all parts is the most that is in use.
+    """
+    parts = {**dict.fromkeys(PARTS, 0.0), "teacher": _teacher(sizes, layout), **_student(sizes, layout)}
+    moving = {
+        "orient": _orient,
+        "align": _align,
+        "distill": _distill,
+    }[sizes.stage](sizes, layout, footprint)
+    parts["activations"], parts["loss"] = moving
+    # AdamW on a GPU updates all weights at once, with one more number for each of them on the way.
+    update = FP32 * sizes.trained / _shards(layout) if layout.on_gpu and layout.offload == "none" else 0
+    parts["update"] = max(0.0, update - sum(moving))
+    return {name: ceil(parts[name]) for name in PARTS}
+
+
+def largest_micro_batch(
+    sizes: Sizes, layout: Layout, footprint: Footprint, usable_bytes: int, batch_sequences: int
+) -> int:
+    """The largest micro-batch that fits: a divisor of one GPU's share of the batch; 0 where not even one sequence fits.
+
+    Args:
+        sizes: of the models and the stage.
+        layout: how training is laid out; its own micro-batch does not count.
+        footprint: what one sequence takes.
+        usable_bytes: memory of a GPU that may be filled.
+        batch_sequences: sequences of a step on all GPUs.
+    """
+    share = batch_sequences // layout.num_gpus
+    for micro in sorted((size for size in range(1, share + 1) if share % size == 0), reverse=True):
+        if sum(memory_parts(sizes, replace(layout, micro_batch=micro), footprint).values()) <= usable_bytes:
+            return micro
+    return 0
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to change so that less memory is needed.
+
+    Args:
+        kind: of a kind, the last one that is applied counts.
+        words: what to change.
+        layout: what comes of it.
+    """
+
+    kind: str
+    words: str
+    layout: Layout
+
+    def fields(self, before: Layout) -> dict[str, Any]:
+        """What it changes in a layout."""
+        values = asdict(self.layout)
+        return {name: value for name, value in values.items() if value != getattr(before, name)}
+
+
+def remedies(layout: Layout) -> Iterator[Remedy]:
+    """Yields what could be changed, the cheapest first."""
+    if not layout.checkpointing:
+        yield Remedy("checkpointing", "activation checkpointing", replace(layout, checkpointing=True))
+    micro = layout.micro_batch // 2
+    while micro:
+        yield Remedy("micro", f"micro-batches of {micro}", replace(layout, micro_batch=micro))
+        micro //= 2
+    if layout.engine == "deepspeed":
+        for zero in range(layout.zero + 1, 4):
+            yield Remedy("zero", f"ZeRO-{zero}", replace(layout, zero=zero))
+        if layout.num_gpus > 1:  # it keeps no float32 copy of the weights beside the moments
+            yield Remedy("engine", "FSDP instead of DeepSpeed", replace(layout, engine="fsdp", zero=0))
+    shards = layout.engine == "fsdp" or layout.zero > 0
+    able = layout if shards else replace(layout, engine="deepspeed", zero=3)
+    with_engine = "" if shards else "with DeepSpeed, ZeRO-3, "
+    for num_gpus in (2, 4, 8, 16):
+        if num_gpus > layout.num_gpus:
+            words = f"{num_gpus} GPUs" if shards else f"{num_gpus} GPUs with DeepSpeed, ZeRO-3"
+            yield Remedy("gpus", words, replace(able, num_gpus=num_gpus))
+    if layout.offload == "none" and layout.engine != "fsdp":
+        words = f"{with_engine}the optimiser in the CPU's memory"
+        yield Remedy("offload", words, replace(able, offload="optimizer"))
+    if layout.offload != "all":
+        is_zero_3 = able.engine == "fsdp" or able.zero == 3
+        words = f"{with_engine if is_zero_3 else 'ZeRO-3, '}weights and optimiser in the CPU's memory"
+        yield Remedy("offload", words, replace(able, offload="all", zero=0 if able.engine == "fsdp" else 3))
+    if layout.num_gpus > 1 and not layout.shard_teacher:
+        words = "the teacher spread over the GPUs (compute.shard_teacher)"
+        yield Remedy("teacher", words, replace(layout, shard_teacher=True))
+
+
+def _shards(layout: Layout) -> int:
+    """How many GPUs share the optimiser's state."""
+    if layout.engine == "fsdp" or (layout.engine == "deepspeed" and layout.zero >= 1):
+        return layout.num_gpus
+    return 1
+
+
+def _teacher(sizes: Sizes, layout: Layout) -> float:
+    """Every GPU has the whole teacher, or its embedding and head and a part of all else."""
+    shards = layout.num_gpus if layout.shard_teacher else 1
+    return ((sizes.teacher - sizes.teacher_ends) / shards + sizes.teacher_ends) * layout.number_bytes
+
+
+def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
+    """Weights, gradients, optimiser and buffers, as the engine holds them."""
+    num_gpus, trained = layout.num_gpus, sizes.trained
+    copies = layout.number_bytes * sizes.matrices if layout.precision == "bf16" else 0
+    one_copy = copies / max(sizes.num_layers, 1) if layout.checkpointing or sizes.stage != "distill" else copies
+    weights, gradients, optimizer = float(FP32 * sizes.student), float(FP32 * trained), float(MOMENTS * trained)
+    buffers = float(copies)
+    if layout.engine == "fsdp":
+        weights, gradients, optimizer = weights / num_gpus, gradients / num_gpus, optimizer / num_gpus
+        gathered = layout.number_bytes * (sizes.layer - sizes.mixer) + FP32 * sizes.mixer
+        ends = FP32 * sizes.ends if sizes.stage == "distill" else FP32 * sizes.ends / 2
+        buffers = 2 * gathered + ends + FP32 * sizes.layer  # this layer and the next, and this one's gradient
+    elif layout.engine == "deepspeed":
+        buffers = one_copy
+        if layout.zero >= 1:
+            optimizer = (MOMENTS + FP32) * trained / num_gpus  # a float32 copy of the weights beside the moments
+            buffers += FP32 * REDUCE_BUCKET
+        # Stages 1 and 2 sum all gradients up before they are reduced, but at ZeRO-3 without offloading.
+        reduces_at_once = sizes.stage == "distill" or (layout.zero == 3 and layout.offload == "none")
+        if layout.zero >= 2 and reduces_at_once:
+            gradients /= num_gpus
+        if layout.zero == 3:
+            weights /= num_gpus
+            buffers += FP32 * min(sizes.student, MOST_GATHERED)
+    if layout.offload != "none" and layout.engine != "single":
+        optimizer = 0.0
+        if layout.offload == "all":
+            weights = 0.0
+            gradients = 0.0 if layout.engine == "fsdp" else gradients
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buffers": buffers}
+
+
+def band_rows(batch: int, heads: int, length: int) -> int:
+    """Rows of the mixing matrices that exist at a time in stage 1."""
+    return min(length, MOST_ROWS, max(NUMBERS_PER_BAND // (batch * heads * length), FEWEST_ROWS))
+
+
+def _orient(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
+    matrices = layout.micro_batch * sizes.heads
+    length, state = sizes.length, sizes.state
+    rows = band_rows(layout.micro_batch, sizes.heads, length)
+    left = length - rows  # columns beside the last diagonal tile
+    # The gradients of B and C, in bf16 their copies in float32 too, and running sums of the decay.
+    lasting = length * ((2 + 2 * (layout.precision == "bf16")) * state * FP32 + 3 * FP64)
+    band = rows * length * FP32  # of the teacher's matrix
+    tile = rows * rows * (FP64 + 4 * FP32)  # decays pair by pair, in float64 first; matrix, difference, its square
+    rectangle = rows * left * FP32 + 3 * left * state * FP32  # the difference; B decayed, its gradient, a product
+    taken = matrices * (lasting + band + max(tile, rectangle))
+    activations = layout.micro_batch * footprint.parts
+    return activations, max(taken, layout.micro_batch * footprint.orient - activations)
+
+
+def _align(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
+    return layout.micro_batch * footprint.align, 0.0
+
+
+def _distill(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
+    batch = layout.micro_batch
+    if layout.checkpointing:
+        kept = batch * (footprint.ends + sizes.num_layers * footprint.entering)
+        passing = batch * (footprint.kept + footprint.passing)
+    else:
+        kept = batch * (footprint.ends + sizes.num_layers * footprint.kept)
+        passing = batch * footprint.passing
+    loss = _loss(sizes, layout)
+    teacher = batch * footprint.teacher
+    return kept + max(0.0, passing - loss, teacher - kept - loss), loss
+
+
+def _loss(sizes: Sizes, layout: Layout) -> float:
+    """Stage 3's loss in chunks of tokens: the chunk's logits, the head's gradient, and hidden states of both sides."""
+    tokens = layout.micro_batch * sizes.length
+    if sizes.whole_logits:
+        return float(WHOLE_LOGITS * tokens * sizes.vocabulary * FP32)
+    chunk = min(tokens, max(1, CHUNK_NUMBERS // sizes.vocabulary)) * sizes.vocabulary * FP32
+    head = sizes.vocabulary * sizes.hidden
+    gradient = head * FP32 if sizes.trained_ends else 0
+    hidden = tokens * sizes.hidden * (FP32 + 2 * layout.number_bytes)
+    copy = head * BF16 if layout.precision == "bf16" else 0
+    return max(CHUNKS * chunk + gradient, 2 * gradient) + hidden + copy
+
+
+def sizes_of(
+    stage: str,
+    length: int,
+    teacher: TeacherSpec,
+    student: StudentSpec,
+    trained: dict[str, int],
+    whole_logits: bool = False,
+) -> Sizes:
+    """The sizes of one stage.
+
+    Args:
+        stage: its name.
+        length: its greatest.
+        teacher: the teacher's facts.
+        student: the student's facts.
+        trained: parameters that the stage trains, by part.
+        whole_logits: whether stage 3 makes all logits at once.
+    """
+    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    num_layers = teacher.num_layers if stage == "distill" else len(student.grafted_layers)
+    blocks = student.num_parameters - ends
+    mixing = {"orient": sum(trained.values()), "align": blocks * num_layers // teacher.num_layers, "distill": blocks}
+    if stage == "align" and set(trained) == {"mixer"}:
+        mixing["align"] = student.mixer_parameters
+    trained_ends = trained.get("head", 0) + (trained.get("embedding", 0) if teacher.tied else 0)
+    return Sizes(
+        stage=stage,
+        length=length,
+        teacher=teacher.num_parameters,
+        teacher_ends=ends,
+        student=student.num_parameters,
+        trained=sum(trained.values()),
+        trained_ends=trained_ends,
+        matrices=mixing[stage],
+        layer=blocks // teacher.num_layers,
+        mixer=student.mixer_parameters // len(student.grafted_layers),
+        ends=ends,
+        num_layers=num_layers,
+        hidden=teacher.hidden_size,
+        vocabulary=teacher.vocabulary_size,
+        heads=student.num_heads,
+        state=student.state_width,
+        whole_logits=whole_logits,
+    )

@@ -1,0 +1,1 @@
+"""Recipes: the schema, reading and overriding, and what each key accepts."""

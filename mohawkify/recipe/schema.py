@@ -1,0 +1,423 @@
+"""A recipe: everything that decides a run, as one frozen value, read from YAML and written back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from mohawkify.errors import RecipeError
+from mohawkify.recipe.bundled import recipe_text
+from mohawkify.recipe.messages import explain, show, show_key
+
+# Everything of the schema is imported from here; the part about stages only has a file of its own.
+from mohawkify.recipe.stages import AlignRecipe as AlignRecipe
+from mohawkify.recipe.stages import DistillFinish as DistillFinish
+from mohawkify.recipe.stages import DistillRecipe as DistillRecipe
+from mohawkify.recipe.stages import Finish as Finish
+from mohawkify.recipe.stages import OrientRecipe as OrientRecipe
+from mohawkify.recipe.stages import Saturation as Saturation
+from mohawkify.recipe.stages import Segment as Segment
+from mohawkify.recipe.stages import StageRecipe as StageRecipe
+from mohawkify.recipe.stages import StagesRecipe as StagesRecipe
+from mohawkify.recipe.strict_yaml import (
+    MAX_DEPTH,
+    KeyPath,
+    Lines,
+    YamlProblem,
+    dump_yaml,
+    load_yaml,
+    parse_yaml,
+    read_text,
+)
+from mohawkify.recipe.types import (
+    COUNT,
+    Layers,
+    Line,
+    ListOf,
+    MicroBatch,
+    Name,
+    Pair,
+    PositiveCount,
+    Scalars,
+    Section,
+    Text,
+    conflict,
+    format_count,
+)
+
+
+class StudentRecipe(Section):
+    """What the student is made of."""
+
+    name: Name | None = Field(
+        default=None, description="name of the student and of its run folder; null: the teacher's, with -mohawk"
+    )
+    init: Literal["attention", "identity"] = Field(
+        default="attention",
+        description="start of the mixers: from the teacher's attention weights, or as published (identity)",
+    )
+    state_width: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
+    conv_width: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
+    decay_bias: bool = Field(
+        default=True,
+        description="learned bias on the decay, half-lives spread over the heads; not representable in Llamba's layout",
+    )
+    keep_attention: Layers = Field(
+        default=(), description="numbers of the layers that keep the teacher's attention: a hybrid"
+    )
+
+
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)] | None
+
+
+class Condition(Section):
+    """Keeps the rows of a source whose column compares true."""
+
+    column: Text = Field(description="column that is compared")
+    operator: Literal["==", "!=", "<", "<=", ">", ">=", "in"] = Field(description="comparison")
+    value: Scalars = Field(description="what the column is compared with; a list for the operator in")
+
+    @model_validator(mode="after")
+    def _list_for_in(self) -> Self:
+        if self.operator == "in" and not isinstance(self.value, tuple):
+            conflict(("value",), f"found {show(self.value)}, expected a list for the operator in")
+        if self.operator != "in" and isinstance(self.value, tuple):
+            conflict(("value",), f"found a list, expected one value for the operator {self.operator}")
+        return self
+
+
+class Source(Section):
+    """Where text comes from: exactly one of path, hub and demo."""
+
+    path: Text | None = Field(
+        default=None,
+        description="file, folder or glob of .txt, .jsonl, .parquet or .arrow; teacher:FILE starts in its folder",
+    )
+    hub: Text | None = Field(default=None, description="dataset id on the Hugging Face Hub")
+    demo: Literal["train", "validation"] | None = Field(
+        default=None, description="the demo stories that come with mohawkify"
+    )
+    name: Text | None = Field(default=None, description="configuration of the Hub dataset")
+    split: Text = Field(default="train", description="split of the Hub dataset")
+    revision: Text | None = Field(
+        default=None, description="branch, tag or commit of the Hub dataset; null: its newest state"
+    )
+    text: Text = Field(default="text", description="column that holds the text")
+    chat: Text | None = Field(
+        default=None,
+        description="column that holds a conversation, written with the teacher's chat template; replaces text",
+    )
+    loss: Literal["completion", "all"] = Field(
+        default="completion",
+        description="of a conversation stage 3 counts the predictions of what the assistant wrote, or all; of text all",
+    )
+    separator: Text | None = Field(
+        default="<|endoftext|>", description="where a new document begins in a .txt file; null: a file is one document"
+    )
+    where: ListOf[Condition] = Field(default=(), description="conditions that a row must meet, all of them")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="share in a mixture, by tokens and relative to the other sources of its list; null: one by one",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        given = [key for key in ("path", "hub", "demo") if getattr(self, key) is not None]
+        if len(given) != 1:
+            conflict((), f"found {' and '.join(given) or 'none'}, expected exactly one of path, hub and demo")
+        defaults = {"name": self.name is None, "split": self.split == "train", "revision": self.revision is None}
+        for key, is_default in defaults.items():
+            if self.hub is None and not is_default:
+                conflict((key,), f"found {show(getattr(self, key))} without hub, expected it for a Hub dataset only")
+        return self
+
+
+class DataRecipe(Section):
+    """The text of a run."""
+
+    train: ListOf[Source] = Field(default=(), description="text of all stages")
+    finish: ListOf[Source] = Field(default=(), description="text of the end of a stage that has finish")
+    validation: ListOf[Source] = Field(
+        default=(), description="held-out text; empty: the last documents of train are held out"
+    )
+    epochs: Epochs = Field(
+        default=1, description="how many times the text of train is read; null: as often as the stages need"
+    )
+    finish_epochs: Epochs = Field(default=1, description="how many times the text of finish is read; null likewise")
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> Self:
+        for key in ("train", "finish", "validation"):
+            weights = [source.weight for source in getattr(self, key)]
+            if None in weights and any(weights):
+                index = weights.index(None)
+                conflict((key, str(index)), "found no weight beside sources with one, expected all of them or none")
+        return self
+
+
+class OptimizerRecipe(Section):
+    """AdamW."""
+
+    betas: Pair[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="decay rates of AdamW's two averages"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled weight decay of the matrices that learn; vectors do not decay"
+    )
+    epsilon: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
+    gradient_clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="largest gradient norm; null: no clipping"
+    )
+
+
+class ScheduleRecipe(Section):
+    """Warm-up, stable, decay."""
+
+    warmup: float = Field(
+        default=0.1, ge=0, le=1, description="fraction of a stage's steps in which the learning rate rises"
+    )
+    decay: float = Field(default=0.1, ge=0, le=1, description="fraction of a stage's steps in which it falls")
+    floor: float = Field(default=1e-8, ge=0, description="learning rate that the decay falls towards")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup + self.decay > 1:
+            conflict(("decay",), f"found {self.decay} beside a warmup of {self.warmup}, expected a sum of at most 1")
+        return self
+
+
+class ComputeRecipe(Section):
+    """How the run uses the machine; changes the result by rounding only."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="arithmetic of the forward passes; weights stay fp32"
+    )
+    micro_batch_sequences: MicroBatch | None = Field(
+        default=None,
+        description="sequences per forward pass in one process, a divisor of batch_sequences; auto: the most that a"
+        " GPU's memory holds; null: all that a process has of a batch",
+    )
+    activation_checkpointing: bool = Field(default=False, description="recompute activations instead of keeping them")
+    engine: Literal["auto", "single", "deepspeed", "fsdp"] = Field(
+        default="auto",
+        description="what holds weights and optimiser; auto: single in one process, in several deepspeed, or fsdp"
+        " where deepspeed is not installed",
+    )
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        default=None,
+        description="stage of DeepSpeed's ZeRO: what is spread over the processes, from nothing (0) to the weights (3);"
+        " null: as deepspeed_config says, else 3",
+    )
+    offload: Literal["none", "optimizer", "all"] | None = Field(
+        default=None,
+        description="what deepspeed or fsdp keeps in the CPU's memory; fsdp knows none and all; null: as"
+        " deepspeed_config says, else none",
+    )
+    shard_teacher: bool = Field(
+        default=False, description="spread the teacher over the processes, for one that does not fit on a GPU"
+    )
+    deepspeed_config: Text | None = Field(
+        default=None, description="JSON file of further settings for DeepSpeed, which may not contradict the recipe"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the run computes")
+    kernels: Literal["auto", "torch", "triton", "fla", "mamba-ssm"] = Field(
+        default="auto",
+        description="implementation of scan and stage 1 on CUDA devices; auto: Triton, and plain torch elsewhere",
+    )
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="CPU threads; null: torch decides"
+    )
+    data_workers: int = Field(
+        default=1, ge=0, le=64, description="threads that read batches ahead; whatever their number, the same batches"
+    )
+
+
+class EvaluationRecipe(Section):
+    """The comparison with the teacher after every stage."""
+
+    tokens: PositiveCount = Field(default=200_000, description="held-out tokens that are used, at most")
+    sequence_length: int = Field(default=2048, ge=2, description="tokens per sequence")
+    batch_sequences: int = Field(default=8, ge=1, description="sequences per forward pass")
+
+
+class CheckpointRecipe(Section):
+    """What is kept of a run to continue it."""
+
+    every_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+
+
+class Recipe(Section):
+    """Everything that decides a run but the teacher."""
+
+    name: Name = Field(description="name of the recipe")
+    description: Line = Field(description="what the recipe is for")
+    teacher: Text | None = Field(
+        default=None, description="teacher that the recipe was made for; the command line decides"
+    )
+    student: StudentRecipe = Field(default=StudentRecipe(), description="the student")
+    data: DataRecipe = Field(default=DataRecipe(), description="the text")
+    stages: StagesRecipe = Field(description="the three stages")
+    optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="AdamW")
+    schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="learning rate over a stage")
+    compute: ComputeRecipe = Field(default=ComputeRecipe(), description="use of the machine")
+    evaluation: EvaluationRecipe = Field(default=EvaluationRecipe(), description="comparison with the teacher")
+    checkpoint: CheckpointRecipe = Field(default=CheckpointRecipe(), description="checkpoints")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="seed of the start values and of the order of the text"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        finish = self.stages.distill.finish
+        if self.compute.shard_teacher and finish is not None and finish.teacher_bits is not None:
+            conflict(("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none")
+        micro = self.compute.micro_batch_sequences
+        for name in StagesRecipe.model_fields:
+            stage: StageRecipe = getattr(self.stages, name)
+            if stage.finish is not None and not self.data.finish:
+                conflict(("stages", name, "finish"), "found without sources in data.finish, expected both or neither")
+            if isinstance(micro, int) and stage.batch_sequences % micro:
+                message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
+                conflict(("compute", "micro_batch_sequences"), message)
+            self._require_one_order(name, stage)
+        return self
+
+    def longest_sequence(self, data: str) -> int:
+        """Tokens of the longest sequences that the stages read of ``train`` or ``finish``; 0 where they read none."""
+        stages = [getattr(self.stages, name) for name in StagesRecipe.model_fields]
+        segments = [segment for stage in stages for segment in stage.segments()]
+        return max((segment.sequence_length for segment in segments if segment.data == data), default=0)
+
+    def _require_one_order(self, name: str, stage: StageRecipe) -> None:
+        """Refuse lengths that cannot share an order where text is to be read a certain number of times."""
+        places = {"train": ("sequence_length",), "finish": ("finish", "sequence_length")}
+        for segment in stage.segments():
+            longest = self.longest_sequence(segment.data)
+            key = "epochs" if segment.data == "train" else "finish_epochs"
+            if getattr(self.data, key) is not None and longest % segment.sequence_length:
+                message = (
+                    f"found {segment.sequence_length} beside {longest} on the same text, expected a divisor of it;"
+                    f" or data.{key}: null, which lets some text be read again before all was read"
+                )
+                conflict(("stages", name, *places[segment.data]), message)
+
+
+def parse_recipe(text: str, source: str) -> Recipe:
+    """Reads a recipe from YAML.
+
+    Args:
+        text: the YAML.
+        source: the name of its file, for errors.
+
+    Raises:
+        RecipeError: the text is not YAML or breaks the schema; names file, line and key.
+    """
+    data, lines = load_yaml(text, source)
+    return _validate(data, source, lines)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a bundled recipe by its name, or any recipe by the path of its .yaml file.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is not YAML or breaks the schema.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        return parse_recipe(read_text(Path(name), name), name)
+    return parse_recipe(recipe_text(name), f"{name}.yaml")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Writes a recipe with every value spelt out, so that reading it back gives an equal recipe."""
+    return dump_yaml(_plain(recipe))
+
+
+def comparable_text(recipe: Recipe) -> str:
+    """A recipe as text without what changes the result of a run by rounding only: two such texts mean the same run.
+
+    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, kernels, device, threads.
+    """
+    compute = ComputeRecipe(precision=recipe.compute.precision)
+    return dump_recipe(recipe.model_copy(update={"compute": compute}))
+
+
+def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:
+    """Changes single values of a recipe.
+
+    Args:
+        recipe: the recipe to start from.
+        overrides: ``key=value`` each, the key with dots, the value as in YAML: ``stages.distill.tokens=5B``. A list
+            item is named by its index; the index one past the end appends. Later ones win.
+
+    Raises:
+        RecipeError: an override is malformed, its key unknown or its value wrong.
+    """
+    data = _plain(recipe)
+    set_keys = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(
+                f"--set {show(override)}: found no =, expected key=value, such as stages.distill.tokens=5B"
+            )
+        path = tuple(int(part) if re.fullmatch("[0-9]{1,4}", part) else part for part in key.strip().split("."))
+        if len(path) > MAX_DEPTH:
+            raise RecipeError(f"--set {show(key)}: found more than {MAX_DEPTH} levels of keys")
+        try:
+            value, _ = parse_yaml(text)
+        except YamlProblem as error:
+            raise RecipeError(f"--set {show_key(path)}: {error.problem}") from error
+        _set(data, path, value)
+        set_keys.append(path)
+    return _validate(data, "--set", {}, tuple(set_keys))
+
+
+def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+    """Puts a value into nested plain data; sections on the way that are absent are made, for the schema to judge."""
+    container: Any = data
+    for depth, part in enumerate(path):
+        place = f"--set {show_key(path)}"
+        is_last = depth == len(path) - 1
+        if isinstance(container, list):
+            if not isinstance(part, int) or part > len(container):
+                wanted = f"an index of at most {len(container)}"
+                raise RecipeError(
+                    f"{place}: found {show(part)} for an item of {show_key(path[:depth])}, expected {wanted}"
+                )
+            if part == len(container):
+                container.append({})
+        elif isinstance(container, dict):
+            part = str(part)
+            if not is_last and container.get(part) is None:
+                container[part] = {}
+        else:
+            raise RecipeError(f"{place}: {show_key(path[:depth])} holds a value and has no keys")
+        if is_last:
+            container[part] = value
+        container = container[part]
+
+
+def _validate(data: Any, source: str, lines: Lines, set_keys: tuple[KeyPath, ...] = ()) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        message, hint = explain(error, Recipe, source, lines, set_keys)
+        raise RecipeError(message, hint) from error
+
+
+def _plain(value: Any, field_metadata: tuple[Any, ...] = ()) -> Any:
+    """Turns a recipe into plain data as a YAML file would hold it, without the keys that are null when left out."""
+    if isinstance(value, Section):
+        return {
+            name: _plain(getattr(value, name), tuple(field.metadata))
+            for name, field in type(value).model_fields.items()
+            if getattr(value, name) is not None or field.default is not None
+        }
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return format_count(value) if COUNT in field_metadata else value

@@ -1,0 +1,245 @@
+"""A run's folder: what lies where, and which run is meant when none is named. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mohawkify.errors import CheckpointError, UsageError
+from mohawkify.files.atomic import read_json, verify_directory, write_json
+from mohawkify.recipe.schema import Recipe, comparable_text, load_recipe
+
+RUNS = Path("runs")
+
+
+def run_identity(recipe: Recipe, teacher_files: Mapping[str, str]) -> str:
+    """A hash of what decides a run's result, to know one's own checkpoints by: its recipe and its teacher's files."""
+    return hashlib.sha256((comparable_text(recipe) + repr(sorted(teacher_files.items()))).encode()).hexdigest()
+
+
+def changed_files(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The names under which two sets of hashes differ, sorted."""
+    return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one conversion.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        """What was planned."""
+        return self.path / "plan.json"
+
+    @property
+    def teacher_file(self) -> Path:
+        """The teacher's facts and the hashes of its files."""
+        return self.path / "teacher.json"
+
+    @property
+    def student_file(self) -> Path:
+        """The student's facts."""
+        return self.path / "student.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """A line per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results_file(self) -> Path:
+        """Quality after every stage."""
+        return self.path / "results.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a stopped run continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def corpora(self) -> Path:
+        """Tokenised text."""
+        return self.path / "corpora"
+
+    @property
+    def tracking_file(self) -> Path:
+        """Under which id trackers know the run."""
+        return self.path / "tracking.json"
+
+    @property
+    def tracking(self) -> Path:
+        """What trackers write themselves."""
+        return self.path / "tracking"
+
+    @property
+    def final(self) -> Path:
+        """The finished student as a Hugging Face folder."""
+        return self.path / "final"
+
+    def checked_final(self) -> Path:
+        """The finished student's folder, every byte as it was written.
+
+        Raises:
+            CheckpointError: a file is missing, extra or changed: it was damaged or edited since.
+        """
+        try:
+            verify_directory(self.final)
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.message, hint=f"remove {self.final}: the command that made the run writes it again"
+            ) from error
+        return self.final
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the conversion reached its end."""
+        return self.final.is_dir() and self.results_file.is_file()
+
+    def recipe(self) -> Recipe:
+        """The recipe the run was made with."""
+        return load_recipe(self.recipe_file)
+
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's facts as they were recorded: ``source``, ``folder``, ``files`` and what was inspected.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        facts = read_json(self.teacher_file)
+        texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("source", "folder"))
+        files = facts.get("files") if texts else None
+        if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+            raise CheckpointError(f"{self.teacher_file} does not say which teacher the run was made from")
+        return dict(facts)
+
+    def student(self) -> dict[str, Any]:
+        """The student's facts as they were recorded; none where they were not.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        if not self.student_file.is_file():
+            return {}
+        facts = read_json(self.student_file)
+        kinds = {"name": str, "grafted_layers": list, "num_parameters": int}
+        if not isinstance(facts, dict) or not all(
+            isinstance(facts.get(key, kind()), kind) for key, kind in kinds.items()
+        ):
+            raise CheckpointError(f"{self.student_file} does not say which student the run is to make")
+        return dict(facts)
+
+    def teacher_files(self) -> dict[str, str]:
+        """The hashes that the run's identity is made of: those of the teacher, and of what finishes the run.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        facts = self.teacher()
+        finish = facts.get("finish_files", {})
+        if not isinstance(finish, dict) or not all(isinstance(value, str) for value in finish.values()):
+            raise CheckpointError(f"{self.teacher_file} does not say which teacher finishes the run")
+        return facts["files"] | finish
+
+    def text_files(self) -> dict[str, str] | None:
+        """The hashes of the teacher's files that decide how text is cut and written, which are no part of the identity.
+
+        Returns:
+            None for a run that was begun before they were recorded.
+
+        Raises:
+            CheckpointError: the file does not say them.
+        """
+        files = self.teacher().get("text_files")
+        is_sound = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+        if files is not None and not is_sound:
+            raise CheckpointError(f"{self.teacher_file} does not say how its teacher cuts text")
+        return files
+
+    def results(self) -> dict[str, Any]:
+        """What has been measured so far.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not self.results_file.is_file():
+            return {"teacher": {}, "stages": {}}
+        results = read_json(self.results_file)
+        for part in ("teacher", "stages"):
+            if not isinstance(results, dict) or not isinstance(results.get(part), dict):
+                raise CheckpointError(f"{self.results_file} is damaged: it has no {part}")
+        wrong = next(_wrong_results(results), None)
+        if wrong:
+            raise CheckpointError(f"{self.results_file} is damaged: {wrong}")
+        return results
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Replace the results."""
+        write_json(self.results_file, results)
+
+
+def _wrong_results(results: Mapping[str, Any]) -> Iterator[str]:
+    """What reports cannot be made of, in words."""
+    if not isinstance(results.get("name"), str | None):
+        yield "its name is no text"
+    if not _are_numbers({"evaluation_tokens": results.get("evaluation_tokens", 0)}):
+        yield "its evaluation_tokens are no number"
+    for part in ("teacher", "student"):
+        if not _are_numbers(results.get(part, {})):
+            yield f"the figures of the {part} are no numbers"
+    for name, stage in results["stages"].items():
+        figures = {key: value for key, value in stage.items() if key != "phases"} if isinstance(stage, dict) else {}
+        if not {"tokens", "perplexity", "kl", "top1"} <= figures.keys() or not _are_numbers(figures):
+            yield f"the figures of stage {name[:40]} are no numbers, or lack some"
+        elif not _are_phases(stage.get("phases", [])):
+            yield f"the phases of stage {name[:40]} are none"
+
+
+def _are_numbers(figures: Any) -> bool:
+    return isinstance(figures, dict) and all(type(value) in (int, float) for value in figures.values())
+
+
+def _are_phases(phases: Any) -> bool:
+    kinds = {"data": str, "steps": int, "tokens": int, "ended_by": str}
+    return isinstance(phases, list) and all(
+        isinstance(phase, dict) and all(isinstance(phase.get(key), kind) for key, kind in kinds.items())
+        for phase in phases
+    )
+
+
+def finished_run(path: Path | None, root: Path = RUNS) -> RunFolder:
+    """The run that a command means.
+
+    Args:
+        path: the run's folder; None for the newest finished run below ``root``.
+        root: where runs lie.
+
+    Raises:
+        UsageError: there is no such run, or it is not finished.
+    """
+    if path is not None:
+        run = RunFolder(path)
+        if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+            raise UsageError(f"no such run: {path}", hint="a run is a folder written by `mohawkify convert`")
+        if not run.is_finished:
+            raise UsageError(f"{path} is not a finished run", hint="the same `mohawkify convert` command continues it")
+        return run
+    candidates = [RunFolder(entry) for entry in sorted(root.iterdir())] if root.is_dir() else []
+    finished = [run for run in candidates if run.is_finished]
+    if not finished:
+        raise UsageError(f"no finished run in {root}/", hint="run `mohawkify convert TEACHER --recipe NAME` first")
+    return max(finished, key=lambda run: run.results_file.stat().st_mtime)

@@ -1,0 +1,68 @@
+"""The facts of a student: a frozen value, written to the run as JSON. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """The facts of a student: which layers are grafted and the sizes of their mixers.
+
+    Args:
+        name: the student's name, also its run folder's.
+        model_type: its key in ``config.json``.
+        teacher_type: the teacher's key.
+        layers: attribute path from the model to its decoder layers.
+        attention: attribute of a decoder layer where the mixer stands.
+        grafted_layers: layers whose attention becomes a mixer; the others keep theirs.
+        num_heads: heads per mixer.
+        head_width: width of x, z and y per head.
+        state_width: width of B and C per head.
+        conv_width: taps of the convolutions.
+        decay_bias: whether a_log has a learned bias.
+        out_bias: whether the output projection has a bias.
+        reads_mask: whether mixers read document borders and padding from the mask of attention.
+        packs_by_mask: whether the model is handed a mask with the document borders.
+        num_parameters: all parameters of the student.
+        mixer_parameters: parameters of all mixers.
+        state_numbers: numbers in the constant state of one sequence, convolution tails included.
+    """
+
+    name: str
+    model_type: str
+    teacher_type: str
+    layers: str
+    attention: str
+    grafted_layers: tuple[int, ...]
+    num_heads: int
+    head_width: int
+    state_width: int
+    conv_width: int
+    decay_bias: bool
+    out_bias: bool
+    reads_mask: bool
+    packs_by_mask: bool
+    num_parameters: int
+    mixer_parameters: int
+    state_numbers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return asdict(self)
+
+    def mixer_config(self) -> dict[str, Any]:
+        """The ``mixer`` entry of the student's ``config.json``."""
+        return {
+            "layers": self.layers,
+            "attention": self.attention,
+            "grafted_layers": list(self.grafted_layers),
+            "num_heads": self.num_heads,
+            "head_width": self.head_width,
+            "state_width": self.state_width,
+            "conv_width": self.conv_width,
+            "decay_bias": self.decay_bias,
+            "out_bias": self.out_bias,
+            "reads_mask": self.reads_mask,
+        }

@@ -1,0 +1,107 @@
+"""Prove on loaded weights what a recognised family is believed to be; a wrong belief ends here, before training.
+
+Shapes: b batch, h query heads, g key heads, l target position, s source position, p head width, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mohawkify.errors import UnknownFamilyError
+from mohawkify.families.adapter import Adapter
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.projections import read_attention
+from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+
+DOCUMENTS = (7, 9)  # tokens of the two documents that lie in one row
+# Of the largest output; a wrong belief is off by about 1.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocabulary_size: int) -> None:
+    """Check a recognised family on one row of two random documents.
+
+    Every attention module is heard, each matrix times the values that the projections give is the module's output,
+    no row looks into the future or across the border of documents, and the student's mixers are told of borders and
+    padding.
+
+    Args:
+        teacher: loaded.
+        student: grafted from it.
+        adapter: what is believed of the family.
+        vocabulary_size: token ids are drawn below it.
+
+    Raises:
+        UnknownFamilyError: names the belief that is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids_bl = torch.randint(vocabulary_size, (1, sum(DOCUMENTS)), generator=generator).to(teacher.device)
+    position_bl = torch.cat([torch.arange(length) for length in DOCUMENTS]).unsqueeze(0).to(teacher.device)
+    inputs: dict[str, Any] = {"input_ids": ids_bl, "position_ids": position_bl, "use_cache": False}
+    attentions = {i: getattr(layer, adapter.attention) for i, layer in enumerate(find_layers(teacher, adapter.layers))}
+    calls: list[LayerCall] = []
+    with capture_attention(teacher, adapter), listen(attentions, calls.append):
+        teacher(**inputs)
+    if [call.layer for call in calls] != list(attentions):
+        raise _disproved(adapter, "its layers do not run one after the other, each once")
+    for call in calls:
+        _prove_attention(adapter, call, attentions[call.layer])
+    _prove_keywords(adapter, student, inputs)
+
+
+def _prove_attention(adapter: Adapter, call: LayerCall, attention: nn.Module) -> None:
+    if call.attention is None:
+        raise _disproved(adapter, f"the attention of layer {call.layer} was not heard through the interface")
+    matrix_bhls = call.attention.probabilities()
+    if matrix_bhls.triu(1).any():
+        raise _disproved(adapter, f"layer {call.layer} looks into the future")
+    if matrix_bhls[:, :, DOCUMENTS[0] :, : DOCUMENTS[0]].any():
+        raise _disproved(adapter, f"layer {call.layer} looks across the border of two documents")
+    expected_bld = _attend(matrix_bhls, call.hidden_bld, adapter, attention)
+    error = (expected_bld - call.output_bld.float()).abs().max() / call.output_bld.float().abs().max()
+    if not error <= TOLERANCE[call.output_bld.dtype]:
+        raise _disproved(
+            adapter,
+            f"the attention of layer {call.layer} is not its matrix times its values (they differ by {error:.2g})",
+        )
+
+
+def _attend(matrix_bhls: Tensor, hidden_bld: Tensor, adapter: Adapter, attention: nn.Module) -> Tensor:
+    weights = read_attention(adapter, attention)
+    v_bgsp = torch.einsum("bsd,gpd->bgsp", hidden_bld.float(), weights.v_gpd.float())
+    if weights.v_bias_gp is not None:
+        v_bgsp = v_bgsp + weights.v_bias_gp.float().unsqueeze(1)
+    v_bhsp = v_bgsp.repeat_interleave(matrix_bhls.shape[1] // v_bgsp.shape[1], dim=1)
+    out_bld = torch.einsum("bhlp,dhp->bld", matrix_bhls @ v_bhsp, weights.out_dhp.float())
+    return out_bld if weights.out_bias_d is None else out_bld + weights.out_bias_d.float()
+
+
+def _prove_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    heard: list[dict[str, Any]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, kwargs: heard.append(kwargs), with_kwargs=True)
+        for module in student.modules()
+        if isinstance(module, DiscreteMamba2)
+    ]
+    try:
+        student(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in ("position_ids", "padding_mask"):
+        if any(kwargs.get(name) is None for kwargs in heard):
+            raise _disproved(adapter, f"its decoder layers keep {name} from their attention")
+
+
+def _disproved(adapter: Adapter, reason: str) -> UnknownFamilyError:
+    return UnknownFamilyError(
+        f"the family {adapter.model_type} has no file in adapters/, and its weights disprove what its modules say:"
+        f" {reason}",
+        hint="docs/adapters.md says how to add a family: one file",
+    )

@@ -1,0 +1,174 @@
+"""The teacher that finishes a run, or that is asked for its logits: looked at early, loaded when its turn comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mohawkify.data.loader import Stretch, sequences_of
+from mohawkify.data.teacher_logits import TeacherLogits
+from mohawkify.data.tokenize import tokenizer_hash
+from mohawkify.errors import DataError
+from mohawkify.families.adapter import Adapter
+from mohawkify.recipe.schema import Recipe
+from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.lm_head import prove_head
+from mohawkify.teacher.load import load_teacher, teacher_hashes
+from mohawkify.teacher.locate import find_folder, teacher_name
+from mohawkify.teacher.quantize import require_quantiser
+from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.vocabulary import require_same_vocabulary
+
+
+@dataclass(frozen=True)
+class OtherTeacher:
+    """A teacher whose files were looked at and found to be whole, but whose weights are not in memory.
+
+    Args:
+        source: as the user wrote it.
+        folder: where its files are.
+        adapter: its family.
+        tokenizer: its tokenizer.
+        vocabulary_size: rows of its embedding.
+        bits: 8 or 4 to take its weights in so many bits; None to leave them.
+    """
+
+    source: str
+    folder: Path
+    adapter: Adapter
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
+    bits: int | None
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of every file that decides what it computes; reads them all once."""
+        return teacher_hashes(self.folder)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path or Hub id."""
+        return teacher_name(self.source)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run or a folder of logits records of it."""
+        return {"name": self.name, "model_type": self.adapter.model_type, "files": self.files, "bits": self.bits}
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Its weights, frozen, and its head as its family says; see `load_teacher` and `prove_head`."""
+        teacher = load_teacher(self.folder, dtype=dtype, device=device, bits=self.bits)
+        prove_head(teacher, self.adapter, self.vocabulary_size)
+        return teacher
+
+
+def find_teacher(source: str, bits: int | None) -> OtherTeacher:
+    """Look at a teacher's files; everything that can be refused without loading weights is refused here.
+
+    Args:
+        source: a Hub id or a folder.
+        bits: 8, 4 or None.
+
+    Raises:
+        TeacherError: no such teacher, or its files are not what they claim to be.
+        MissingExtraError: the bits need a package that is not installed.
+    """
+    if bits is not None:
+        require_quantiser(bits)
+    inspection = inspect_teacher(source)
+    folder = find_folder(source)
+    rows = inspection.spec.vocabulary_size
+    return OtherTeacher(
+        source=source,
+        folder=folder,
+        adapter=inspection.adapter,
+        tokenizer=load_tokenizer(folder, rows),
+        vocabulary_size=rows,
+        bits=bits,
+    )
+
+
+def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> str | None:
+    """A line where two tokenizers of one vocabulary would still cut text differently; the first one's cut counts."""
+    if tokenizer_hash(first) == tokenizer_hash(other):
+        return None
+    return f"note: the tokenizer of {name} has the same tokens but other rules; the text is cut by the first one's"
+
+
+Finishing = OtherTeacher | TeacherLogits
+
+
+def find_finishing(recipe: Recipe) -> Finishing | None:
+    """What teaches the end of a recipe's stage 3, looked at but not loaded; None where that is the first teacher.
+
+    Raises:
+        TeacherError: no such teacher, or its files are not what they claim to be.
+        DataError: no such logits, or not all of them.
+    """
+    finish = recipe.stages.distill.finish
+    if finish is None or finish.tokens == 0:
+        return None
+    if finish.teacher is not None:
+        return find_teacher(finish.teacher, finish.teacher_bits)
+    if finish.logits is not None:
+        logits = TeacherLogits(Path(finish.logits))
+        logits.require_complete()
+        return logits
+    return None
+
+
+def finishing_hashes(finishing: Finishing | None) -> dict[str, str]:
+    """The hashes that make it part of a run's identity, under names that no file of the first teacher has."""
+    if isinstance(finishing, OtherTeacher):
+        return {f"finish/{name}": digest for name, digest in finishing.files.items()}
+    return {} if finishing is None else {"finish/logits": finishing.identity()}
+
+
+def require_fitting_tokens(finishing: Finishing, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Refuse a teacher, or logits of one, with another vocabulary than the first teacher's.
+
+    Args:
+        finishing: the teacher or the logits.
+        name: of the first teacher.
+        tokenizer: of the first teacher.
+
+    Returns:
+        A line to show, if there is anything worth it.
+
+    Raises:
+        TeacherError: names the first token that differs.
+    """
+    ours = tokenizer.get_vocab()
+    if isinstance(finishing, TeacherLogits):
+        require_same_vocabulary(ours, finishing.vocabulary(), (name, str(finishing.folder)))
+        return None
+    require_same_vocabulary(ours, finishing.tokenizer.get_vocab(), (name, finishing.name))
+    return tokenizer_note(tokenizer, finishing.tokenizer, finishing.name)
+
+
+def require_fitting_text(logits: TeacherLogits, stretch: Stretch, batch_sequences: int, seed: int) -> None:
+    """Refuse logits of other text, of sequences of another length, or of too few of them.
+
+    Args:
+        logits: the logits.
+        stretch: what is read with them.
+        batch_sequences: sequences per step.
+        seed: of the order.
+
+    Raises:
+        DataError: says what was found and expected.
+    """
+    for what, found, expected in (
+        ("text", logits.facts["text"], stretch.corpus.fingerprint),
+        ("sequence length", logits.layout.sequence_length, stretch.sequence_length),
+    ):
+        if found != expected:
+            raise DataError(
+                f"{logits.folder} holds teacher logits for another {what}: {found}, expected {expected}",
+                hint="write them with the recipe that reads them, and --for with the teacher that is converted",
+            )
+    logits.require_sequences(sequences_of(stretch, batch_sequences, seed))

@@ -1,0 +1,55 @@
+"""The facts of a teacher: a frozen value, written to the run as JSON. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The facts of a teacher that conversion needs, read from its configuration and its modules on the meta device.
+
+    Args:
+        source: the folder, file or Hub id as the user gave it.
+        model_type: transformers' key of the family.
+        num_layers: decoder layers.
+        hidden_size: model width.
+        num_heads: query heads per layer.
+        num_key_heads: key and value heads per layer.
+        head_width: width of a query head.
+        vocabulary_size: rows of the embedding.
+        max_positions: the longest sequence the teacher was made for, in tokens.
+        tied: whether head and embedding are one tensor.
+        num_parameters: all parameters, shared ones once.
+        active_parameters: those that one token meets; less than all where a router chooses among experts.
+        embedding_parameters: of the embedding, learned positions included.
+        head_parameters: of the head, also where it is the embedding's tensor.
+        attention_parameters: parameters of all attention modules.
+        attention_biases: the attention projections that have a bias: ``query``, ``key``, ``value``, ``out``.
+        layer_types: the kind of attention in each layer, such as ``full_attention`` or ``sliding_attention``.
+        sliding_window: window of the sliding layers in tokens, if any.
+    """
+
+    source: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_key_heads: int
+    head_width: int
+    vocabulary_size: int
+    max_positions: int
+    tied: bool
+    num_parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    head_parameters: int
+    attention_parameters: int
+    attention_biases: tuple[str, ...]
+    layer_types: tuple[str, ...]
+    sliding_window: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return asdict(self)

@@ -1,0 +1,287 @@
+"""Ask a teacher once what it would say after every token of a recipe's text, and keep its likeliest answers on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from mohawkify.data.corpus import Corpus
+from mohawkify.data.loader import sequences_of
+from mohawkify.data.packing import packed_batch
+from mohawkify.data.selection import TextReader, epochs_of, stretch_of, tokens_wanted
+from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
+from mohawkify.data.tokenize import tokenizer_hash
+from mohawkify.distributed.process_group import World
+from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.errors import UsageError
+from mohawkify.files import atomic, disk
+from mohawkify.files.lock import run_lock
+from mohawkify.objectives.objective import model_inputs
+from mohawkify.ops.chunked_kl import head_logits
+from mohawkify.ops.losses import TopK
+from mohawkify.recipe.schema import Recipe, Segment
+from mohawkify.teacher.lm_head import run_to_head
+from mohawkify.teacher.second import OtherTeacher, find_teacher, tokenizer_note
+from mohawkify.teacher.vocabulary import require_same_vocabulary
+
+Report = Callable[[str], None]
+
+SECONDS_BETWEEN_LINES = 10.0
+TOKENS_AT_ONCE = 512  # whose logits exist at a time, in float32
+VOCABULARY_BYTES = 64  # of a token with its id in about/vocabulary.json, at most as a rule
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a teacher is asked.
+
+    Args:
+        corpus: the text.
+        sequence_length: tokens per sequence.
+        sequences: (n,) which sequences, sorted.
+        batch_sequences: sequences per forward pass.
+    """
+
+    corpus: Corpus
+    sequence_length: int
+    sequences: np.ndarray
+    batch_sequences: int
+
+
+def teach(
+    source: str,
+    recipe: Recipe,
+    *,
+    phase: str,
+    for_source: str | None,
+    top_k: int,
+    output: Path,
+    bits: int | None,
+    device: torch.device,
+    world: World,
+    report: Report,
+    prepared: Path | None = None,
+) -> dict[str, Any]:
+    """Write a teacher's logits for a phase of a recipe's stage 3.
+
+    Args:
+        source: the teacher: a Hub id or a folder.
+        recipe: names text, lengths, order and precision.
+        phase: ``finish`` or ``train``.
+        for_source: the teacher that is converted, whose tokenizer cuts the text; None for the teacher itself.
+        top_k: tokens kept per position.
+        output: the folder of logits; one that was begun is continued.
+        bits: 8 or 4 to take the teacher's weights in so many bits.
+        device: where the teacher runs.
+        world: the processes that share the work, shard by shard.
+        report: receives a line for every step of the way.
+        prepared: where tokenised text may lie that `mohawkify data prepare` made.
+
+    Returns:
+        A JSON object: ``folder``, ``sequences``, ``tokens``, ``top_k``, ``bytes``, ``bytes_per_token``, ``seconds``.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the same call continues.
+        MohawkifyError: anything foreseeable; nothing is left half-written.
+    """
+    begin = time.monotonic()
+    segment = _segment(recipe, phase)
+    teacher = world.main_first(partial(find_teacher, source, bits))
+    first = teacher if for_source is None else world.main_first(partial(find_teacher, for_source, None))
+    if first is not teacher:
+        names = (first.name, teacher.name)
+        require_same_vocabulary(first.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), names)
+        note = tokenizer_note(first.tokenizer, teacher.tokenizer, teacher.name)
+        if note:
+            report(note)
+    rows = min(first.vocabulary_size, teacher.vocabulary_size)
+    if not 1 <= top_k <= rows:
+        raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
+    corpora = output / "corpora"
+    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocabulary_size, prepared, report=report)
+    text.require_files(segment.data)
+    layout = Layout(segment.sequence_length, top_k, rows).with_shards()
+    with StopRequest() as stop:
+        try:
+            # The main process alone locks and sweeps; the others wait until the folder is as it should be.
+            with run_lock(output) if world.is_main else nullcontext():
+                if world.is_main:
+                    atomic.ensure_writable(output)
+                    for place in (output, corpora):
+                        atomic.sweep_temporaries(place, alone=True)
+                    _require_room(text, segment, layout, output)
+                report("reading the text")
+                task = world.main_first(lambda: _task(text, segment))
+                logits = world.main_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
+                _write_missing(logits, task, teacher, recipe, device, world, report, stop)
+                world.barrier()
+        except KeyboardInterrupt:
+            stop.obey("; the shards that are written stay")
+            raise
+    logits.require_complete()
+    tokens = len(logits.sequences) * segment.sequence_length
+    return {
+        "folder": str(output),
+        "sequences": len(logits.sequences),
+        "tokens": tokens,
+        "top_k": top_k,
+        "bytes": tokens * logits.layout.bytes_per_token,
+        "bytes_per_token": logits.layout.bytes_per_token,
+        "seconds": time.monotonic() - begin,
+    }
+
+
+def _segment(recipe: Recipe, phase: str) -> Segment:
+    for segment in recipe.stages.distill.segments():
+        if segment.data == phase:
+            return segment
+    raise UsageError(
+        f"stage distill of recipe {recipe.name} has no steps on {phase} text",
+        hint="choose the other --stage-phase, or give stages.distill.finish tokens and data.finish sources",
+    )
+
+
+def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Path) -> None:
+    """Refuse before the text is read where the disk cannot hold it with its logits, as far as that can be known."""
+    recipe, needed = text.recipe, text.bytes_to_write(segment.data)
+    if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
+        most = segment.num_steps * recipe.stages.distill.batch_sequences
+        most = min(most, tokens_wanted(recipe, segment.data) // segment.sequence_length)
+        needed += max(0, most - _num_written(output, layout)) * layout.record_bytes
+    disk.require_space(output, needed)
+
+
+def _num_written(output: Path, layout: Layout) -> int:
+    """About how many sequences lie in a folder already."""
+    return sum(1 for _ in output.glob("shard-*")) * layout.shard_sequences
+
+
+def _task(text: TextReader, segment: Segment) -> Task:
+    """The text as the run will read it, and which of its sequences."""
+    recipe, distill = text.recipe, text.recipe.stages.distill
+    place = [each.data for each in distill.segments()].index(segment.data)
+    stretch = stretch_of(recipe, "distill", place, text.stage_text(segment.data))
+    sequences = sequences_of(stretch, distill.batch_sequences, recipe.seed)
+    micro = recipe.compute.micro_batch_sequences
+    return Task(stretch.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
+
+
+def _begin(
+    first: OtherTeacher,
+    teacher: OtherTeacher,
+    task: Task,
+    layout: Layout,
+    recipe: Recipe,
+    output: Path,
+    report: Report,
+) -> TeacherLogits:
+    """Estimate the space, and write what the logits are of, unless an earlier call or process did."""
+    total = len(task.sequences) * layout.record_bytes
+    needed = max(0, len(task.sequences) - _num_written(output, layout)) * layout.record_bytes
+    report(
+        f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
+        f" per token: {total:,} bytes, {disk.free_bytes(output):,} are free"
+    )
+    vocabulary = first.tokenizer.get_vocab()
+    disk.require_space(output, needed + VOCABULARY_BYTES * len(vocabulary))
+    facts = {
+        "teacher": teacher.facts(),
+        "tokenizer": tokenizer_hash(first.tokenizer),
+        "text": task.corpus.fingerprint,
+        "temperature": 1.0,
+        "precision": recipe.compute.precision,
+    }
+    return TeacherLogits.create(output, layout, facts, vocabulary, task.sequences)
+
+
+def _write_missing(
+    logits: TeacherLogits,
+    task: Task,
+    teacher: OtherTeacher,
+    recipe: Recipe,
+    device: torch.device,
+    world: World,
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Write this process's share of the shards that are not there yet."""
+    missing = world.by_main(logits.missing)  # one list for all: the first process may be writing before the last looks
+    if not missing:
+        report(f"{logits.folder} is already finished")
+        return
+    if len(missing) < logits.num_shards:
+        report(f"continuing with {len(missing):,} of {logits.num_shards:,} shards")
+    share = missing[world.rank :: world.size]
+    if not share:
+        return
+    report(f"loading {teacher.name}" + (f" in {teacher.bits} bits" if teacher.bits else ""))
+    is_bf16 = recipe.compute.precision == "bf16"
+    model = teacher.load(torch.bfloat16 if is_bf16 else torch.float32, device)
+    progress = _Progress(sum(len(logits.shard_sequences(number)) for number in share), task.sequence_length, report)
+    for number in share:
+
+        def answers(number: int = number) -> Iterator[TopK]:
+            sequences = logits.shard_sequences(number)
+            for first in range(0, len(sequences), task.batch_sequences):
+                stop.obey("; the shards that are written stay")
+                part = sequences[first : first + task.batch_sequences]
+                with torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext():
+                    yield _ask(model, teacher, task, part, logits.layout, device)
+                progress.advance(len(part))
+
+        logits.write_shard(number, answers())
+
+
+@torch.no_grad()
+def _ask(
+    model: PreTrainedModel,
+    teacher: OtherTeacher,
+    task: Task,
+    sequences: np.ndarray,
+    layout: Layout,
+    device: torch.device,
+) -> TopK:
+    batch = packed_batch(task.corpus, task.sequence_length, sequences)
+    batch = type(batch)(*(tensor.to(device) for tensor in batch))
+    inputs = model_inputs(model, batch, teacher.adapter)
+    if teacher.adapter.logits.unknown is None:
+        head = run_to_head(model, teacher.adapter, **inputs)
+        hidden_td = head.hidden_bld.flatten(0, 1)
+        chunks = (head_logits(head._replace(hidden_bld=part)) for part in hidden_td.split(TOKENS_AT_ONCE))
+    else:
+        chunks = iter(model(**inputs).logits.flatten(0, 1).split(TOKENS_AT_ONCE))
+    found = [top_tokens(logits_tv[:, : layout.vocabulary_size], layout.top_k) for logits_tv in chunks]
+    ids, log_probs, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    shape = batch.input_ids.shape
+    return TopK(ids.view(*shape, -1), log_probs.view(*shape, -1), log_rest.view(shape))
+
+
+class _Progress:
+    """A line now and then: sequences done and left, tokens per second, time to the end."""
+
+    def __init__(self, num_sequences: int, sequence_length: int, report: Report) -> None:
+        self.num_sequences, self.sequence_length, self.report = num_sequences, sequence_length, report
+        self.done = 0
+        self.begin = self.shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count some more sequences."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < SECONDS_BETWEEN_LINES and self.done < self.num_sequences:
+            return
+        self.shown = now
+        rate = self.done / max(now - self.begin, 1e-9)
+        self.report(
+            f"{self.done / self.num_sequences:4.0%}  {self.done:,} of {self.num_sequences:,} sequences  "
+            f"{rate * self.sequence_length:,.0f} tok/s  {(self.num_sequences - self.done) / rate:.0f} s left"
+        )

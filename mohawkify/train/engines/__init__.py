@@ -1,0 +1,1 @@
+"""Engines: gradients and optimiser behind one interface."""

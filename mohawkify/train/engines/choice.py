@@ -1,0 +1,131 @@
+"""Which engine a run trains on, and how its global batch is shared: the same for every stage."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import torch
+
+from mohawkify.data.selection import stage_recipes
+from mohawkify.distributed.process_group import World
+from mohawkify.errors import UsageError
+from mohawkify.families.decoder_layers import find_layers
+from mohawkify.objectives.objective import Stage
+from mohawkify.recipe.schema import ComputeRecipe, Recipe
+from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config, read_settings, zero_and_offload
+from mohawkify.train.engines.engine import Engine, LocalEngine
+
+FOLLOWING_MICRO_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def choose_engine(compute: ComputeRecipe, world: World) -> str:
+    """``single``, ``deepspeed`` or ``fsdp``.
+
+    Raises:
+        MohawkifyError: the engine does not work in so many processes, or settings are given that it would not heed.
+    """
+    engine: str = compute.engine
+    if engine == "auto":
+        several = "deepspeed" if importlib.util.find_spec("deepspeed") else "fsdp"
+        engine = "single" if world.size == 1 else several
+    elif engine == "single" and world.size > 1:
+        raise UsageError(
+            f"the engine single works in one process, found {world.size}", hint="choose --engine deepspeed or fsdp"
+        )
+    else:
+        for key, value in unheeded_settings(compute, engine).items():
+            raise UsageError(
+                f"found compute.{key} {value}, which the engine {engine} does not heed",
+                hint=f"choose --engine deepspeed, or leave it out with --set compute.{key}=null",
+            )
+    if engine == "fsdp" and compute.offload == "optimizer":
+        raise UsageError("the engine fsdp offloads none or all, found compute.offload optimizer")
+    if engine == "deepspeed":
+        zero_and_offload(compute.zero, compute.offload, read_settings(compute.deepspeed_config))
+    return engine
+
+
+def unheeded_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | str]:
+    """The settings of engines that are given and that this engine does not heed, by their keys."""
+    heeded = {"single": (), "fsdp": ("offload",), "deepspeed": ("zero", "deepspeed_config", "offload")}[engine]
+    given = {"zero": compute.zero, "deepspeed_config": compute.deepspeed_config, "offload": compute.offload}
+    return {key: value for key, value in given.items() if value not in (None, "none") and key not in heeded}
+
+
+def require_even_shares(recipe: Recipe, world: World) -> None:
+    """Raise UsageError where the processes cannot share a stage's batch evenly: the batch is the recipe's, exactly."""
+    batches = {name: stage.batch_sequences for name, stage in stage_recipes(recipe).items() if stage.num_steps}
+    common = math.gcd(*batches.values())
+    for name, batch_sequences in batches.items():
+        if batch_sequences % world.size:
+            divisors = [str(number) for number in range(1, common + 1) if common % number == 0]
+            raise UsageError(
+                f"{world.size} processes cannot share the {batch_sequences} sequences of a batch of stage {name}",
+                hint=f"start {', '.join(divisors[-8:])} processes, which divides the batches of all stages, or change"
+                f" stages.{name}.batch_sequences",
+            )
+
+
+def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.device, world: World) -> Engine:
+    """Put the student of a stage into the recipe's engine.
+
+    Args:
+        stage: knows the student and which of its parameters train.
+        recipe: engine, optimiser and precision.
+        micro_batch: sequences per forward pass in one process.
+        device: where this process computes.
+        world: the processes.
+
+    Raises:
+        MohawkifyError: the engine is not installed, or its settings contradict the recipe.
+    """
+    pair, compute = stage.pair, recipe.compute
+    name = choose_engine(compute, world)
+    common = (pair.student, stage.parameters(), recipe.optimizer, compute.precision, device)
+    if name == "single":
+        return LocalEngine(*common)
+    layers = find_layers(pair.student, pair.spec.layers)
+    if name == "fsdp":
+        from mohawkify.train.engines.fsdp_engine import FsdpEngine
+
+        return FsdpEngine(*common, world, layers=layers, offload=compute.offload == "all")
+    from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine
+
+    config = _deepspeed_settings(stage.name, recipe, micro_batch, world, read_settings(compute.deepspeed_config))
+    num_passes = -(-stage_recipes(recipe)[stage.name].batch_sequences // world.size // micro_batch)
+    backwards = num_passes if stage.name == "distill" else None
+    return DeepSpeedEngine(*common, world, layers=layers, config=config, backwards_per_step=backwards)
+
+
+def require_agreeing_settings(recipe: Recipe, world: World) -> None:
+    """Raise RecipeError where a user's DeepSpeed settings contradict a stage: before any work, not when it begins."""
+    if recipe.compute.deepspeed_config is None or choose_engine(recipe.compute, world) != "deepspeed":
+        return
+    settings = read_settings(recipe.compute.deepspeed_config)
+    wanted = recipe.compute.micro_batch_sequences
+    if wanted == "auto":  # what fits is found when a stage begins, and compared then
+        settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
+    for name, stage in stage_recipes(recipe).items():
+        share = stage.batch_sequences // world.size
+        if stage.num_steps:
+            micro_batch = min(wanted, share) if isinstance(wanted, int) else share
+            _deepspeed_settings(name, recipe, micro_batch, world, settings)
+
+
+def _deepspeed_settings(
+    name: str, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
+) -> dict[str, object]:
+    """What DeepSpeed is started with for a stage."""
+    compute, stage = recipe.compute, stage_recipes(recipe)[name]
+    facts = EngineFacts(
+        optimizer=recipe.optimizer,
+        learning_rate=stage.learning_rate,
+        precision=compute.precision,
+        batch_sequences=stage.batch_sequences,
+        micro_batch_sequences=micro_batch,
+        num_processes=world.size,
+        zero=compute.zero,
+        offload=compute.offload,
+    )
+    return engine_config(facts, settings, compute.deepspeed_config or "")

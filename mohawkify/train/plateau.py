@@ -1,0 +1,148 @@
+"""When a phase has saturated: its loss no longer falls, and the steps that are left are better not taken.
+
+A phase ends where other text begins or where the learning rate begins to fall, whichever is next. A saturated phase
+jumps there at once: warm-up, decay and the text of the finish are the planned ones, and what is left out is the rest of
+the stable part. So batch, learning rate and teacher stay pure functions of the planned step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mohawkify.recipe.schema import ScheduleRecipe, Segment, StageRecipe
+from mohawkify.train.schedule import decay_step, warmup_steps
+
+
+@dataclass
+class SaturationWatch:
+    """Compares the mean loss of one window of steps with that of the window before; its numbers go into checkpoints.
+
+    Args:
+        num_losses: losses seen in the present window.
+        total: their sum.
+        before: mean loss of the window before; None where there was none.
+    """
+
+    num_losses: int = 0
+    total: float = 0.0
+    before: float | None = None
+
+    def reset(self) -> None:
+        """Forget everything: another phase begins."""
+        self.num_losses, self.total, self.before = 0, 0.0, None
+
+    def see(self, loss: float, window_steps: int, threshold: float) -> float | None:
+        """Take one more loss.
+
+        Args:
+            loss: of a step.
+            window_steps: steps per window.
+            threshold: the least relative improvement from window to window.
+
+        Returns:
+            By what fraction the loss has fallen since the window before where that is less than the threshold, else
+            None.
+        """
+        self.num_losses += 1
+        self.total += loss
+        if self.num_losses < window_steps:
+            return None
+        mean, before = self.total / window_steps, self.before
+        self.num_losses, self.total, self.before = 0, 0.0, mean
+        if before is None:
+            return None
+        # A loss may be negative or 0 in theory: then nothing is left to improve.
+        improvement = (before - mean) / before if before > 0 else 0.0
+        return improvement if improvement < threshold else None
+
+
+class Phases:
+    """A stage's planned steps: which text they read, and where a saturated phase goes on.
+
+    Args:
+        stage: budgets, and when a phase has saturated.
+        schedule: where the learning rate rises and falls.
+    """
+
+    def __init__(self, stage: StageRecipe, schedule: ScheduleRecipe) -> None:
+        self.saturation, self.segments, self.batch_sequences = stage.saturation, stage.segments(), stage.batch_sequences
+        self.num_steps = stage.num_steps
+        self._warmup = warmup_steps(self.num_steps, schedule)
+        self._decay = decay_step(self.num_steps, schedule)
+
+    def segment_at(self, step: int) -> Segment:
+        """What a step reads, counted from 0."""
+        for segment in self.segments:
+            if step < segment.num_steps:
+                return segment
+            step -= segment.num_steps
+        raise IndexError("the step is beyond the stage's end")
+
+    def border_after(self, step: int) -> int | None:
+        """The step at which the phase of a step ends; None within the decay, which is never cut short."""
+        if step >= self._decay:
+            return None
+        border = 0
+        for segment in self.segments:
+            border += segment.num_steps
+            if border > step:
+                break
+        return min(border, self._decay)
+
+    def window_steps(self, segment: Segment) -> int:
+        """Steps of a window, one at least."""
+        assert self.saturation is not None
+        return max(1, round(self.saturation.window / (segment.sequence_length * self.batch_sequences)))
+
+    def jump(self, step: int, figures: Mapping[str, float], watch: SaturationWatch) -> tuple[int, float] | None:
+        """Whether the phase has saturated with a step.
+
+        Watched is the KL divergence where the stage has one, else the loss: the entropy of the teacher's predictions,
+        which is in the loss too, differs from text to text, and no student can lower it.
+
+        Args:
+            step: planned steps up to and with this one.
+            figures: of this step.
+            watch: of this phase so far; changed.
+
+        Returns:
+            The planned step to go on with, counted from 0, and the improvement that was too small; None to go on.
+        """
+        border = self.border_after(step - 1)
+        if self.saturation is None or border is None or step <= self._warmup:
+            return None
+        if step == border:
+            watch.reset()
+            return None
+        window = self.window_steps(self.segment_at(step - 1))
+        improvement = watch.see(figures.get("kl", figures["loss"]), window, self.saturation.threshold)
+        if improvement is None:
+            return None
+        watch.reset()
+        return border, improvement
+
+    def tokens_between(self, first: int, end: int) -> int:
+        """Tokens that planned steps read, from one up to, but not with, another."""
+        tokens, begin = 0, 0
+        for segment in self.segments:
+            steps = max(0, min(end, begin + segment.num_steps) - max(first, begin))
+            tokens += steps * segment.sequence_length * self.batch_sequences
+            begin += segment.num_steps
+        return tokens
+
+    def outcome(self, left_out: Mapping[str, int]) -> list[dict[str, Any]]:
+        """What became of each phase, as JSON: ``data``, ``steps``, ``tokens`` and what ended it.
+
+        Args:
+            left_out: planned steps that were not taken, by text.
+        """
+        rows = []
+        for segment in self.segments:
+            skipped = left_out.get(segment.data, 0)
+            steps = segment.num_steps - skipped
+            tokens = steps * segment.sequence_length * self.batch_sequences
+            ended_by = "saturation" if skipped else "budget"
+            rows.append({"data": segment.data, "steps": steps, "tokens": tokens, "ended_by": ended_by})
+        return rows

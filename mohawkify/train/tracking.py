@@ -1,0 +1,140 @@
+"""Figures of a run sent to a tracker as well: Accelerate's own classes for TensorBoard, Weights & Biases and Trackio.
+
+A tracker is a convenience. One that cannot be had is refused before anything begins; one that fails later, because the
+network is gone or its disk is full, is told of once and left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mohawkify.errors import CheckpointError, MissingExtraError
+from mohawkify.files import atomic
+
+# Packages of which any one will do, by the tracker's name.
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+PROJECT = "mohawkify"
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        MissingExtraError: names the first of them.
+    """
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
+            raise MissingExtraError(TRACKERS[name][-1], name, f"--track {name}")
+
+
+def tracking_id(file: Path) -> str:
+    """The name under which trackers know a run, drawn once and kept, so that a run that continues is the same one.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    if not file.is_file():
+        atomic.write_json(file, {"id": secrets.token_hex(4)})
+    found = atomic.read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("id"), str):
+        raise CheckpointError(f"{file} does not hold the id of a tracked run", hint="remove it: a new id is drawn")
+    return str(found["id"])
+
+
+class Tracking:
+    """The trackers of a run.
+
+    Args:
+        names: keys of `TRACKERS`.
+        step: optimiser steps taken so far.
+        project: groups runs.
+        run_id: see `tracking_id`.
+        run_name: of the run, for people.
+        folder: where trackers keep files of their own.
+        config: what to show beside the figures; a fresh run gives it once.
+        report: receives a line where a tracker fails.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        step: int,
+        *,
+        project: str,
+        run_id: str,
+        run_name: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        self.report = report
+        self._trackers: dict[str, Any] = {}
+        for name in names:
+            with self._spared(name):
+                tracker = _start(name, project, run_id, run_name, folder, step)
+                self._trackers[name] = tracker
+                if step == 0 and config:
+                    tracker.store_init_configuration(_flat(config))
+
+    def log(self, figures: Mapping[str, Any], step: int) -> None:
+        """Send the numbers among some figures."""
+        numbers = {key: value for key, value in figures.items() if type(value) in (int, float)}
+        for name, tracker in list(self._trackers.items()):
+            with self._spared(name):
+                tracker.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Let every tracker write what it still holds."""
+        for name, tracker in list(self._trackers.items()):
+            with self._spared(name):
+                tracker.finish()
+        self._trackers = {}
+
+    @contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
+        """Spare the run what a tracker raises, whatever it is: told once, and the tracker is left alone."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.report(f"--track {name} is given up, the run goes on: {reason}")
+
+
+def _start(name: str, project: str, run_id: str, run_name: str, folder: Path, step: int) -> Any:
+    from accelerate import PartialState, tracking
+
+    threads = torch.get_num_threads()
+    PartialState()  # Accelerate's loggers ask for it
+    torch.set_num_threads(threads)  # which it may have changed
+    label = f"{run_name}-{run_id}"
+    if name == "tensorboard":
+        # What a killed process logged behind the checkpoint is logged again: the older points go. TensorBoard names
+        # files by the second: without a suffix of its own a run continued within it would overwrite its beginning.
+        tracker: Any = tracking.TensorBoardTracker(
+            label, logging_dir=folder / name, purge_step=step + 1, filename_suffix=f".after-{step}"
+        )
+    elif name == "wandb":
+        tracker = tracking.WandBTracker(project, id=run_id, name=label, resume="allow", dir=str(folder))
+    else:
+        tracker = tracking.TrackioTracker(project, name=label, resume="allow")
+    tracker.start()
+    return tracker
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names; lists as text."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if type(value) in (bool, int, float, str) else str(value)
+    return flat
