@@ -15,7 +15,7 @@ ADAPTER = Adapter(
     model_type="apertus",
     title="Apertus",
     examples=("swiss-ai/Apertus-8B-Instruct-2509",),
-    odd=(
+    notes=(
         "Queries and keys are normalised per head.",
         "An MLP without a gate, whose activation has learned parameters.",
     ),

@@ -6,8 +6,8 @@ ADAPTER = Adapter(
     model_type="arcee",
     title="Arcee",
     examples=("arcee-ai/AFM-4.5B",),
-    odd=("An MLP with squared ReLU and no gate.",),
+    notes=("An MLP with squared ReLU and no gate.",),
     model_class="ArceeForCausalLM",
     config_class="ArceeConfig",
-    sample={"head_dim": 12},
+    tiny_config={"head_dim": 12},
 )

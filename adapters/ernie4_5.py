@@ -6,9 +6,9 @@ ADAPTER = Adapter(
     model_type="ernie4_5",
     title="ERNIE 4.5",
     examples=("baidu/ERNIE-4.5-0.3B-PT",),
-    odd=("Neighbouring features of a head are rotated together.",),
+    notes=("Neighbouring features of a head are rotated together.",),
     model_class="Ernie4_5ForCausalLM",
     config_class="Ernie4_5Config",
-    sample={"head_dim": 12, "use_bias": True},
+    tiny_config={"head_dim": 12, "use_bias": True},
     mlx_module="ernie4_5",
 )

@@ -16,14 +16,18 @@ ADAPTER = Adapter(
     model_type="exaone4",
     title="EXAONE 4",
     examples=("LGAI-EXAONE/EXAONE-4.0-1.2B", "LGAI-EXAONE/EXAONE-4.0-32B"),
-    odd=(
+    notes=(
         "Norms stand after attention and MLP.",
         "Queries and keys are normalised per head.",
         "The 32B model mixes sliding windows with full layers that do not rotate.",
     ),
     model_class="Exaone4ForCausalLM",
     config_class="Exaone4Config",
-    sample={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "sliding_window_pattern": 2},
+    tiny_config={
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window_pattern": 2,
+    },
     qk_norms=("q_norm", "k_norm"),
     mlx_module="exaone4",
     mlx_config=mlx_config,

@@ -43,7 +43,7 @@ ADAPTER = Adapter(
     model_type="falcon",
     title="Falcon",
     examples=("tiiuae/falcon-7b-instruct", "tiiuae/falcon-40b", "tiiuae/falcon-11B"),
-    odd=(
+    notes=(
         "One matrix holds queries, keys and values: with one key head, in groups, or head by head.",
         "Attention and MLP run side by side.",
         "Attention does not use transformers' interface; stage 1 rebuilds queries and keys from the module's call.",
@@ -52,7 +52,7 @@ ADAPTER = Adapter(
     ),
     model_class="FalconForCausalLM",
     config_class="FalconConfig",
-    sample={
+    tiny_config={
         "multi_query": True,
         "parallel_attn": True,
         "new_decoder_architecture": False,

@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="gemma",
     title="Gemma",
     examples=("google/gemma-2b-it", "google/gemma-7b-it"),
-    odd=(
+    notes=(
         "Embeddings are multiplied by the root of the model width; that is the teacher's own code.",
         "The head width is larger than the model width divided by the heads.",
     ),
     model_class="GemmaForCausalLM",
     config_class="GemmaConfig",
-    sample={"head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
+    tiny_config={"head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
     mlx_module="gemma",
-    mlx_sample={"hidden_act": "gelu_python"},
+    mlx_tiny_config={"hidden_act": "gelu_python"},
 )

@@ -6,7 +6,7 @@ ADAPTER = Adapter(
     model_type="gemma2",
     title="Gemma 2",
     examples=("google/gemma-2-2b-it", "google/gemma-2-9b-it"),
-    odd=(
+    notes=(
         "Scores and logits pass through a soft cap; stage 1 hears the cap, the head keeps its own.",
         "Layers alternate between a sliding window and full attention.",
         "Norms before and after attention and MLP.",
@@ -14,7 +14,7 @@ ADAPTER = Adapter(
     ),
     model_class="Gemma2ForCausalLM",
     config_class="Gemma2Config",
-    sample={
+    tiny_config={
         "head_dim": 12,
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],

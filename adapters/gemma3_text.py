@@ -16,14 +16,14 @@ ADAPTER = Adapter(
     model_type="gemma3_text",
     title="Gemma 3 (text)",
     examples=("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
-    odd=(
+    notes=(
         "Queries and keys are normalised per head, by weights that are stored less 1.",
         "Layers with a sliding window rotate by other frequencies than the full ones.",
         "Norms before and after attention and MLP.",
     ),
     model_class="Gemma3ForCausalLM",
     config_class="Gemma3TextConfig",
-    sample={
+    tiny_config={
         "head_dim": 12,
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -32,5 +32,5 @@ ADAPTER = Adapter(
     read_weights=read_weights,
     logits=Logits(softcap="final_logit_softcapping"),
     mlx_module="gemma3_text",
-    mlx_sample={"hidden_size": 64},
+    mlx_tiny_config={"hidden_size": 64},
 )

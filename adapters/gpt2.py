@@ -25,14 +25,14 @@ ADAPTER = Adapter(
     model_type="gpt2",
     title="GPT-2",
     examples=("openai-community/gpt2", "openai-community/gpt2-xl", "distilbert/distilgpt2"),
-    odd=(
+    notes=(
         "Positions are learned and added to the embedding; the student keeps them.",
         "Projections are stored transposed, queries, keys and values in one.",
         "Some checkpoints scale attention by the layer's number too; stage 1 hears the scale.",
     ),
     model_class="GPT2LMHeadModel",
     config_class="GPT2Config",
-    sample={"scale_attn_by_inverse_layer_idx": True, "n_inner": 48},
+    tiny_config={"scale_attn_by_inverse_layer_idx": True, "n_inner": 48},
     layers="transformer.h",
     attention="attn",
     read_weights=read_weights,
@@ -40,5 +40,5 @@ ADAPTER = Adapter(
     mlx_config=mlx_config,
     mlx_prefix="transformer.",
     mlx_counts_tokens=True,
-    mlx_sample={"scale_attn_by_inverse_layer_idx": False, "n_inner": None},
+    mlx_tiny_config={"scale_attn_by_inverse_layer_idx": False, "n_inner": None},
 )

@@ -29,14 +29,14 @@ ADAPTER = Adapter(
     model_type="gpt_bigcode",
     title="GPT-BigCode, StarCoder",
     examples=("bigcode/starcoder", "bigcode/gpt_bigcode-santacoder"),
-    odd=(
+    notes=(
         "One key head for all query heads.",
         "Positions are learned and added to the embedding; the student keeps them.",
         "Decoder layers do not hand positions on; mixers read document borders from the mask.",
     ),
     model_class="GPTBigCodeForCausalLM",
     config_class="GPTBigCodeConfig",
-    sample={"multi_query": True, "n_inner": 48},
+    tiny_config={"multi_query": True, "n_inner": 48},
     layers="transformer.h",
     attention="attn",
     read_weights=read_weights,
@@ -44,5 +44,5 @@ ADAPTER = Adapter(
     mlx_module="gpt_bigcode",
     mlx_config=mlx_config,
     mlx_counts_tokens=True,
-    mlx_sample={"activation_function": "gelu"},
+    mlx_tiny_config={"activation_function": "gelu"},
 )

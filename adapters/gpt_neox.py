@@ -24,7 +24,7 @@ ADAPTER = Adapter(
     model_type="gpt_neox",
     title="GPT-NeoX, Pythia",
     examples=("EleutherAI/pythia-410m", "EleutherAI/pythia-6.9b-deduped", "EleutherAI/gpt-neox-20b"),
-    odd=(
+    notes=(
         "One matrix holds queries, keys and values head by head.",
         "Attention and MLP run side by side, each behind its own LayerNorm.",
         "Only a part of each head is rotated.",
@@ -32,7 +32,7 @@ ADAPTER = Adapter(
     ),
     model_class="GPTNeoXForCausalLM",
     config_class="GPTNeoXConfig",
-    sample={
+    tiny_config={
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "use_parallel_residual": True,
         "attention_bias": True,
@@ -42,5 +42,5 @@ ADAPTER = Adapter(
     read_weights=read_weights,
     mlx_module="gpt_neox",
     mlx_config=mlx_config,
-    mlx_sample={"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 128},
+    mlx_tiny_config={"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 128},
 )

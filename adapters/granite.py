@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="granite",
     title="Granite",
     examples=("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-3.3-8b-instruct"),
-    odd=(
+    notes=(
         "Products are scaled by attention_multiplier; stage 1 hears the scale, the attention start takes it.",
         "Embeddings, residuals and logits have multipliers of their own; they stay the teacher's.",
     ),
     model_class="GraniteForCausalLM",
     config_class="GraniteConfig",
-    sample={
+    tiny_config={
         "attention_multiplier": 0.4,
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.7,

@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="granitemoe",
     title="Granite MoE",
     examples=("ibm-granite/granite-3.1-1b-a400m-instruct", "ibm-granite/granite-3.1-3b-a800m-instruct"),
-    odd=(
+    notes=(
         "Experts and their router are copied.",
         "Products, embeddings, residuals and logits have multipliers, as in Granite.",
     ),
     model_class="GraniteMoeForCausalLM",
     config_class="GraniteMoeConfig",
-    sample={
+    tiny_config={
         "num_experts_per_tok": 2,
         "num_local_experts": 4,
         "attention_multiplier": 0.4,

@@ -6,9 +6,9 @@ ADAPTER = Adapter(
     model_type="helium",
     title="Helium",
     examples=("kyutai/helium-1-2b",),
-    odd=("Neighbouring features of a head are rotated together.",),
+    notes=("Neighbouring features of a head are rotated together.",),
     model_class="HeliumForCausalLM",
     config_class="HeliumConfig",
-    sample={"head_dim": 8, "attention_bias": False},
+    tiny_config={"head_dim": 8, "attention_bias": False},
     mlx_module="helium",
 )

@@ -12,14 +12,14 @@ ADAPTER = Adapter(
         "tiiuae/Falcon3-7B-Instruct",
         "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
     ),
-    odd=(
+    notes=(
         "Grouped key heads: each is repeated for its query heads.",
         "The head is tied to the embedding in small models.",
         "Llama 3.x stretches its rotary frequencies; queries and keys are heard after that.",
     ),
     model_class="LlamaForCausalLM",
     config_class="LlamaConfig",
-    sample={
+    tiny_config={
         "tie_word_embeddings": True,
         "attention_bias": True,
         "rope_parameters": {

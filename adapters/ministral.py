@@ -6,9 +6,9 @@ ADAPTER = Adapter(
     model_type="ministral",
     title="Ministral",
     examples=("mistralai/Ministral-8B-Instruct-2410",),
-    odd=("Layers alternate between a sliding window and full attention; stage 1 sees each layer's own mask.",),
+    notes=("Layers alternate between a sliding window and full attention; stage 1 sees each layer's own mask.",),
     model_class="MinistralForCausalLM",
     config_class="MinistralConfig",
-    sample={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 12},
+    tiny_config={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 12},
     mlx_module="llama",
 )

@@ -6,12 +6,12 @@ ADAPTER = Adapter(
     model_type="mistral",
     title="Mistral",
     examples=("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Nemo-Instruct-2407"),
-    odd=(
+    notes=(
         "Version 0.1 looks through a sliding window in every layer; stage 1 sees it in the teacher's mask.",
         "The head width need not be the model width divided by the heads.",
     ),
     model_class="MistralForCausalLM",
     config_class="MistralConfig",
-    sample={"sliding_window": 5, "head_dim": 12},
+    tiny_config={"sliding_window": 5, "head_dim": 12},
     mlx_module="llama",
 )

@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="mixtral",
     title="Mixtral",
     examples=("mistralai/Mixtral-8x7B-Instruct-v0.1",),
-    odd=(
+    notes=(
         "Experts instead of one MLP; they and their router are copied.",
         "May look through a sliding window, which stage 1 sees in the teacher's mask.",
     ),
     model_class="MixtralForCausalLM",
     config_class="MixtralConfig",
-    sample={"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 5},
+    tiny_config={"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": 5},
     mlx_module="mixtral",
-    mlx_sample={"sliding_window": None},
+    mlx_tiny_config={"sliding_window": None},
 )

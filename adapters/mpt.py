@@ -37,7 +37,7 @@ ADAPTER = Adapter(
     model_type="mpt",
     title="MPT",
     examples=("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct"),
-    odd=(
+    notes=(
         "No positions but ALiBi: a bias on the products that grows with the distance; stage 1 sees it.",
         "One matrix holds queries, keys and values, which may be clipped.",
         "Attention does not use transformers' interface; stage 1 rebuilds its matrix from the module's call.",
@@ -45,7 +45,7 @@ ADAPTER = Adapter(
     ),
     model_class="MptForCausalLM",
     config_class="MptConfig",
-    sample={
+    tiny_config={
         "d_model": 32,
         "n_heads": 4,
         "n_layers": 2,

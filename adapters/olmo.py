@@ -6,11 +6,11 @@ ADAPTER = Adapter(
     model_type="olmo",
     title="OLMo",
     examples=("allenai/OLMo-1B-hf", "allenai/OLMo-7B-hf"),
-    odd=(
+    notes=(
         "Norms without weights.",
         "Queries, keys and values may be clipped; the attention start ignores that, stage 1 sees it.",
     ),
     model_class="OlmoForCausalLM",
     config_class="OlmoConfig",
-    sample={"clip_qkv": 0.4},
+    tiny_config={"clip_qkv": 0.4},
 )

@@ -6,7 +6,7 @@ ADAPTER = Adapter(
     model_type="olmo2",
     title="OLMo 2",
     examples=("allenai/OLMo-2-0425-1B-Instruct", "allenai/OLMo-2-1124-7B-Instruct"),
-    odd=(
+    notes=(
         "Norms stand after attention and MLP, not before.",
         "Queries and keys are normalised over all heads together.",
     ),

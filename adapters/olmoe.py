@@ -6,14 +6,14 @@ ADAPTER = Adapter(
     model_type="olmoe",
     title="OLMoE",
     examples=("allenai/OLMoE-1B-7B-0125-Instruct",),
-    odd=(
+    notes=(
         "Experts and their router are copied.",
         "Queries and keys are normalised over all heads together, values may be clipped.",
     ),
     model_class="OlmoeForCausalLM",
     config_class="OlmoeConfig",
-    sample={"num_experts_per_tok": 2, "num_experts": 4, "clip_qkv": 0.4},
+    tiny_config={"num_experts_per_tok": 2, "num_experts": 4, "clip_qkv": 0.4},
     qk_norms=("q_norm", "k_norm"),
     mlx_module="olmoe",
-    mlx_sample={"clip_qkv": None},
+    mlx_tiny_config={"clip_qkv": None},
 )

@@ -25,14 +25,14 @@ ADAPTER = Adapter(
     model_type="phi3",
     title="Phi-3, Phi-4",
     examples=("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4", "microsoft/Phi-4-mini-instruct"),
-    odd=(
+    notes=(
         "Queries, keys and values lie in one matrix, one below the other; gate and up projection in another.",
         "Phi-3 mini looks through a sliding window, longer ones stretch their rotary frequencies.",
     ),
     model_class="Phi3ForCausalLM",
     config_class="Phi3Config",
-    sample={"sliding_window": 5},
+    tiny_config={"sliding_window": 5},
     read_weights=read_weights,
     mlx_module="phi3",
-    mlx_sample={"sliding_window": None},
+    mlx_tiny_config={"sliding_window": None},
 )

@@ -6,7 +6,7 @@ ADAPTER = Adapter(
     model_type="phimoe",
     title="Phi-3.5 MoE",
     examples=("microsoft/Phi-3.5-MoE-instruct",),
-    odd=(
+    notes=(
         "Experts and their router are copied.",
         "Its router draws at random in training mode; students train in evaluation mode.",
         "router_jitter_noise also decides how near a second expert must come, and stays the teacher's.",
@@ -14,7 +14,7 @@ ADAPTER = Adapter(
     ),
     model_class="PhimoeForCausalLM",
     config_class="PhimoeConfig",
-    sample={
+    tiny_config={
         "num_experts_per_tok": 2,
         "num_local_experts": 4,
         "attention_bias": True,
@@ -22,5 +22,5 @@ ADAPTER = Adapter(
         "sliding_window": 5,
     },
     mlx_module="phimoe",
-    mlx_sample={"sliding_window": None},
+    mlx_tiny_config={"sliding_window": None},
 )

@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="qwen2_moe",
     title="Qwen2 MoE",
     examples=("Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2-57B-A14B-Instruct"),
-    odd=(
+    notes=(
         "Experts, and one more that every token passes through behind a gate; all are copied with the router.",
         "Queries, keys and values have biases.",
     ),
     model_class="Qwen2MoeForCausalLM",
     config_class="Qwen2MoeConfig",
-    sample={
+    tiny_config={
         "num_experts_per_tok": 2,
         "num_experts": 4,
         "moe_intermediate_size": 24,

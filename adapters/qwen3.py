@@ -6,13 +6,13 @@ ADAPTER = Adapter(
     model_type="qwen3",
     title="Qwen3",
     examples=("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"),
-    odd=(
+    notes=(
         "Queries and keys are normalised per head; stage 1 sees the result, the attention start folds in the weights.",
         "The head width need not be the model width divided by the heads.",
     ),
     model_class="Qwen3ForCausalLM",
     config_class="Qwen3Config",
-    sample={"head_dim": 12},
+    tiny_config={"head_dim": 12},
     qk_norms=("q_norm", "k_norm"),
     mlx_module="qwen3",
 )

@@ -6,14 +6,14 @@ ADAPTER = Adapter(
     model_type="qwen3_moe",
     title="Qwen3 MoE",
     examples=("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-Coder-30B-A3B-Instruct"),
-    odd=(
+    notes=(
         "Experts and their router are copied.",
         "Queries and keys are normalised per head.",
         "The head width need not be the model width divided by the heads.",
     ),
     model_class="Qwen3MoeForCausalLM",
     config_class="Qwen3MoeConfig",
-    sample={
+    tiny_config={
         "num_experts_per_tok": 2,
         "num_experts": 4,
         "moe_intermediate_size": 24,

@@ -6,9 +6,9 @@ ADAPTER = Adapter(
     model_type="smollm3",
     title="SmolLM3",
     examples=("HuggingFaceTB/SmolLM3-3B",),
-    odd=("Every fourth layer does not rotate queries and keys.",),
+    notes=("Every fourth layer does not rotate queries and keys.",),
     model_class="SmolLM3ForCausalLM",
     config_class="SmolLM3Config",
-    sample={"no_rope_layers": [1, 0]},
+    tiny_config={"no_rope_layers": [1, 0]},
     mlx_module="smollm3",
 )

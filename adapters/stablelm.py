@@ -24,14 +24,14 @@ ADAPTER = Adapter(
     model_type="stablelm",
     title="StableLM",
     examples=("stabilityai/stablelm-2-1_6b", "stabilityai/stablelm-3b-4e1t", "stabilityai/stablelm-2-12b-chat"),
-    odd=(
+    notes=(
         "Only a part of each head is rotated.",
         "The 12B model runs attention and MLP side by side and has a LayerNorm for every query and key head.",
         "Decoder layers do not hand padding on; mixers read it from the mask.",
     ),
     model_class="StableLmForCausalLM",
     config_class="StableLmConfig",
-    sample={
+    tiny_config={
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "qk_layernorm": True,
         "use_parallel_residual": True,

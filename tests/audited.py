@@ -34,7 +34,7 @@ events: list[tuple[str, ...]] = []
 is_listening = True
 
 
-def listen(event: str, arguments: tuple[Any, ...]) -> None:
+def layer_hooks(event: str, arguments: tuple[Any, ...]) -> None:
     """Note an event; called by Python before it does what the event says."""
     if not is_listening:
         return
@@ -64,7 +64,7 @@ def main() -> None:
     commands, target = Path(sys.argv[1]), Path(sys.argv[2])
     todo = json.loads(commands.read_text(encoding="utf-8"))
     sys.argv = ["mohawkify"]
-    sys.addaudithook(listen)
+    sys.addaudithook(layer_hooks)
     from click.testing import CliRunner
 
     from mohawkify.cli.main import main as mohawkify

@@ -38,7 +38,7 @@ def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **change
     teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
     save_teacher(teacher, folder)
     found = inspect_teacher(str(folder))
-    recipe = StudentRecipe(state_width=16, keep_attention=keep)
+    recipe = StudentRecipe(state_size=16, keep_attention=keep)
     spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
     student = build_student(teacher, found.adapter, spec, "attention", seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -53,8 +53,8 @@ def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = ()
     student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
     with atomic_directory(folder / "final") as final:
         save_student(student, bytes_tokenizer(chat_template=TEMPLATE), final)
-    figures = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
-    write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": figures}})
+    metrics = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
+    write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": metrics}})
     write_json(folder / "student.json", spec.to_json())
     teacher = str((folder / "teacher-folder").resolve())
     write_json(folder / "teacher.json", {"source": teacher, "folder": teacher, "files": {}})

@@ -48,7 +48,7 @@ class Case:
         lengths = [f"stages.{stage}.sequence_length={self.length}" for stage in ("orient", "align", "distill")]
         return apply_overrides(
             load_recipe("llamba-1b"),
-            [*lengths, "stages.distill.finish=null", f"compute.precision={self.precision}"],
+            [*lengths, "stages.distill.final_phase=null", f"compute.precision={self.precision}"],
         )
 
 
@@ -71,7 +71,7 @@ def _built(name: str) -> tuple[Pair, Inspection]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         sizes = {**case.sizes, "max_position_embeddings": 1024}
-        pair = tiny_pair(case.family, Path(folder) / "teacher", student={"state_width": case.state}, **sizes)
+        pair = tiny_pair(case.family, Path(folder) / "teacher", student={"state_size": case.state}, **sizes)
         inspection = inspect_teacher(str(Path(folder) / "teacher"))
     if case.precision == "bf16":
         pair.teacher.to(torch.bfloat16)

@@ -20,7 +20,7 @@ from tests.commands import make_teacher, run_well
 RECIPE = """
 name: ranks
 description: a few steps of every stage
-student: {state_width: 8}
+student: {state_size: 8}
 data:
   train: [{path: "teacher:text.txt"}]
 stages:
@@ -69,7 +69,7 @@ class Workshop:
 
 
 def curve(run_folder: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """The figures of every step; of one that was taken again, the last ones."""
+    """The metrics of every step; of one that was taken again, the last ones."""
     return {(line["stage"], line["step"]): line for line in read_lines(run_folder / "metrics.jsonl")}
 
 

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 from itertools import islice
 
-from mohawkify.data.loader import Stretch, read_batches
+from mohawkify.data.loader import SampleRange, read_batches
 from tests.test_data_reading import BATCH, WORKERS, WORLDS, make_stretches, resume_points, total
 
 Stream = list[list[bytes]]  # of every batch every tensor
@@ -18,22 +18,20 @@ Stream = list[list[bytes]]  # of every batch every tensor
 
 def read_share(world: int, rank: int) -> dict[str, Stream]:
     """What one of several processes reads, its rows of every batch: the stream for each number of threads and stop."""
-    stretches = make_stretches()
-    stops = [[point] for point in resume_points(stretches)] + [resume_points(stretches)]
+    ranges = make_stretches()
+    stops = [[point] for point in resume_points(ranges)] + [resume_points(ranges)]
     return {
-        f"{world} processes, {num_workers} threads, stopped after {some}": _rows(
-            stretches, world, rank, num_workers, some
-        )
+        f"{world} processes, {num_workers} threads, stopped after {some}": _rows(ranges, world, rank, num_workers, some)
         for num_workers in WORKERS
         for some in stops
     }
 
 
-def _rows(stretches: list[Stretch], world: int, rank: int, num_workers: int, stops: list[int]) -> Stream:
+def _rows(ranges: list[SampleRange], world: int, rank: int, num_workers: int, stops: list[int]) -> Stream:
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     found = []
-    for start, stop in zip([0, *stops], [*stops, total(stretches)], strict=True):
-        batches = read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=start, num_workers=num_workers)
+    for start, stop in zip([0, *stops], [*stops, total(ranges)], strict=True):
+        batches = read_batches(ranges, batch_sequences=BATCH, seed=5, first_step=start, num_workers=num_workers)
         for batch in islice(batches, stop - start):
             found.append([tensor[mine].contiguous().numpy().tobytes() for tensor in batch])
     return found

@@ -21,12 +21,12 @@ from mohawkify.objectives.logits import Distill
 from mohawkify.objectives.matrix import Orient
 from mohawkify.objectives.objective import Pair, Runner, model_inputs
 from mohawkify.objectives.trainable import part_of_parameters
-from mohawkify.ops.chunked_kl import distill_loss_chunked
+from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
-from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
-from mohawkify.teacher.lm_head import prove_head, run_to_head
+from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
 from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.pipeline import plan
 from tests.close import assert_close
@@ -56,7 +56,7 @@ class Case:
         with (
             torch.no_grad(),
             capture_attention(teacher, self.pair.adapter),
-            listen(self.attentions(teacher), calls.append),
+            layer_hooks(self.attentions(teacher), calls.append),
         ):
             teacher(**model_inputs(teacher, batch, self.pair.spec))
         return calls
@@ -73,12 +73,12 @@ def test_inspected_facts_are_the_configurations(case):
     spec, config = case.found.spec, case.found.config
     assert spec.model_type == case.name == config.model_type
     assert (spec.num_layers, spec.num_heads, spec.hidden_size) == (LAYERS, config.num_attention_heads, 32)
-    assert spec.vocabulary_size == config.vocab_size
-    assert spec.max_positions == 128
+    assert spec.vocab_size == config.vocab_size
+    assert spec.max_position_embeddings == 128
     with torch.device("meta"):
         model = getattr(transformers, case.pair.adapter.model_class)(config)
     assert spec.num_parameters == model.num_parameters() == case.pair.teacher.num_parameters()
-    assert spec.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    assert spec.tie_word_embeddings == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     biases = {name for name, _ in case.attentions(model)[0].named_parameters() if name.endswith("bias")}
     assert bool(spec.attention_biases) == any("norm" not in name for name in biases)
 
@@ -87,8 +87,8 @@ def test_captured_attention_has_the_inspected_heads_and_windows(case):
     spec = case.found.spec
     for call in case.heard(packed(borders=(0,))):
         q_bhlp, k_bgsp = call.attention.q_bhlp, call.attention.k_bgsp
-        assert q_bhlp.shape[1::2] == (spec.num_heads, spec.head_width)
-        assert k_bgsp.shape[1::2] == (spec.num_key_heads, spec.head_width)
+        assert q_bhlp.shape[1::2] == (spec.num_heads, spec.head_dim)
+        assert k_bgsp.shape[1::2] == (spec.num_key_value_heads, spec.head_dim)
         row = call.attention.probabilities()[0, :, 20]
         sees = spec.sliding_window if spec.layer_types[call.layer] == "sliding_attention" else 21
         assert row[:, 21 - sees : 21].min() > 0
@@ -257,17 +257,17 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
 def test_the_loss_from_hidden_states_is_that_of_the_models_logits(case):
     adapter, spec, batch = case.pair.adapter, case.pair.spec, packed()
     assert adapter.logits.unknown is None, "stage 3 holds all logits of this family at once: say why here"
-    batch.counts[:, [0, 7, 20]] = False
+    batch.loss_mask[:, [0, 7, 20]] = False
     teacher, student = copy.deepcopy(case.pair.teacher).double(), copy.deepcopy(case.pair.student).double()
     for model in (teacher, student):
         model.set_experts_implementation("eager")  # the grouped products of experts have no float64
     parameters = dict(student.requires_grad_().named_parameters())
     inputs = model_inputs(student, batch, spec)
     with torch.no_grad():
-        teacher_head = run_to_head(teacher, adapter, **model_inputs(teacher, batch, spec))
+        teacher_head = run_to_lm_head(teacher, adapter, **model_inputs(teacher, batch, spec))
         teacher_blv = teacher(**model_inputs(teacher, batch, spec)).logits
-    found = distill_loss_chunked(run_to_head(student, adapter, **inputs), teacher_head, batch.counts)
-    expected = distill_loss(student(**inputs).logits, teacher_blv, batch.counts)
+    found = chunked_distill_loss(run_to_lm_head(student, adapter, **inputs), teacher_head, batch.loss_mask)
+    expected = distill_loss(student(**inputs).logits, teacher_blv, batch.loss_mask)
     assert_close("loss", found[0], expected[0])
     assert_close("KL", found[1], expected[1])
     assert found[1] > 1e-3, "teacher and student are the same: this says nothing"
@@ -309,5 +309,5 @@ def test_the_small_model_switches_on_what_is_odd(case):
     adapter = load_adapter(case.name)
     assert adapter.title
     assert adapter.examples
-    assert all(sentence.endswith(".") for sentence in adapter.odd)
-    assert adapter.odd
+    assert all(sentence.endswith(".") for sentence in adapter.notes)
+    assert adapter.notes

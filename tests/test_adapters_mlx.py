@@ -33,10 +33,10 @@ HYBRIDS = [
     for layer in range(LAYERS)
     if layer == LAYERS - 1
     or name == "gpt2"
-    or LAYERS_DIFFER & load_adapter(name).sample.keys() - load_adapter(name).mlx_sample.keys()
+    or LAYERS_DIFFER & load_adapter(name).tiny_config.keys() - load_adapter(name).mlx_tiny_config.keys()
     if (name, layer) not in WINDOWS
 ]
-# What `mlx_sample` switches off because mlx-lm lacks it: the layer whose attention shows it, None where none needs to.
+# What `mlx_tiny_config` switches off because mlx-lm lacks it: the layer whose attention shows it, or None.
 LACKING = {
     "glm": (1, "nats per token away from its run before it is rounded"),
     "gpt2": (None, "mlx-lm's gpt2 cannot hold this student"),
@@ -63,7 +63,7 @@ def run_of(folder, family, keep=(), **changes):
     # Experts that are narrower stay plain, and MLX runs those on no CPU but in float32.
     wide = {"intermediate_size": 64, "moe_intermediate_size": 64} if family in MIXTURES else {}
     sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": LENGTH, **wide}
-    changes = {**sizes, **load_adapter(family).mlx_sample, **changes}
+    changes = {**sizes, **load_adapter(family).mlx_tiny_config, **changes}
     return finished_run(folder, family, keep, **changes)
 
 
@@ -207,7 +207,7 @@ def test_what_mlx_lm_rounds_otherwise_is_exported_in_bfloat16(tmp_path, family):
 
 
 def test_every_change_of_a_sample_is_accounted_for():
-    changed = {name for name in FAMILIES if load_adapter(name).mlx_sample}
+    changed = {name for name in FAMILIES if load_adapter(name).mlx_tiny_config}
     assert changed == {*LACKING, *COARSE}
 
 

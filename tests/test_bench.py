@@ -139,7 +139,7 @@ def test_a_filled_cache_is_as_large_as_a_real_one():
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     case = find_cases(CPU)["orient"]
-    sizes = {"batch": 1, "length": 1024, "heads": 4, "head_width": 16, "state_width": 16}
+    sizes = {"batch": 1, "length": 1024, "heads": 4, "head_dim": 16, "state_size": 16}
     matrix = 4 * 1024 * 1024 * 4
     assert peak_in_child(task_of(case, "direct", sizes)) > 3 * matrix
     with pytest.raises(MohawkifyError, match="could not be measured"):

@@ -19,7 +19,7 @@ from mohawkify.train import loop
 from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.trainer import Conversion
-from mohawkify.train.watchdog import HangWatch
+from mohawkify.train.watchdog import Watchdog
 from tests.commands import make_recipe, make_teacher, run
 
 ORIENT_ALONE = ("--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=0")
@@ -41,7 +41,7 @@ def convert(folder: Path, output: Path, *more: str) -> Result:
 
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory) -> Path:
-    """A run that was stopped in stage 3, after step 5; its figures are not what was measured."""
+    """A run that was stopped in stage 3, after step 5; its metrics are not what was measured."""
     output = tmp_path_factory.mktemp("stopped") / "run"
     update = StageProgress.update
 
@@ -93,7 +93,7 @@ def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
     write, sha256_of = Conversion._write, manifest.sha256_of
 
     def hash_watched(path: Path, beat: Any = manifest.no_beat) -> str:
-        watched.append(isinstance(getattr(beat, "__self__", None), HangWatch))
+        watched.append(isinstance(getattr(beat, "__self__", None), Watchdog))
         return sha256_of(path, beat)
 
     def write_watched(*arguments: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.packing import packed_batch
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import Raw, to_document
 from mohawkify.data.tokenize_workers import encode_rows
 from mohawkify.errors import DataError
@@ -187,7 +187,7 @@ def chat_file(path: Path) -> Path:
 
 
 def build(folder: Path, *sources: Source, template: str = LLAMA3) -> Corpus:
-    return build_corpus(Wanted(sources, tokenizer_for(template), None, None, 300), folder)
+    return build_corpus(CorpusRequest(sources, tokenizer_for(template), None, None, 300), folder)
 
 
 @pytest.mark.parametrize("length", [2, 7, 32, 100])
@@ -201,8 +201,8 @@ def test_counts_are_of_completions_in_the_same_sequence_and_document(tmp_path: P
         for place in range(length):
             after = index * length + place + 1
             counted = place + 1 < length and after not in starts and bool(corpus.completion[after])
-            assert bool(batch.counts[number, place]) == counted
-    assert 0 < batch.counts.sum() < batch.counts.numel()
+            assert bool(batch.loss_mask[number, place]) == counted
+    assert 0 < batch.loss_mask.sum() < batch.loss_mask.numel()
 
 
 def test_loss_on_all_keeps_no_mask_and_counts_everything(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_plain_text_beside_conversations_counts_within_its_documents(tmp_path: P
     assert corpus.completion is not None
     document = len("plain text") + 1  # BOS in front
     batch = packed_batch(corpus, document, np.arange(2))
-    assert batch.counts.tolist() == [[True] * (document - 1) + [False]] * 2
+    assert batch.loss_mask.tolist() == [[True] * (document - 1) + [False]] * 2
 
 
 def test_a_cut_and_a_held_out_part_keep_the_mask(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_cut_and_a_held_out_part_keep_the_mask(tmp_path: Path) -> None:
 
     sources = (Source(path=str(chat_file(tmp_path / "a.jsonl")), chat="talk"),)
     whole = build(tmp_path, *sources)
-    cut = build_corpus(Wanted(sources, tokenizer_for(LLAMA3), 100, None, 300), tmp_path)
+    cut = build_corpus(CorpusRequest(sources, tokenizer_for(LLAMA3), 100, None, 300), tmp_path)
     assert cut.completion is not None
     assert whole.completion is not None
     np.testing.assert_array_equal(cut.completion, whole.completion[:100])

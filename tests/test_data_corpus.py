@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mohawkify.data.prepare as prepare_module
 from mohawkify.data.corpus import Corpus, hold_out
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.tokenize import Document, encode_documents, tokenizer_hash
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
@@ -31,7 +31,7 @@ def write_texts(path: Path, texts: list[str] = TEXTS) -> Source:
 
 def build(directory: Path, *sources: Source, tokenizer: Any = None, vocab_size: int = 258, **options: Any) -> Corpus:
     num_tokens, teacher = options.pop("num_tokens", None), options.pop("teacher_directory", None)
-    wanted = Wanted(sources, tokenizer or bytes_tokenizer(), num_tokens, teacher, vocab_size)
+    wanted = CorpusRequest(sources, tokenizer or bytes_tokenizer(), num_tokens, teacher, vocab_size)
     return build_corpus(wanted, directory / "corpora", **options)
 
 

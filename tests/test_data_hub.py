@@ -20,7 +20,7 @@ import pytest
 
 from mohawkify.data import prepare
 from mohawkify.data.hub import _WAITS, _WAITS_AT_FIRST, Place
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import Raw, raw_documents
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
@@ -262,7 +262,7 @@ def test_a_corpus_is_finished_after_the_network_was_gone(
     monkeypatch.setattr(prepare, "_DOCUMENTS_AT_ONCE", 16)
     where = [{"column": "score", "operator": ">", "value": 0}]
     source = Source.model_validate({"hub": "someone/web", "where": where})
-    wanted = Wanted((source,), bytes_tokenizer(), None, None, 258)
+    wanted = CorpusRequest((source,), bytes_tokenizer(), None, None, 258)
     whole = build_corpus(wanted, tmp_path / "whole")
     hub.fault = lambda path, first, number: "503" if path == TRAIN else None
     with pytest.raises(DataError, match="cannot read Hub dataset"):

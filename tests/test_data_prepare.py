@@ -18,7 +18,7 @@ import pytest
 from mohawkify.data import prepare
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.corpus_files import checked_facts
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.files import atomic
 from mohawkify.recipe.schema import Source
@@ -66,8 +66,8 @@ def sources(folder: Path, kind: str) -> tuple[Source, ...]:
     return (source(a), source(b))
 
 
-def want(parts: tuple[Source, ...], num_tokens: int | None = None) -> Wanted:
-    return Wanted(parts, bytes_tokenizer(chat_template=CHAT), num_tokens, None, 258)
+def want(parts: tuple[Source, ...], num_tokens: int | None = None) -> CorpusRequest:
+    return CorpusRequest(parts, bytes_tokenizer(chat_template=CHAT), num_tokens, None, 258)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -14,9 +14,9 @@ import pytest
 
 from mohawkify.data import loader
 from mohawkify.data.corpus import Corpus, Joined
-from mohawkify.data.loader import Stretch, batch_at, read_batches
+from mohawkify.data.loader import SampleRange, batch_at, read_batches
 from mohawkify.data.packing import Batch
-from mohawkify.data.selection import epochs_needed, reaches, stage_stretches, tokens_wanted
+from mohawkify.data.selection import epochs_needed, sample_spans, stage_ranges, tokens_wanted
 from mohawkify.errors import RecipeError
 from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
 
@@ -25,9 +25,9 @@ name: tiny
 description: two lengths, two corpora, several epochs
 data:
   train: [{path: a.txt}]
-  finish: [{path: b.jsonl, chat: talk}]
+  final_phase: [{path: b.jsonl, chat: talk}]
   epochs: 3
-  finish_epochs: 4
+  final_phase_epochs: 4
 stages:
   orient: {tokens: 2k, sequence_length: 8, batch_sequences: 8, learning_rate: 1e-3}
   align: {tokens: 3k, sequence_length: 16, batch_sequences: 8, learning_rate: 1e-3}
@@ -36,7 +36,7 @@ stages:
     sequence_length: 16
     batch_sequences: 8
     learning_rate: 1e-3
-    finish: {tokens: 2.56k, sequence_length: 32}
+    final_phase: {tokens: 2.56k, sequence_length: 32}
 seed: 5
 """
 BATCH = 8
@@ -57,23 +57,23 @@ def make_corpora(recipe: Recipe) -> dict[str, Corpus]:
     """Exactly the tokens that the epochs need, so that every epoch's border is crossed."""
     return {
         "train": corpus(tokens_wanted(recipe, "train"), 1, is_masked=False),
-        "finish": corpus(tokens_wanted(recipe, "finish"), 2, is_masked=True),
+        "final_phase": corpus(tokens_wanted(recipe, "final_phase"), 2, is_masked=True),
     }
 
 
-def make_stretches() -> list[Stretch]:
+def make_stretches() -> list[SampleRange]:
     """The last stage: its main part, then its finish."""
     recipe = parse_recipe(RECIPE, "tiny.yaml")
-    return stage_stretches(recipe, make_corpora(recipe))["distill"]
+    return stage_ranges(recipe, make_corpora(recipe))["distill"]
 
 
-def total(stretches: list[Stretch]) -> int:
-    return sum(stretch.num_steps for stretch in stretches)
+def total(ranges: list[SampleRange]) -> int:
+    return sum(sample_range.num_steps for sample_range in ranges)
 
 
-def resume_points(stretches: list[Stretch]) -> list[int]:
-    """Ten steps after which a run stops and continues: at the beginning, around the finish, at the end."""
-    border, end = stretches[0].num_steps, total(stretches)
+def resume_points(ranges: list[SampleRange]) -> list[int]:
+    """Ten steps after which a run stops and continues: at the beginning, around the final phase, at the end."""
+    border, end = ranges[0].num_steps, total(ranges)
     return sorted({1, 2, 5, border - 1, border, border + 1, border + 3, end - 1, end, 13})
 
 
@@ -88,21 +88,21 @@ def corpora(recipe: Recipe) -> dict[str, Corpus]:
 
 
 @pytest.fixture(scope="module")
-def stretches() -> list[Stretch]:
+def ranges() -> list[SampleRange]:
     return make_stretches()
 
 
-def stream_digest(stretches: list[Stretch], fields: tuple[str, ...] = Batch._fields) -> str:
+def stream_digest(ranges: list[SampleRange], fields: tuple[str, ...] = Batch._fields) -> str:
     """The hash of the whole stream, batch after batch."""
     digest = hashlib.sha256()
-    for step in range(total(stretches)):
-        batch = batch_at(stretches, step, BATCH, 5)
+    for step in range(total(ranges)):
+        batch = batch_at(ranges, step, BATCH, 5)
         for tensor in (getattr(batch, field) for field in fields):
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def test_the_stream_is_the_same_for_any_processes_threads_and_resumes(stretches: list[Stretch]) -> None:
+def test_the_stream_is_the_same_for_any_processes_threads_and_resumes(ranges: list[SampleRange]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -112,18 +112,22 @@ def test_the_stream_is_the_same_for_any_processes_threads_and_resumes(stretches:
     assert done.returncode == 0, done.stderr
     digests = json.loads(done.stdout)
     assert len(digests) == len(WORLDS) * len(WORKERS) * (10 + 1)
-    assert set(digests.values()) == {stream_digest(stretches)}, digests
+    assert set(digests.values()) == {stream_digest(ranges)}, digests
 
 
-def test_the_stream_never_changes(stretches: list[Stretch]) -> None:
+def test_the_stream_never_changes(ranges: list[SampleRange]) -> None:
     """A run made with an older version continues with the same text: this number may not change."""
-    assert stream_digest(stretches, ("input_ids", "position_ids", "counts"))[:16] == "adcfc5902201cd85"
+    assert stream_digest(ranges, ("input_ids", "position_ids", "counts"))[:16] == "adcfc5902201cd85"
 
 
 def test_every_epoch_is_whole(recipe: Recipe, corpora: dict[str, Corpus]) -> None:
-    finish = stage_stretches(recipe, corpora)["distill"][1]
-    rows = [tuple(row) for step in range(finish.num_steps) for row in batch_at([finish], step, BATCH, 5)[0].tolist()]
-    per_epoch = corpora["finish"].num_tokens // finish.sequence_length
+    final_phase = stage_ranges(recipe, corpora)["distill"][1]
+    rows = [
+        tuple(row)
+        for step in range(final_phase.num_steps)
+        for row in batch_at([final_phase], step, BATCH, 5)[0].tolist()
+    ]
+    per_epoch = corpora["final_phase"].num_tokens // final_phase.sequence_length
     assert len(rows) == 4 * per_epoch
     epochs = [rows[first : first + per_epoch] for first in range(0, len(rows), per_epoch)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == per_epoch for epoch in epochs)
@@ -132,7 +136,7 @@ def test_every_epoch_is_whole(recipe: Recipe, corpora: dict[str, Corpus]) -> Non
 
 def test_stages_of_different_length_read_every_text_equally_often(recipe: Recipe, corpora: dict[str, Corpus]) -> None:
     reads = np.zeros(corpora["train"].num_tokens, dtype=int)
-    for stage in stage_stretches(recipe, corpora).values():
+    for stage in stage_ranges(recipe, corpora).values():
         for step in range(stage[0].num_steps):
             for sequence in batch_at([stage[0]], step, BATCH, 5).sequences.tolist():
                 reads[sequence * stage[0].sequence_length :][: stage[0].sequence_length] += 1
@@ -141,33 +145,33 @@ def test_stages_of_different_length_read_every_text_equally_often(recipe: Recipe
 
 
 def test_lengths_that_share_no_order_are_refused_where_text_is_read_so_often(recipe: Recipe) -> None:
-    odd = ["stages.align.sequence_length=12", "stages.distill.finish.sequence_length=24"]
+    odd = ["stages.align.sequence_length=12", "stages.distill.final_phase.sequence_length=24"]
     with pytest.raises(RecipeError, match=r"stages.align.sequence_length: found 12 beside 16 on the same text"):
         apply_overrides(recipe, odd)
     allowed = apply_overrides(recipe, [*odd, "data.epochs=null"])
-    assert [reach.sequences_per_block for found in reaches(allowed).values() for reach in found] == [2, 1, 1, 1]
+    assert [span.sequences_per_block for found in sample_spans(allowed).values() for span in found] == [2, 1, 1, 1]
 
 
 def test_tokens_wanted_are_just_enough(recipe: Recipe) -> None:
-    for data, epochs in (("train", 3), ("finish", 4)):
+    for data, epochs in (("train", 3), ("final_phase", 4)):
         enough = tokens_wanted(recipe, data)
         assert epochs_needed(recipe, data, enough) == epochs
         assert epochs_needed(recipe, data, enough - 1) == epochs + 1
-    first = {name: [(reach.first, reach.end) for reach in found] for name, found in reaches(recipe).items()}
+    first = {name: [(span.first, span.end) for span in found] for name, found in sample_spans(recipe).items()}
     assert first == {"orient": [(0, 248)], "align": [(124, 308)], "distill": [(308, 524), (0, 80)]}
 
 
 def test_batches_are_read_ahead_in_order_and_the_threads_end(
-    stretches: list[Stretch], monkeypatch: pytest.MonkeyPatch
+    ranges: list[SampleRange], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
 
-    def note(stretches: list[Stretch], step: int, batch_sequences: int, seed: int) -> Batch:
+    def note(ranges: list[SampleRange], step: int, batch_sequences: int, seed: int) -> Batch:
         seen.append(step)
-        return batch_at(stretches, step, batch_sequences, seed)
+        return batch_at(ranges, step, batch_sequences, seed)
 
     monkeypatch.setattr(loader, "batch_at", note)
-    batches = read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=3, num_workers=2)
+    batches = read_batches(ranges, batch_sequences=BATCH, seed=5, first_step=3, num_workers=2)
     next(batches)
     while len(seen) < 5:
         threading.Event().wait(0.001)
@@ -176,13 +180,13 @@ def test_batches_are_read_ahead_in_order_and_the_threads_end(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_an_error_in_a_thread_arrives(stretches: list[Stretch], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_thread_arrives(ranges: list[SampleRange], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> Batch:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(loader, "batch_at", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        next(read_batches(stretches, batch_sequences=BATCH, seed=5, first_step=0, num_workers=2))
+        next(read_batches(ranges, batch_sequences=BATCH, seed=5, first_step=0, num_workers=2))
 
 
 def test_joined_parts_read_as_one(tmp_path: Path) -> None:

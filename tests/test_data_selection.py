@@ -88,13 +88,17 @@ def test_the_held_out_end_is_not_counted(tmp_path: Path) -> None:
 
 def test_the_end_of_a_stage_has_epochs_of_its_own(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", 100)
-    finish = f"data.finish={json.dumps([{'path': str(file)}])}"
-    settings = ["data.finish_epochs=4", "stages.distill.finish={tokens: 128, sequence_length: 32}", finish]
+    final_phase = f"data.final_phase={json.dumps([{'path': str(file)}])}"
+    settings = [
+        "data.final_phase_epochs=4",
+        "stages.distill.final_phase={tokens: 128, sequence_length: 32}",
+        final_phase,
+    ]
     recipe = recipe_for(file, *reversed(settings))
     corpora = reader(recipe, tmp_path).training()
-    assert corpora["finish"].num_tokens == 32  # 128 tokens: four times one sequence for one of the batch's four
+    assert corpora["final_phase"].num_tokens == 32  # 128 tokens: four times one sequence for one of the batch's four
     short = json.dumps([{"path": str(write(tmp_path / "short.jsonl", 1))}])
-    text = reader(apply_overrides(recipe, [f"data.finish={short}"]), tmp_path)
+    text = reader(apply_overrides(recipe, [f"data.final_phase={short}"]), tmp_path)
     with pytest.raises(DataError, match="has 20 tokens, expected at least one sequence of 32"):
         text.training()
 
@@ -102,9 +106,9 @@ def test_the_end_of_a_stage_has_epochs_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llamba-1b", "llamba-3b", "llamba-8b"])
 def test_the_published_tail_is_four_epochs_of_200_million_tokens(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.data.finish_epochs == 4
+    assert recipe.data.final_phase_epochs == 4
     # In whole batches: half a batch more or less.
-    assert abs(tokens_wanted(recipe, "finish") - 200e6) < 128 * 4096
+    assert abs(tokens_wanted(recipe, "final_phase") - 200e6) < 128 * 4096
     assert recipe.data.epochs == 1
 
 

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import raw_documents, to_document
 from mohawkify.demo import split_stories
 from mohawkify.errors import DataError
@@ -34,7 +34,7 @@ def read(teacher_directory: Path | None = None, chat_template: str | None = None
     texts = [document.text for document in found if document is not None]
     if not texts:
         with TemporaryDirectory() as folder:
-            build_corpus(Wanted((wanted,), tokenizer, None, teacher_directory, 258), Path(folder))
+            build_corpus(CorpusRequest((wanted,), tokenizer, None, teacher_directory, 258), Path(folder))
     return texts
 
 
@@ -328,7 +328,7 @@ def test_plain_text_has_no_columns_to_compare(tmp_path: Path) -> None:
 
 def test_conversation_without_a_template(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"talk": [{"role": "user", "content": "Hi"}]}])
-    wanted = Wanted((Source(path=str(file), chat="talk"),), bytes_tokenizer(), None, None, 258)
+    wanted = CorpusRequest((Source(path=str(file), chat="talk"),), bytes_tokenizer(), None, None, 258)
     with pytest.raises(DataError, match="tokenizer has no chat template"):
         build_corpus(wanted, tmp_path / "corpora")
 

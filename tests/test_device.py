@@ -78,9 +78,9 @@ def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
         ("--set", "compute.activation_checkpointing=true", "--set", "compute.micro_batch_sequences=2"),
         (
             "--set",
-            "data.finish=[{path: 'teacher:text.txt'}]",
+            "data.final_phase=[{path: 'teacher:text.txt'}]",
             "--set",
-            "stages.distill.finish={tokens: 64, sequence_length: 16, teacher: TEACHER}",
+            "stages.distill.final_phase={tokens: 64, sequence_length: 16, teacher: TEACHER}",
         ),
     ],
 )

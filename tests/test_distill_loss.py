@@ -18,10 +18,10 @@ from mohawkify.families.registry import load_adapter
 from mohawkify.objectives.logits import Distill
 from mohawkify.objectives.objective import Runner
 from mohawkify.ops import chunked_kl
-from mohawkify.ops.chunked_kl import HeadInput, chunk_tokens, distill_loss_chunked, head_logits
+from mohawkify.ops.chunked_kl import LMHeadInput, chunk_tokens, chunked_distill_loss, head_logits
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
 from mohawkify.recipe.schema import DistillRecipe
-from mohawkify.teacher.lm_head import prove_head, run_to_head
+from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
 from tests.close import assert_close
 from tests.tiny import packed, tiny_pair, tiny_teacher
 
@@ -43,8 +43,8 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def student_head(
     *, bias: bool = False, scale: float = 1.0, softcap: float | None = None, dtype: torch.dtype = torch.float64
-) -> HeadInput:
-    return HeadInput(
+) -> LMHeadInput:
+    return LMHeadInput(
         random(BATCH, LENGTH, STUDENT_WIDTH, seed=1, dtype=dtype).requires_grad_(),
         random(VOCABULARY, STUDENT_WIDTH, seed=2, dtype=dtype).requires_grad_(),
         random(VOCABULARY, seed=3, dtype=dtype).requires_grad_() if bias else None,
@@ -53,9 +53,9 @@ def student_head(
     )
 
 
-def teacher_head(softcap: float | None = None, dtype: torch.dtype = torch.float64) -> HeadInput:
+def teacher_head(softcap: float | None = None, dtype: torch.dtype = torch.float64) -> LMHeadInput:
     hidden_bld = random(BATCH, LENGTH, TEACHER_WIDTH, seed=4, dtype=dtype)
-    return HeadInput(hidden_bld, random(VOCABULARY, TEACHER_WIDTH, seed=5, dtype=dtype), softcap=softcap)
+    return LMHeadInput(hidden_bld, random(VOCABULARY, TEACHER_WIDTH, seed=5, dtype=dtype), softcap=softcap)
 
 
 def keep_top(logits_blv: Tensor, k: int) -> TopK:
@@ -66,7 +66,7 @@ def keep_top(logits_blv: Tensor, k: int) -> TopK:
     return TopK(ids_blk, log_blv.gather(-1, ids_blk), log_rest_bl)
 
 
-def teacher_of(kind: str) -> HeadInput | TopK:
+def teacher_of(kind: str) -> LMHeadInput | TopK:
     if kind in ("head", "capped-head"):
         return teacher_head(3.0 if kind == "capped-head" else None)
     k = {"top-1": 1, "top-5": 5, "all-but-one": VOCABULARY - 1, "all": VOCABULARY}[kind]
@@ -80,7 +80,7 @@ def counted() -> Tensor:
 
 
 def direct(
-    student: HeadInput, teacher: HeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
+    student: LMHeadInput, teacher: LMHeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The same by the definitions, on all logits."""
     if isinstance(teacher, TopK):
@@ -88,8 +88,8 @@ def direct(
     return distill_loss(head_logits(student), head_logits(teacher), counts_bl, temperature)
 
 
-def figures(
-    function, student: HeadInput, teacher: HeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
+def metrics(
+    function, student: LMHeadInput, teacher: LMHeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
 ) -> list[Tensor]:
     """Loss, KL and the gradients of what learns, the loss weighted as an engine does."""
     loss, kl = function(student, teacher, counts_bl, temperature)
@@ -98,7 +98,7 @@ def figures(
 
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    monkeypatch.setattr(chunked_kl, "CHUNK_NUMBERS", num_tokens * VOCABULARY + VOCABULARY // 2)
+    monkeypatch.setattr(chunked_kl, "CHUNK_ELEMENTS", num_tokens * VOCABULARY + VOCABULARY // 2)
     assert chunk_tokens(VOCABULARY) == num_tokens
 
 
@@ -107,8 +107,8 @@ def set_chunk(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 100])  # 9 count: cut evenly, with a rest, and not at all
 def test_chunks_give_the_definitions_loss_and_gradients(kind, options, num_tokens, monkeypatch):
     set_chunk(monkeypatch, num_tokens)
-    found = figures(distill_loss_chunked, student_head(**options), teacher_of(kind), counted())
-    expected = figures(direct, student_head(**options), teacher_of(kind), counted())
+    found = metrics(chunked_distill_loss, student_head(**options), teacher_of(kind), counted())
+    expected = metrics(direct, student_head(**options), teacher_of(kind), counted())
     for name, ours, truth in zip(("loss", "KL", "hidden", "weight", "bias"), found, expected, strict=False):
         assert_close(f"{kind} {name}", ours, truth, tolerance=EXACT)
     assert found[1] > 0.1
@@ -119,13 +119,13 @@ def test_chunks_give_the_definitions_loss_and_gradients(kind, options, num_token
 def test_temperature(temperature, options, monkeypatch):
     set_chunk(monkeypatch, 2)
     arguments = student_head(**options), teacher_head(3.0), counted(), temperature
-    for ours, truth in zip(figures(distill_loss_chunked, *arguments), figures(direct, *arguments), strict=True):
+    for ours, truth in zip(metrics(chunked_distill_loss, *arguments), metrics(direct, *arguments), strict=True):
         assert_close("temperature", ours, truth, tolerance=EXACT)
 
 
 def test_a_temperature_with_a_top_k_teacher_is_refused():
     with pytest.raises(UsageError, match=r"found temperature 2 .* expected 1"):
-        distill_loss_chunked(student_head(), teacher_of("top-5"), counted(), 2.0)
+        chunked_distill_loss(student_head(), teacher_of("top-5"), counted(), 2.0)
 
 
 def test_top_k_is_the_partition_of_listed_tokens_and_all_else():
@@ -143,20 +143,20 @@ def test_top_k_is_the_partition_of_listed_tokens_and_all_else():
     assert_close("KL", kl, (p * (p / q).log()).sum(-1).mean(), tolerance=EXACT)
 
 
-@pytest.mark.parametrize("function", [distill_loss_chunked, direct])
+@pytest.mark.parametrize("function", [chunked_distill_loss, direct])
 def test_all_of_the_vocabulary_listed_is_the_whole_loss(function):
     arguments = student_head(**STUDENTS["all"]), teacher_of("all"), counted()
     assert arguments[1].log_rest_bl.eq(-torch.inf).all()
-    found = figures(function, *arguments)
-    for ours, truth in zip(found, figures(direct, arguments[0], teacher_head(), counted()), strict=True):
+    found = metrics(function, *arguments)
+    for ours, truth in zip(found, metrics(direct, arguments[0], teacher_head(), counted()), strict=True):
         assert_close("all listed", ours, truth, tolerance=EXACT)
     # What rounding leaves beside a whole vocabulary is nothing: there is no token it could belong to.
     rounded = arguments[1]._replace(log_rest_bl=torch.full((BATCH, LENGTH), -16.0, dtype=torch.float64))
-    for ours, truth in zip(figures(function, arguments[0], rounded, counted()), found, strict=True):
+    for ours, truth in zip(metrics(function, arguments[0], rounded, counted()), found, strict=True):
         assert torch.equal(ours, truth)
 
 
-@pytest.mark.parametrize("function", [distill_loss_chunked, direct])
+@pytest.mark.parametrize("function", [chunked_distill_loss, direct])
 def test_nothing_left_beside_the_listed_tokens_is_the_whole_loss(function):
     student = student_head()
     ids_blk = torch.stack([torch.randperm(VOCABULARY)[:4] for _ in range(BATCH * LENGTH)]).view(BATCH, LENGTH, 4)
@@ -165,7 +165,7 @@ def test_nothing_left_beside_the_listed_tokens_is_the_whole_loss(function):
     top = TopK(ids_blk, log_blk, torch.full((BATCH, LENGTH), -torch.inf, dtype=torch.float64))
     loss, kl = distill_loss(head_logits(student), teacher_blv, counted())
     gradients = torch.autograd.grad(2.5 * loss, (student.hidden_bld, student.weight_vd))
-    for ours, truth in zip(figures(function, student, top, counted()), (loss.detach(), kl, *gradients), strict=True):
+    for ours, truth in zip(metrics(function, student, top, counted()), (loss.detach(), kl, *gradients), strict=True):
         assert_close("nothing left", ours, truth, tolerance=EXACT)
 
 
@@ -177,8 +177,8 @@ def test_a_student_sure_of_the_listed_tokens_keeps_the_rest(dtype):
     top = TopK(
         torch.tensor([[[0]]]), torch.tensor([[[0.5]]], dtype=dtype).log(), torch.full((1, 1), 0.5, dtype=dtype).log()
     )
-    loss, kl, d_hidden, d_weight = figures(
-        distill_loss_chunked, HeadInput(hidden, weight), top, torch.ones(1, 1, dtype=torch.bool)
+    loss, kl, d_hidden, d_weight = metrics(
+        chunked_distill_loss, LMHeadInput(hidden, weight), top, torch.ones(1, 1, dtype=torch.bool)
     )
     rest = torch.tensor(60.0, dtype=torch.float64) - torch.tensor(3.0, dtype=torch.float64).log()
     assert_close("loss", loss, (0.5 * rest).to(dtype))
@@ -195,14 +195,14 @@ def test_gradients_by_finite_differences(kind, monkeypatch):
     def loss(hidden_bld: Tensor, weight_vd: Tensor, bias_v: Tensor) -> Tensor:
         head = student._replace(hidden_bld=hidden_bld, weight_vd=weight_vd, bias_v=bias_v)
         temperature = 1.5 if kind == "head" else 1.0
-        return distill_loss_chunked(head, teacher_of(kind), counts_bl, temperature)[0]
+        return chunked_distill_loss(head, teacher_of(kind), counts_bl, temperature)[0]
 
     assert torch.autograd.gradcheck(loss, student[:3])
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_where_no_token_counts_the_loss_and_its_gradients_are_zero(kind):
-    found = figures(distill_loss_chunked, student_head(bias=True), teacher_of(kind), torch.zeros_like(counted()))
+    found = metrics(chunked_distill_loss, student_head(bias=True), teacher_of(kind), torch.zeros_like(counted()))
     assert not any(figure.any() for figure in found)
 
 
@@ -210,17 +210,17 @@ def test_where_no_token_counts_the_loss_and_its_gradients_are_zero(kind):
 def test_the_loss_is_flat_at_the_teacher(softcap):
     teacher = teacher_head(softcap)
     student = teacher._replace(hidden_bld=teacher.hidden_bld.clone().requires_grad_())
-    found = figures(distill_loss_chunked, student, teacher, counted())
+    found = metrics(chunked_distill_loss, student, teacher, counted())
     assert found[1].abs() < 1e-14
     assert found[2].abs().max() < 1e-14
 
 
 def test_tokens_that_do_not_count_change_nothing():
     teacher, student = teacher_head(), student_head()
-    found = figures(distill_loss_chunked, student, teacher, counted())
+    found = metrics(chunked_distill_loss, student, teacher, counted())
     noise = torch.where(counted().unsqueeze(-1), 0.0, torch.nan)
     student = student._replace(hidden_bld=(student.hidden_bld.detach() + noise).requires_grad_())
-    again = figures(distill_loss_chunked, student, teacher._replace(hidden_bld=teacher.hidden_bld + noise), counted())
+    again = metrics(chunked_distill_loss, student, teacher._replace(hidden_bld=teacher.hidden_bld + noise), counted())
     for ours, truth in zip(again, found, strict=True):
         assert torch.equal(ours, truth)
     assert not found[2][~counted()].any()
@@ -229,9 +229,9 @@ def test_tokens_that_do_not_count_change_nothing():
 @pytest.mark.parametrize("frozen", ["hidden_bld", "weight_vd", "bias_v"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     student, names = student_head(bias=True), ("hidden_bld", "weight_vd", "bias_v")
-    expected = dict(zip(names, figures(direct, student, teacher_head(), counted())[2:], strict=True))
+    expected = dict(zip(names, metrics(direct, student, teacher_head(), counted())[2:], strict=True))
     student = student._replace(**{frozen: getattr(student, frozen).detach()})
-    loss, _ = distill_loss_chunked(student, teacher_head(), counted())
+    loss, _ = chunked_distill_loss(student, teacher_head(), counted())
     kept = dict(zip(names, loss.grad_fn.saved_tensors, strict=True))
     assert [name for name in names if kept[name] is None] == [frozen], "a frozen head costs no memory"
     (2.5 * loss).backward()
@@ -244,33 +244,33 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 
 
 def test_without_gradients_only_the_figures_are_made():
-    expected = figures(direct, student_head(), teacher_head(), counted())
+    expected = metrics(direct, student_head(), teacher_head(), counted())
     with torch.no_grad():
-        loss, kl = distill_loss_chunked(student_head(), teacher_head(), counted())
+        loss, kl = chunked_distill_loss(student_head(), teacher_head(), counted())
     assert not loss.requires_grad
     assert_close("loss", loss, expected[0], tolerance=EXACT)
     assert_close("KL", kl, expected[1], tolerance=EXACT)
 
 
 def test_kl_has_no_gradient():
-    loss, kl = distill_loss_chunked(student_head(), teacher_head(), counted())
+    loss, kl = chunked_distill_loss(student_head(), teacher_head(), counted())
     assert loss.requires_grad
     assert not kl.requires_grad
 
 
 def test_the_same_bits_every_time():
     arguments = student_head(bias=True, dtype=torch.float32), teacher_head(dtype=torch.float32), counted()
-    first, second = (figures(distill_loss_chunked, *arguments) for _ in range(2))
+    first, second = (metrics(chunked_distill_loss, *arguments) for _ in range(2))
     assert all(torch.equal(ours, again) for ours, again in zip(first, second, strict=True))
 
 
-def sizeable(width: int, seed: int, dtype: torch.dtype) -> HeadInput:
+def sizeable(width: int, seed: int, dtype: torch.dtype) -> LMHeadInput:
     """A head with logits of about 2."""
     hidden_bld = random(2, 61, width, seed=seed, dtype=dtype)
-    return HeadInput(hidden_bld, (random(1003, width, seed=seed + 1) * 2 * width**-0.5).to(dtype))
+    return LMHeadInput(hidden_bld, (random(1003, width, seed=seed + 1) * 2 * width**-0.5).to(dtype))
 
 
-def learning(head: HeadInput) -> HeadInput:
+def learning(head: LMHeadInput) -> LMHeadInput:
     return head._replace(
         hidden_bld=head.hidden_bld.detach().requires_grad_(), weight_vd=head.weight_vd.detach().requires_grad_()
     )
@@ -286,19 +286,19 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("form", ["float32", "bf16-autocast", "bf16"])
 def test_low_precision_is_no_worse_than_all_logits_at_once(form, monkeypatch):
     """The error against float64 on the very numbers that both forms are given."""
-    monkeypatch.setattr(chunked_kl, "CHUNK_NUMBERS", 17 * 1003)
+    monkeypatch.setattr(chunked_kl, "CHUNK_ELEMENTS", 17 * 1003)
     stored = torch.bfloat16 if form == "bf16" else torch.float32
     student, teacher = learning(sizeable(48, 10, stored)), sizeable(64, 20, stored)
     counts_bl = torch.ones(2, 61, dtype=torch.bool)
-    exact = (learning(HeadInput(*(t.double() for t in student[:2]))), HeadInput(*(t.double() for t in teacher[:2])))
-    truth = figures(direct, *exact, counts_bl)
+    exact = (learning(LMHeadInput(*(t.double() for t in student[:2]))), LMHeadInput(*(t.double() for t in teacher[:2])))
+    truth = metrics(direct, *exact, counts_bl)
 
-    def on_all_logits(student: HeadInput, teacher: HeadInput, counts_bl: Tensor, temperature: float):
+    def on_all_logits(student: LMHeadInput, teacher: LMHeadInput, counts_bl: Tensor, temperature: float):
         logits = [torch.nn.functional.linear(head.hidden_bld, head.weight_vd) for head in (student, teacher)]
         return distill_loss(*logits, counts_bl, temperature)
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "bf16-autocast"):
-        ours, plain = (figures(f, student, teacher, counts_bl) for f in (distill_loss_chunked, on_all_logits))
+        ours, plain = (metrics(f, student, teacher, counts_bl) for f in (chunked_distill_loss, on_all_logits))
     assert ours[0].dtype == ours[1].dtype == torch.float32
     assert [t.dtype for t in ours] == [t.dtype for t in plain]
     for name, error, allowed in zip(
@@ -310,8 +310,8 @@ def test_low_precision_is_no_worse_than_all_logits_at_once(form, monkeypatch):
 def test_different_precisions_of_student_and_teacher():
     student, teacher = learning(sizeable(48, 10, torch.float32)), sizeable(64, 20, torch.bfloat16)
     counts_bl = torch.ones(2, 61, dtype=torch.bool)
-    found = figures(distill_loss_chunked, student, teacher, counts_bl)
-    for ours, truth in zip(found, figures(direct, student, teacher, counts_bl), strict=True):
+    found = metrics(chunked_distill_loss, student, teacher, counts_bl)
+    for ours, truth in zip(found, metrics(direct, student, teacher, counts_bl), strict=True):
         assert_close("mixed", ours, truth)
 
 
@@ -320,7 +320,7 @@ def test_the_stage_gives_the_same_by_chunks_and_by_all_logits(tmp_path):
     recipe = DistillRecipe(tokens=1000, sequence_length=24, batch_sequences=2, learning_rate=1e-3, temperature=2.0)
     unknown = replace(pair, adapter=replace(pair.adapter, logits=NO_FILE))
     batch = packed()
-    batch.counts[0, :9] = False
+    batch.loss_mask[0, :9] = False
     results = []
     for stage in (Distill(pair, recipe), Distill(unknown, recipe)):
         pair.student.zero_grad()
@@ -343,7 +343,7 @@ def test_a_softcap_is_read_from_the_configuration(family, values):
     """What the samples of the families, which tests/test_adapters.py goes through, do not switch on or off."""
     teacher, adapter = tiny_teacher(family, num_hidden_layers=2, **values), load_adapter(family)
     prove_head(teacher, adapter, 97)
-    head = run_to_head(teacher, adapter, input_ids=packed().input_ids, use_cache=False)
+    head = run_to_lm_head(teacher, adapter, input_ids=packed().input_ids, use_cache=False)
     assert head.softcap == values["final_logit_softcapping"]
 
 
@@ -358,8 +358,8 @@ hidden, other = (torch.randn(1, length, width, generator=generator) for _ in ran
 weight = torch.randn(vocabulary, width, generator=generator)
 hidden.requires_grad_(), weight.requires_grad_()
 counts = torch.ones(1, length, dtype=torch.bool)
-chunks.CHUNK_NUMBERS = 64 * vocabulary
-student, teacher = chunks.HeadInput(hidden, weight), chunks.HeadInput(other, weight.detach())
+chunks.CHUNK_ELEMENTS = 64 * vocabulary
+student, teacher = chunks.LMHeadInput(hidden, weight), chunks.LMHeadInput(other, weight.detach())
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -368,7 +368,7 @@ def status(name):
 def loss(count):
     if form == "direct":
         return distill_loss(*(chunks.head_logits(head) for head in (student, teacher)), count)[0]
-    return chunks.distill_loss_chunked(student, teacher, count)[0]
+    return chunks.chunked_distill_loss(student, teacher, count)[0]
 
 few = torch.zeros_like(counts)
 few[:, :2] = True

@@ -1,4 +1,4 @@
-"""The figures that compare a student with its teacher, on a real teacher and real text; and how they are shown."""
+"""The metrics that compare a student with its teacher, on a real teacher and real text; and how they are shown."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_padding_and_chunks_change_nothing(
     alone = measure_agreement(student, teacher, evaluation_batches(rows, 1), device=CPU)
     together = measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU)
     assert_figures(together, vars(alone), tolerance=1e-6)
-    vocabulary_size = teacher.config.vocab_size
-    monkeypatch.setattr(fidelity, "MAX_COPY_BYTES", 7 * 4 * vocabulary_size * 5)  # five tokens at a time
+    vocab_size = teacher.config.vocab_size
+    monkeypatch.setattr(fidelity, "MAX_COPY_BYTES", 7 * 4 * vocab_size * 5)  # five tokens at a time
     assert_figures(measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU), vars(alone), 1e-6)
 
 

@@ -100,8 +100,8 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
         "intermediate_size": 48, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 64, "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "mixer": {
-            "attention": "self_attn", "grafted_layers": [0, 1], "num_heads": 4, "head_width": 8, "state_width": 16,
-            "conv_width": 4, "decay_bias": True, "out_bias": False,
+            "attention": "self_attn", "grafted_layers": [0, 1], "num_heads": 4, "head_dim": 8, "state_size": 16,
+            "conv_kernel": 4, "decay_bias": True, "out_bias": False,
         },
     }  # fmt: skip
     mx.random.seed(0)
@@ -163,7 +163,7 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
 
     found = inspect_teacher(str(stories_teacher))
     teacher = load_teacher(stories_teacher, dtype=torch.float32, device=torch.device("cpu"))
-    spec = design_student("stories", found.spec, found.config, found.adapter, StudentRecipe(state_width=16))
+    spec = design_student("stories", found.spec, found.config, found.adapter, StudentRecipe(state_size=16))
     student = build_student(teacher, found.adapter, spec, "attention", 0).eval()
     tokenizer = load_tokenizer(stories_teacher, 512)
     with atomic_directory(tmp_path / "final") as final:

@@ -19,11 +19,11 @@ from mohawkify.files.atomic import read_lines
 from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
-from mohawkify.teacher.second import OtherTeacher
+from mohawkify.teacher.second import SecondTeacher
 from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.training_state import read_position
-from mohawkify.train.watchdog import HangWatch
+from mohawkify.train.watchdog import Watchdog
 from tests.commands import copy_of, make_teacher, run_well
 from tests.test_teacher_logits import RECIPE
 from tests.tiny import tiny_teacher
@@ -45,21 +45,21 @@ def second(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("recipe") / "finishing.yaml"
+    file = tmp_path_factory.mktemp("recipe") / "final_teacher.yaml"
     file.write_text(RECIPE)
     return file
 
 
 def with_finish(**keys: object) -> Recipe:
-    settings = [f"stages.distill.finish.{key}={json.dumps(value)}" for key, value in keys.items()]
-    return apply_overrides(parse_recipe(RECIPE, "finishing.yaml"), settings)
+    settings = [f"stages.distill.final_phase.{key}={json.dumps(value)}" for key, value in keys.items()]
+    return apply_overrides(parse_recipe(RECIPE, "final_teacher.yaml"), settings)
 
 
 def start(first: Path, recipe: Recipe, output: Path, lines: list[str] | None = None) -> RunFolder:
     return convert(str(first), recipe, output=output, resume="auto", report=(lines if lines is not None else []).append)
 
 
-def figures(run: RunFolder, name: str = "loss") -> torch.Tensor:
+def metrics(run: RunFolder, name: str = "loss") -> torch.Tensor:
     return torch.tensor([line[name] for line in read_lines(run.metrics_file)])
 
 
@@ -93,8 +93,8 @@ def offline(first, all_logits, tmp_path_factory) -> RunFolder:
 
 
 def test_only_the_end_of_the_run_is_taught_by_the_other(plain, online):
-    assert torch.equal(figures(plain)[:NUM_TRAIN_STEPS], figures(online)[:NUM_TRAIN_STEPS])
-    difference = (figures(plain, "kl") - figures(online, "kl")).abs()[NUM_TRAIN_STEPS:]
+    assert torch.equal(metrics(plain)[:NUM_TRAIN_STEPS], metrics(online)[:NUM_TRAIN_STEPS])
+    difference = (metrics(plain, "kl") - metrics(online, "kl")).abs()[NUM_TRAIN_STEPS:]
     assert len(difference) == NUM_FINISH_STEPS
     assert (difference > 0.05).all()
 
@@ -108,8 +108,8 @@ def test_measurements_compare_with_the_first_teacher(plain, online, offline):
 
 
 def test_kept_logits_of_the_whole_vocabulary_teach_what_the_teacher_teaches(online, offline):
-    torch.testing.assert_close(figures(offline), figures(online), rtol=5e-4, atol=0)
-    torch.testing.assert_close(figures(offline, "kl"), figures(online, "kl"), rtol=2e-3, atol=0)
+    torch.testing.assert_close(metrics(offline), metrics(online), rtol=5e-4, atol=0)
+    torch.testing.assert_close(metrics(offline, "kl"), metrics(online, "kl"), rtol=2e-3, atol=0)
     kl = [run.results()["stages"]["distill"]["kl"] for run in (online, offline)]
     assert kl[1] == pytest.approx(kl[0], rel=1e-3)
 
@@ -118,7 +118,7 @@ def test_a_few_kept_tokens_give_a_lower_bound_of_the_divergence(first, second, r
     run_well("teach", second, "--for", first, "--recipe", recipe_file, "--top-k", "8", "--output", tmp_path / "logits")
     run = start(first, with_finish(logits=str(tmp_path / "logits")), tmp_path / "run")
     first_step = slice(NUM_TRAIN_STEPS, NUM_TRAIN_STEPS + 1)
-    few, whole = figures(run, "kl")[first_step], figures(online, "kl")[first_step]
+    few, whole = metrics(run, "kl")[first_step], metrics(online, "kl")[first_step]
     assert 0 < float(few) < float(whole)
 
 
@@ -142,7 +142,7 @@ def test_a_run_stopped_while_it_is_finished_continues_to_the_same_bits(
             start(first, recipe, tmp_path / "run")
     run = start(first, recipe, tmp_path / "run")
     assert same_weights(run, whole)
-    assert torch.equal(figures(run), figures(whole))
+    assert torch.equal(metrics(run), metrics(whole))
     assert run.results()["stages"]["distill"]["kl"] == whole.results()["stages"]["distill"]["kl"]
 
 
@@ -150,7 +150,7 @@ def test_the_results_say_what_ended_each_phase(online):
     phases = online.results()["stages"]["distill"]["phases"]
     assert phases == [
         {"data": "train", "steps": NUM_TRAIN_STEPS, "tokens": 256, "ended_by": "budget"},
-        {"data": "finish", "steps": NUM_FINISH_STEPS, "tokens": 384, "ended_by": "budget"},
+        {"data": "final_phase", "steps": NUM_FINISH_STEPS, "tokens": 384, "ended_by": "budget"},
     ]
 
 
@@ -186,8 +186,8 @@ def test_another_vocabulary_is_refused_before_anything_is_loaded(first, second, 
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ('data.finish=[{path: "teacher:other.txt"}]', "another text"),
-        ("stages.distill.finish.sequence_length=16", "another sequence length: 24, expected 16"),
+        ('data.final_phase=[{path: "teacher:other.txt"}]', "another text"),
+        ("stages.distill.final_phase.sequence_length=16", "another sequence length: 24, expected 16"),
     ],
 )
 def test_logits_of_something_else_are_refused(first, all_logits, tmp_path, setting, says):
@@ -206,20 +206,20 @@ def test_no_logits_at_all_are_refused(first, tmp_path):
 def test_a_signal_while_the_other_teacher_is_loaded_ends_at_once_and_costs_no_step(
     first, second, tmp_path, monkeypatch
 ):
-    load, silences = OtherTeacher.load, []
-    monkeypatch.setattr(HangWatch, "_end", lambda self, silent: silences.append(silent))
+    load, silences = SecondTeacher.load, []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, silent: silences.append(silent))
 
-    def load_slowly(self: OtherTeacher, *arguments: Any) -> Any:
+    def load_slowly(self: SecondTeacher, *arguments: Any) -> Any:
         before = len(silences)
-        time.sleep(1.0)  # longer than the patience below
+        time.sleep(1.0)  # longer than the timeout below
         assert len(silences) == before, "loading was taken for a hang"
         os.kill(os.getpid(), signal.SIGTERM)
         return load(self, *arguments)
 
-    monkeypatch.setattr(OtherTeacher, "load", load_slowly)
+    monkeypatch.setattr(SecondTeacher, "load", load_slowly)
     recipe = apply_overrides(with_finish(teacher=str(second)), ["checkpoint.every_steps=100"])
     with pytest.raises(Interrupted, match="nothing is half-written"):
-        convert(str(first), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None, patience=0.4)
+        convert(str(first), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None, hang_timeout=0.4)
     saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", pytest.fail)
     assert saved is not None
     assert saved.global_step == NUM_TRAIN_STEPS
@@ -234,7 +234,7 @@ def test_a_position_that_a_stranger_wrote_is_refused(first, tmp_path, monkeypatc
         start(first, with_finish(), tmp_path / "run")
     saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", print)
     assert saved is not None
-    for key, value in (("left_out", {"train": -1}), ("left_out", {"train": "x"}), ("saturation", {"total": "x"})):
+    for key, value in (("left_out", {"train": -1}), ("left_out", {"train": "x"}), ("plateau", {"total": "x"})):
         state = {**saved.state, "position": {**saved.state["position"], key: value}}
         with pytest.raises(CheckpointError, match="does not say where its run stood"):
             read_position(checkpoint.Checkpoint(saved.path, saved.global_step, state))
@@ -245,8 +245,8 @@ STORIES = [
     "stages.align.tokens=0",
     "stages.distill.tokens=8k",
     "stages.distill.sequence_length=128",
-    "stages.distill.finish={tokens: 6k, sequence_length: 128}",
-    "data.finish=[{path: teacher:../text/tinystories.txt}]",
+    "stages.distill.final_phase={tokens: 6k, sequence_length: 128}",
+    "data.final_phase=[{path: teacher:../text/tinystories.txt}]",
     "evaluation={tokens: 3k, sequence_length: 512, batch_sequences: 8}",
 ]
 
@@ -266,12 +266,12 @@ def test_offline_equals_online_finishing_on_a_real_teacher(stories_teacher, tmp_
     recipe = apply_overrides(load_recipe("stories"), STORIES)
     settings = [part for setting in STORIES for part in ("--set", setting)]
     teach = ("teach", noisy, "--for", stories_teacher, "--recipe", "stories", *settings)
-    runs = {"first": [], "online": [f"stages.distill.finish.teacher={noisy}"]}
+    runs = {"first": [], "online": [f"stages.distill.final_phase.teacher={noisy}"]}
     runs["another order"] = [*runs["online"], "seed=1"]
     for top_k in (64, 512):
         folder = tmp_path / f"logits-{top_k}"
         run_well(*teach, "--top-k", top_k, "--output", folder)
-        runs[f"k={top_k}"] = [f"stages.distill.finish.logits={folder}"]
+        runs[f"k={top_k}"] = [f"stages.distill.final_phase.logits={folder}"]
     kl = {}
     for name, changes in runs.items():
         run = start(stories_teacher, apply_overrides(recipe, changes), tmp_path / name)
@@ -321,7 +321,7 @@ def test_a_quantised_teacher_finishes_a_run(first, tmp_path):
     run = start(first, with_finish(teacher=str(folder), teacher_bits=8), tmp_path / "run", lines)
     assert any("teacher finishes the run" in line for line in lines)
     whole = start(first, with_finish(teacher=str(folder)), tmp_path / "whole")
-    ours, theirs = figures(run)[NUM_TRAIN_STEPS:], figures(whole)[NUM_TRAIN_STEPS:]
+    ours, theirs = metrics(run)[NUM_TRAIN_STEPS:], metrics(whole)[NUM_TRAIN_STEPS:]
     assert not torch.equal(ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
 

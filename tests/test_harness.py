@@ -130,9 +130,9 @@ def test_a_model_keeps_all_of_itself(teacher: Any, tokenizer: Any, write_task: W
     assert found["subtasks"] == {}
     for task in found["tasks"].values():
         assert (task["version"], task["num_fewshot"], task["samples"]) == (3.0, 0, 16)
-        for figures in task["metrics"].values():
-            assert figures["student"] == figures["teacher"]
-            assert figures["retention"] == (100.0 if figures["teacher"] else None)
+        for metrics in task["metrics"].values():
+            assert metrics["student"] == metrics["teacher"]
+            assert metrics["retention"] == (100.0 if metrics["teacher"] else None)
     metrics = {name: sorted(task["metrics"]) for name, task in found["tasks"].items()}
     assert metrics["local_hellaswag"] == metrics["local_arc"] == ["acc", "acc_norm"]
     assert metrics["local_lambada"] == ["acc", "perplexity"]

@@ -38,10 +38,10 @@ def starts(length: int, batch: int = 2) -> torch.Tensor:
 def test_chunks_equal_recurrence(length, borders, stateful):
     tensors = inputs(length)
     state = torch.randn(2, 3, 5, 7, dtype=torch.float64).requires_grad_() if stateful else None
-    starts_bl = starts(length) if borders else None
+    document_starts_bl = starts(length) if borders else None
     results = []
     for scan in (scan_recurrent, scan_chunked):
-        y, final = scan(*tensors, state, starts_bl)
+        y, final = scan(*tensors, state, document_starts_bl)
         wanted = [*tensors, state] if stateful else tensors
         results.append((y, final, *torch.autograd.grad(y.sin().sum() + final.cos().sum(), wanted)))
     for name, actual, expected in zip(
@@ -54,11 +54,11 @@ def test_chunks_equal_recurrence(length, borders, stateful):
 @pytest.mark.parametrize("borders", [False, True], ids=["one-document", "packed"])
 def test_matrix_equals_recurrence(length, borders):
     x, b, c, log_decay = inputs(length)
-    starts_bl = starts(length) if borders else None
+    document_starts_bl = starts(length) if borders else None
     d_h = torch.randn(3, dtype=torch.float64)
-    y, _ = scan_recurrent(x, b, c, log_decay, None, starts_bl)
+    y, _ = scan_recurrent(x, b, c, log_decay, None, document_starts_bl)
     expected = y + d_h[:, None] * x
-    matrix = mixing_matrix(b, c, log_decay, d_h, starts_bl)
+    matrix = mixing_matrix(b, c, log_decay, d_h, document_starts_bl)
     assert_close("y", torch.einsum("bhls,bshp->blhp", matrix, x), expected)
     assert matrix.triu(1).abs().max() == 0
     actual = torch.autograd.grad(torch.einsum("bhls,bshp->blhp", matrix, x).sin().sum(), (b, c, log_decay))
@@ -70,9 +70,11 @@ def test_matrix_equals_recurrence(length, borders):
 def test_chunked_gradients_by_finite_differences():
     tensors = inputs(7, batch=1)
     state = torch.randn(1, 3, 5, 7, dtype=torch.float64).requires_grad_()
-    starts_bl = starts(7, batch=1)
+    document_starts_bl = starts(7, batch=1)
     assert torch.autograd.gradcheck(
-        lambda *args: scan_chunked(*args, starts_bl=starts_bl, chunk_length=4), (*tensors, state), atol=1e-8
+        lambda *args: scan_chunked(*args, document_starts_bl=document_starts_bl, chunk_length=4),
+        (*tensors, state),
+        atol=1e-8,
     )
 
 
@@ -129,11 +131,11 @@ def test_gradients_taken_under_autocast_are_the_same():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_in_low_precision_against_float64(dtype):
     tensors = inputs(257, dtype)
-    starts_bl = starts(257)
+    document_starts_bl = starts(257)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     found = []
     for scan, given in ((scan_chunked, tensors), (scan_recurrent, exact)):
-        y, state = scan(*given, None, starts_bl)
+        y, state = scan(*given, None, document_starts_bl)
         found.append(torch.autograd.grad(y.sum() + state.sum(), given))
     for name, one, other in zip(("dx", "dB", "dC", "dlog_decay"), *found, strict=True):
         assert one.dtype == dtype
@@ -156,11 +158,11 @@ def test_inputs_are_left_as_they_are(batch, length, heads):
 
 
 def test_groups_of_chunks_do_not_matter(monkeypatch):
-    tensors, starts_bl = inputs(130), starts(130)
+    tensors, document_starts_bl = inputs(130), starts(130)
     results = []
     for numbers in (1, 1 << 12, 1 << 30):
         monkeypatch.setattr(scan_module, "NUMBERS_PER_GROUP", numbers)
-        y, state = scan_chunked(*tensors, None, starts_bl)
+        y, state = scan_chunked(*tensors, None, document_starts_bl)
         results.append((y, state, *torch.autograd.grad(y.sin().sum() + state.cos().sum(), tensors)))
     for other in results[1:]:
         for name, one, two in zip(("y", "state", "dx", "dB", "dC", "dlog_decay"), results[0], other, strict=True):
@@ -168,12 +170,12 @@ def test_groups_of_chunks_do_not_matter(monkeypatch):
 
 
 def test_a_document_starting_gets_no_gradient_of_its_decay():
-    tensors, starts_bl = inputs(65, torch.float32), starts(65)
-    starts_bl[:, 0] = True
-    y, state = scan_chunked(*tensors, None, starts_bl)
+    tensors, document_starts_bl = inputs(65, torch.float32), starts(65)
+    document_starts_bl[:, 0] = True
+    y, state = scan_chunked(*tensors, None, document_starts_bl)
     (gradient,) = torch.autograd.grad(y.sum() + state.sum(), tensors[3:])
-    assert gradient[starts_bl].abs().max() == 0
-    assert gradient[~starts_bl].abs().min() > 0
+    assert gradient[document_starts_bl].abs().max() == 0
+    assert gradient[~document_starts_bl].abs().min() > 0
 
 
 @pytest.mark.parametrize("a_log", [-120.0, -44.5, -5.75, 0.0, 5.75, 44.5, 120.0])
@@ -216,19 +218,19 @@ def by_matrix(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, log_decay: torc
 
 def test_scan_is_causal_and_documents_are_separate():
     x, b, c, log_decay = inputs(96)
-    starts_bl = torch.zeros(2, 96, dtype=torch.bool)
-    starts_bl[:, [0, 40, 41]] = True
-    y, _ = scan_chunked(x, b, c, log_decay, None, starts_bl)
+    document_starts_bl = torch.zeros(2, 96, dtype=torch.bool)
+    document_starts_bl[:, [0, 40, 41]] = True
+    y, _ = scan_chunked(x, b, c, log_decay, None, document_starts_bl)
     changed = x.detach().clone()
     changed[:, 40] += 1.0
-    other, _ = scan_chunked(changed, b, c, log_decay, None, starts_bl)
+    other, _ = scan_chunked(changed, b, c, log_decay, None, document_starts_bl)
     difference = (other - y).abs().amax(dim=(0, 2, 3))
     assert difference[40] > 0
     assert difference[:40].max() == 0
     assert difference[41:].max() == 0
 
 
-def slow_conv(u, weight, bias, starts_bl):
+def slow_conv(u, weight, bias, document_starts_bl):
     """The definition, one number at a time."""
     batch, length, num_features = u.shape
     num_taps = weight.shape[1]
@@ -239,7 +241,7 @@ def slow_conv(u, weight, bias, starts_bl):
                 total = bias[f]
                 for lag in range(num_taps):
                     source = t - lag
-                    if source < 0 or starts_bl[i, source + 1 : t + 1].any():
+                    if source < 0 or document_starts_bl[i, source + 1 : t + 1].any():
                         break
                     total = total + weight[f, num_taps - 1 - lag] * u[i, source, f]
                 y[i, t, f] = total
@@ -252,11 +254,11 @@ def test_conv_equals_its_definition(num_taps):
     u = torch.randn(2, 19, 3, dtype=torch.float64, generator=generator)
     weight = torch.randn(3, num_taps, dtype=torch.float64, generator=generator)
     bias = torch.randn(3, dtype=torch.float64, generator=generator)
-    starts_bl = torch.rand(2, 19, generator=generator) < 0.3
-    y, _ = causal_conv(u, weight, bias, None, starts_bl)
-    assert_close("packed", y, slow_conv(u, weight, bias, starts_bl))
+    document_starts_bl = torch.rand(2, 19, generator=generator) < 0.3
+    y, _ = causal_conv(u, weight, bias, None, document_starts_bl)
+    assert_close("packed", y, slow_conv(u, weight, bias, document_starts_bl))
     y, tail = causal_conv(u, weight, bias)
-    assert_close("one document", y, slow_conv(u, weight, bias, torch.zeros_like(starts_bl)))
+    assert_close("one document", y, slow_conv(u, weight, bias, torch.zeros_like(document_starts_bl)))
     first, middle = causal_conv(u[:, :2], weight, bias)
     second, end = causal_conv(u[:, 2:], weight, bias, middle)
     assert_close("continued", torch.cat([first, second], 1), y)

@@ -39,9 +39,9 @@ def tensors(
     )
     for tensor in mixing:
         tensor.requires_grad_()
-    starts_bl = torch.zeros(BATCH, length, dtype=torch.bool)
-    starts_bl[:, [border for border in borders if border < length]] = True
-    document_bl = starts_bl.cumsum(-1)
+    document_starts_bl = torch.zeros(BATCH, length, dtype=torch.bool)
+    document_starts_bl[:, [border for border in borders if border < length]] = True
+    document_bl = document_starts_bl.cumsum(-1)
     mask = (document_bl[:, :, None] == document_bl[:, None]).tril()
     if window is not None:
         mask = mask & ~torch.ones(length, length, dtype=torch.bool).tril(-window)
@@ -55,15 +55,15 @@ def tensors(
         softcap,
         None if alibi is None else alibi.unsqueeze(0),
     )
-    return mixing, attention, None if borders == (0,) else starts_bl
+    return mixing, attention, None if borders == (0,) else document_starts_bl
 
 
 def both(*arguments, **options):
     """Loss, relative distance and gradients of the pass over bands, then of the definition."""
     found = []
     for function in (matrix_distance.orient_loss, orient_loss_direct):
-        mixing, attention, starts_bl = tensors(*arguments, **options)
-        loss, relative = function(mixing, attention, starts_bl)
+        mixing, attention, document_starts_bl = tensors(*arguments, **options)
+        loss, relative = function(mixing, attention, document_starts_bl)
         (2.5 * loss).backward()
         found.append([loss.detach(), relative, *(tensor.grad for tensor in mixing)])
     return found
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 100])
 def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch):
-    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)  # the shortest bands: 16 rows
+    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)  # the shortest bands: 16 rows
     names = ("loss", "relative", "b", "c", "log_decay", "d")
     for name, found, expected in zip(names, *both(length, **CASES[case]), strict=True):
         assert_close(f"{case} {length} {name}", found, expected)
@@ -95,7 +95,7 @@ def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch
 @pytest.mark.parametrize("case", CASES)
 def test_the_height_of_the_bands_does_not_matter(case, monkeypatch):
     low = both(90, **CASES[case])[0]
-    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)
+    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)
     for found, expected in zip(both(90, **CASES[case])[0], low, strict=True):
         assert_close(case, found, expected)
 
@@ -143,25 +143,25 @@ def test_the_loss_is_zero_at_the_teacher():
 
 
 def test_the_definition_is_the_distance_of_the_two_matrices():
-    mixing, attention, starts_bl = tensors(12, **CASES["all"])
-    matrix, p = mixing_matrix(*mixing, starts_bl), attention.probabilities()
+    mixing, attention, document_starts_bl = tensors(12, **CASES["all"])
+    matrix, p = mixing_matrix(*mixing, document_starts_bl), attention.probabilities()
     assert_close("rows", p.sum(-1), torch.ones_like(p[..., 0]))
     expected = (matrix - p).flatten(2).norm(dim=-1).mean()
-    assert_close("loss", orient_loss_direct(mixing, attention, starts_bl)[0], expected)
+    assert_close("loss", orient_loss_direct(mixing, attention, document_starts_bl)[0], expected)
 
 
 def test_gradients_by_finite_differences():
-    mixing, attention, starts_bl = tensors(20, **CASES["all"])
+    mixing, attention, document_starts_bl = tensors(20, **CASES["all"])
 
     def loss(*parts: Tensor) -> Tensor:
-        return matrix_distance.orient_loss(MixingMatrix(*parts), attention, starts_bl)[0]
+        return matrix_distance.orient_loss(MixingMatrix(*parts), attention, document_starts_bl)[0]
 
     assert torch.autograd.gradcheck(loss, tuple(mixing))
 
 
 @pytest.mark.parametrize("lowest", [-2000.0, -1e30, -torch.inf])
 def test_tokens_that_forget_everything_leave_what_follows_alone(lowest, monkeypatch):
-    monkeypatch.setattr(matrix_distance, "NUMBERS_PER_BAND", 1)
+    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)
     results = []
     for function, low in ((matrix_distance.orient_loss, lowest), (orient_loss_direct, -800.0)):
         mixing, attention, _ = tensors(40)

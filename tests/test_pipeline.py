@@ -32,7 +32,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 RECIPE = """
 name: tiny
 description: a few steps of every stage
-student: {state_width: 8}
+student: {state_size: 8}
 data:
   train: [{path: "teacher:text.jsonl"}]
 stages:
@@ -195,7 +195,7 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
 
 
 def test_a_folder_in_use_is_refused_before_the_teacher_is_read(teacher_folder, recipe, tmp_path, monkeypatch):
-    for name in ("find_folder", "teacher_hashes", "find_finishing", "finishing_hashes"):
+    for name in ("find_folder", "teacher_hashes", "find_final_teacher", "final_teacher_hashes"):
         monkeypatch.setattr(pipeline, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
     with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="another process"):
         convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
@@ -244,7 +244,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
 def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path):
     from mohawkify.teacher.inspect import inspect_teacher
 
-    assert inspect_teacher(str(teacher_folder)).spec.tied
+    assert inspect_teacher(str(teacher_folder)).spec.tie_word_embeddings
     alone = apply_overrides(recipe, ["stages.distill.train=[head]"])
     with pytest.raises(RecipeError, match="this teacher's head is its embedding"):
         convert(str(teacher_folder), alone, output=tmp_path / "run", resume="auto", report=lambda line: None)

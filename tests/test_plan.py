@@ -44,12 +44,12 @@ def test_tokens_steps_and_schedule_are_the_published_ones(teacher_configs, name)
     assert [rows[stage]["batch_sequences"] for stage in STAGES] == [64, 128, 128]
     assert [rows[stage]["learning_rate"] for stage in STAGES] == [1e-4, 1e-4, last_rate]
     assert {rows[stage]["floor"] for stage in STAGES} == {1e-8}
-    finish = [row for row in planned["phases"] if row["text"] == "finish"]
+    final_phase = [row for row in planned["phases"] if row["text"] == "final_phase"]
     if name == "phi-mamba":
-        assert not finish
+        assert not final_phase
         assert {row["sequence_length"] for row in planned["phases"]} == {2048}
     else:
-        assert [(row["stage"], row["budget_tokens"], row["sequence_length"]) for row in finish] == [
+        assert [(row["stage"], row["budget_tokens"], row["sequence_length"]) for row in final_phase] == [
             ("distill", 4 * 200_000_000, 4096)
         ]
     for row in planned["phases"]:
@@ -188,10 +188,10 @@ def test_a_finish_taught_by_another_is_named_and_kept_answers_cost_no_teacher(te
             str(teacher_configs / "Llama-3.2-1B-Instruct.json"), apply_overrides(load_recipe("llamba-1b"), overrides)
         )
 
-    plain, other = planned(), planned("stages.distill.finish.teacher=some/Large")
+    plain, other = planned(), planned("stages.distill.final_phase.teacher=some/Large")
     assert not any("taught by" in warning for warning in plain["warnings"])
-    assert "the finish is taught by some/Large: what that teacher takes is not in this plan" in other["warnings"]
-    kept = planned("stages.distill.finish.logits=somewhere")["phases"]
+    assert "the final phase is taught by some/Large: what that teacher takes is not in this plan" in other["warnings"]
+    kept = planned("stages.distill.final_phase.logits=somewhere")["phases"]
     assert [row["teacher_flops"] > 0 for row in kept] == [row["text"] == "train" for row in kept]
     assert sum(row["seconds"] for row in kept) < sum(row["seconds"] for row in plain["phases"])
 
@@ -244,9 +244,9 @@ def test_the_command_line_prints_tables_or_everything_as_json(teacher_configs):
 )
 def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, override):
     length, batch = 128, 2
-    recipe = apply_overrides(load_recipe("llamba-1b"), ["student.state_width=32", override])
+    recipe = apply_overrides(load_recipe("llamba-1b"), ["student.state_size=32", override])
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
-    student = {"state_width": 32, "keep_attention": recipe.student.keep_attention}
+    student = {"state_size": 32, "keep_attention": recipe.student.keep_attention}
     pair = tiny_pair("llama", tmp_path / "teacher", student=student, **sizes)
     if checkpointing:
         checkpoint_activations(pair.student, pair.spec.layers)

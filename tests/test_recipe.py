@@ -26,13 +26,13 @@ SMALL = """\
 name: small
 description: a recipe for tests
 student:
-  state_width: 16
+  state_size: 16
 data:
   train:
     - path: texts/*.jsonl
       where:
         - {column: score, operator: ">=", value: 4.0}
-  finish:
+  final_phase:
     - hub: someone/chats
       chat: messages
 stages:
@@ -43,7 +43,7 @@ stages:
     sequence_length: 256
     batch_sequences: 16
     learning_rate: 5e-5
-    finish:
+    final_phase:
       tokens: 1e6
       sequence_length: 512
 """
@@ -76,11 +76,11 @@ def test_values_are_read_as_meant(small: Recipe) -> None:
     assert small.stages.orient.tokens == 80_000_000
     assert small.stages.align.tokens == 300_000
     assert small.stages.distill.tokens == 2_700_000_000
-    assert small.stages.distill.finish is not None
-    assert small.stages.distill.finish.tokens == 1_000_000
+    assert small.stages.distill.final_phase is not None
+    assert small.stages.distill.final_phase.tokens == 1_000_000
     assert small.stages.orient.learning_rate == 1e-4
     assert small.data.train[0].where[0].value == 4.0
-    assert small.student.conv_width == 4
+    assert small.student.conv_kernel == 4
     assert small.compute.micro_batch_sequences is None
 
 
@@ -121,7 +121,7 @@ def test_segments_end_with_the_finish(small: Recipe) -> None:
     assert small.stages.orient.segments() == [Segment("train", 78125, 128)]
     assert small.stages.distill.segments() == [
         Segment("train", round(2_699_000_000 / (16 * 256)), 256),
-        Segment("finish", round(1_000_000 / (16 * 512)), 512),
+        Segment("final_phase", round(1_000_000 / (16 * 512)), 512),
     ]
     assert small.stages.distill.num_steps == 658936 + 122
     assert small.stages.distill.tokens_per_step == 16 * 256
@@ -137,16 +137,16 @@ def test_a_stage_without_tokens_has_no_steps_and_one_with_few_has_one() -> None:
 # What is refused: (what to replace, by what, what the message must say)
 
 BAD = [
-    pytest.param("state_width", "state_with", "small.yaml:4: student.state_with: unknown key", id="unknown key"),
-    pytest.param("state_width", "state_with", "did you mean student.state_width?", id="guess among neighbours"),
+    pytest.param("state_size", "state_with", "small.yaml:4: student.state_with: unknown key", id="unknown key"),
+    pytest.param("state_size", "state_with", "did you mean student.state_size?", id="guess among neighbours"),
     pytest.param("seed: 0", "learning_rate: 1", "did you mean stages.", id="guess among all keys"),
     pytest.param("tokens: 80M", "tokens: 5 B", 'small.yaml:14: stages.orient.tokens: found "5 B"', id="count"),
     pytest.param("tokens: 80M", "tokens: true", "small.yaml:14: stages.orient.tokens: found true", id="boolean"),
     pytest.param("tokens: 80M", "tokens: -1", "small.yaml:14: stages.orient.tokens: found -1", id="negative count"),
-    pytest.param("16\n", "'16'\n", 'small.yaml:4: student.state_width: found "16"', id="text as number"),
-    pytest.param("16\n", "16.0\n", "small.yaml:4: student.state_width: found 16.0", id="float as whole number"),
+    pytest.param("16\n", "'16'\n", 'small.yaml:4: student.state_size: found "16"', id="text as number"),
+    pytest.param("16\n", "16.0\n", "small.yaml:4: student.state_size: found 16.0", id="float as whole number"),
     pytest.param("16\n", "yes\n", 'found "yes", expected a whole number (at least 1, at most 65536)', id="yes is text"),
-    pytest.param("16\n", "0\n", "small.yaml:4: student.state_width: found 0", id="out of range"),
+    pytest.param("16\n", "0\n", "small.yaml:4: student.state_size: found 0", id="out of range"),
     pytest.param("1e-4", ".nan", "small.yaml:14: stages.orient.learning_rate: found NaN", id="NaN"),
     pytest.param("1e-4", "1e999", "small.yaml:14: stages.orient.learning_rate: found Infinity", id="infinity"),
     pytest.param("1e-4", "true", "found true, expected a number (above 0)", id="boolean as float"),
@@ -157,15 +157,13 @@ BAD = [
     pytest.param(
         "seed: 0", "seed: 0\nseed: 1", "small.yaml:25: found the key 'seed' twice, first in line 24", id="twice"
     ),
-    pytest.param(
-        "16\n", "16\n  state_width: 8\n", "small.yaml:5: found the key 'state_width' twice", id="twice inside"
-    ),
+    pytest.param("16\n", "16\n  state_size: 8\n", "small.yaml:5: found the key 'state_size' twice", id="twice inside"),
     pytest.param("16\n", "&width 16\n", "small.yaml:4: found an anchor or alias", id="anchor"),
     pytest.param("16\n", "*width\n", "small.yaml:4: found an anchor or alias", id="alias"),
     pytest.param("16\n", "!!int 16\n", "small.yaml:4: found a tag", id="standard tag"),
     pytest.param("16\n", "!!python/object/apply:os.getcwd []\n", "small.yaml:4: found a tag", id="python tag"),
     pytest.param("16\n", "! 16\n", "small.yaml:4: found a tag", id="bare tag"),
-    pytest.param("16\n", "{<<: {state_width: 1}}\n", "small.yaml:4: student.state_width: found", id="merge key"),
+    pytest.param("16\n", "{<<: {state_size: 1}}\n", "small.yaml:4: student.state_size: found", id="merge key"),
     pytest.param("16\n", "[16\n", "not valid YAML", id="open bracket"),
     pytest.param("seed: 0", "? [a]\n: 1", "small.yaml:24: found a list or mapping as a key", id="list as key"),
     pytest.param("seed: 0", "--- {}", "small.yaml:24: not valid YAML", id="two documents"),
@@ -185,7 +183,7 @@ BAD = [
     pytest.param("seed: 0", "optimizer: {gradient_clip: 0}", "found 0, expected a number (above 0) or null", id="clip"),
     pytest.param("seed: 0", "optimizer: 3", "small.yaml:24: optimizer: found 3, expected a section", id="no section"),
     pytest.param(
-        "tokens: 1e6", "tokens: 3B", "small.yaml:22: stages.distill.finish.tokens: found 3B", id="long finish"
+        "tokens: 1e6", "tokens: 3B", "small.yaml:22: stages.distill.final_phase.tokens: found 3B", id="long finish"
     ),
     pytest.param(
         "  finish:\n    - hub: someone/chats\n      chat: messages\n", "", "without sources", id="no finish data"
@@ -224,7 +222,7 @@ def test_bad_input_is_refused_in_one_line_that_names_the_place(old: str, new: st
 def test_several_errors_are_told_together() -> None:
     text = SMALL.replace("16\n", "0\n", 1).replace("tokens: 80M", "tokens: 5 B")
     assert refusal(text) == (
-        "small.yaml:4: student.state_width: found 0, expected a whole number (at least 1, at most 65536); "
+        "small.yaml:4: student.state_size: found 0, expected a whole number (at least 1, at most 65536); "
         'small.yaml:14: stages.orient.tokens: found "5 B", expected a count such as 80M'
     )
 
@@ -237,7 +235,7 @@ def test_many_errors_are_counted() -> None:
 def test_the_hint_is_the_help_of_the_key() -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(SMALL.replace("16\n", "0\n", 1), "small.yaml")
-    assert caught.value.hint == "student.state_width: width of the state per head"
+    assert caught.value.hint == "student.state_size: width of the state per head"
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", "null", "just words"])
@@ -312,23 +310,23 @@ def test_overrides_change_single_values(small: Recipe) -> None:
             "data.train.0.path=other.txt",
             "data.train.1.demo=train",
             "stages.align.train=[mixer, norm]",
-            "stages.align.finish.tokens=1k",
-            "stages.align.finish.sequence_length=64",
-            "stages.distill.finish=null",
+            "stages.align.final_phase.tokens=1k",
+            "stages.align.final_phase.sequence_length=64",
+            "stages.distill.final_phase=null",
             "student.name=",
             "seed=1",
             "seed=2",
         ],
     )
     assert changed.stages.distill.tokens == 5_000_000_000
-    assert changed.stages.distill.finish is None
+    assert changed.stages.distill.final_phase is None
     assert changed.stages.orient.learning_rate == 2e-4
     assert [source.path for source in changed.data.train] == ["other.txt", None]
     assert changed.data.train[0].where == small.data.train[0].where
     assert changed.data.train[1].demo == "train"
     assert changed.stages.align.train == ("mixer", "norm")
-    assert changed.stages.align.finish is not None
-    assert changed.stages.align.finish.tokens == 1000
+    assert changed.stages.align.final_phase is not None
+    assert changed.stages.align.final_phase.tokens == 1000
     assert changed.seed == 2
     assert changed.optimizer == small.optimizer
     assert small.seed == 0
@@ -362,7 +360,7 @@ def test_no_override_changes_nothing(small: Recipe) -> None:
         ),
         ("data.train.x=1", 'found "x" for an item of data.train'),
         ("data.train.0.hub=x", "data.train.0: found path and hub, expected exactly one of path, hub and demo"),
-        ("stages.align.finish.tokens=5", "stages.align.finish.sequence_length: missing"),
+        ("stages.align.final_phase.tokens=5", "stages.align.final_phase.sequence_length: missing"),
         ("compute.micro_batch_sequences=5", "expected a divisor of stages.orient.batch_sequences, 8"),
         ("stages.align.train=[embedding]", "stages.align.train.0: found"),
         ("stages.align.train=[]", "expected a list of mixer, mlp, norm, each once"),
@@ -376,7 +374,21 @@ def test_a_bad_override_is_refused_in_one_line(small: Recipe, override: str, mes
 # Anything at all
 
 words = st.sampled_from(
-    ["name", "description", "stages", "orient", "tokens", "seed", "data", "train", "finish", "0", "path", "x", "null"]
+    [
+        "name",
+        "description",
+        "stages",
+        "orient",
+        "tokens",
+        "seed",
+        "data",
+        "train",
+        "final_phase",
+        "0",
+        "path",
+        "x",
+        "null",
+    ]
 )
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | words,

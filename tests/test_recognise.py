@@ -107,9 +107,9 @@ def test_other_kinds_of_models_are_refused_from_the_configuration(tmp_path, mode
 def test_an_unwritten_family_goes_the_whole_way(tmp_path):
     teacher = unwritten_teacher("granitemoeshared", tmp_path / "teacher", **EXPERTS)
     told = json.loads(run_well("inspect", teacher, "--json").stdout)
-    assert "No file in adapters/" in told["odd"][0]
-    assert "model.layers holds the 2 decoder layers" in told["odd"][1]
-    assert "q_proj, k_proj, v_proj, o_proj" in told["odd"][2]
+    assert "No file in adapters/" in told["notes"][0]
+    assert "model.layers holds the 2 decoder layers" in told["notes"][1]
+    assert "q_proj, k_proj, v_proj, o_proj" in told["notes"][2]
     out = tmp_path / "run"
     done = run_well("convert", teacher, "--recipe", make_recipe(tmp_path), "--output", out)
     assert "proving what its modules say on the weights" in done.stderr
@@ -125,7 +125,7 @@ def prove(model_type: str, teacher: Any, folder: Path) -> None:
     teacher.save_pretrained(folder)
     adapter = recognise(model_type, teacher.config.to_dict())
     spec = inspect_teacher(str(folder)).spec
-    student_spec = design_student("tiny", spec, teacher.config, adapter, StudentRecipe(state_width=8))
+    student_spec = design_student("tiny", spec, teacher.config, adapter, StudentRecipe(state_size=8))
     student = build_student(teacher, adapter, student_spec, "attention", seed=0)
     prove_family(teacher, student, adapter, 97)
 

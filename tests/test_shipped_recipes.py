@@ -49,9 +49,9 @@ def test_llamba_recipes_are_the_published_ones(
     assert [stage.batch_sequences for stage in stages] == [64, 128, 128]
     assert [stage.sequence_length for stage in stages] == [2048] * 3
     assert [stage.learning_rate for stage in stages] == [1e-4, 1e-4, distill_learning_rate]
-    assert recipe.stages.distill.finish is not None
-    assert recipe.stages.distill.finish.tokens == 4 * 200_000_000
-    assert recipe.stages.distill.finish.sequence_length == 4096
+    assert recipe.stages.distill.final_phase is not None
+    assert recipe.stages.distill.final_phase.tokens == 4 * 200_000_000
+    assert recipe.stages.distill.final_phase.sequence_length == 4096
     assert recipe.stages.align.target == "block"
     assert recipe.stages.distill.train == ("mixer", "mlp", "norm", "embedding", "head")
     assert recipe.optimizer.betas == (0.9, 0.95)
@@ -59,11 +59,11 @@ def test_llamba_recipes_are_the_published_ones(
     assert (recipe.schedule.warmup, recipe.schedule.decay, recipe.schedule.floor) == (0.1, 0.1, 1e-8)
     assert recipe.compute.precision == "bf16"
     assert recipe.compute.activation_checkpointing
-    assert (recipe.student.init, recipe.student.state_width, recipe.student.decay_bias) == ("identity", 64, False)
+    assert (recipe.student.init, recipe.student.state_size, recipe.student.decay_bias) == ("identity", 64, False)
     (text,) = recipe.data.train
     assert text.hub == "HuggingFaceFW/fineweb-edu"
     assert [(item.column, item.operator, item.value) for item in text.where] == [("score", ">=", 4.0)]
-    assert [source.hub for source in recipe.data.finish] == ["teknium/OpenHermes-2.5"]
+    assert [source.hub for source in recipe.data.final_phase] == ["teknium/OpenHermes-2.5"]
 
 
 @pytest.mark.parametrize(("name", "total"), [("llamba-1b", 8e9), ("llamba-3b", 10e9), ("llamba-8b", 12e9)])

@@ -127,8 +127,8 @@ def test_bf16_runs_on_float32_master_weights(tmp_path):
     for stage in stages(pair).values():
         engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "bf16", CPU)
         with engine.autocast():
-            figures = stage.run(packed(), Runner(engine.backward))
-        assert torch.isfinite(figures["loss"])
+            metrics = stage.run(packed(), Runner(engine.backward))
+        assert torch.isfinite(metrics["loss"])
         assert engine.step(1e-3) > 0
         assert all(p.dtype == torch.float32 for p in stage.parameters().values())
 

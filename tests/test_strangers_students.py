@@ -59,7 +59,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a width beyond its weights": ({"intermediate_size": 10**6}, "parameters, the weights hold"),
     "a state beyond its weights": (
         {"mixer": {"layers": "model.layers", "attention": "self_attn", "grafted_layers": [0], "num_heads": 4,
-                   "head_width": 2**20, "state_width": 16, "conv_width": 4, "decay_bias": True, "out_bias": True,
+                   "head_dim": 2**20, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": True,
                    "reads_mask": False}},
         "parameters, the weights hold",
     ),
@@ -192,7 +192,7 @@ FACTS: dict[str, tuple[str, Any]] = {
     "parameters are a text": ("student.json", {"num_parameters": "many"}),
     "source is a list": ("teacher.json", {"source": [], "folder": "x", "files": {}}),
     "teacher is a list": ("teacher.json", []),
-    "results without figures": ("results.json", {"teacher": {}, "stages": {"init": {}}}),
+    "results without metrics": ("results.json", {"teacher": {}, "stages": {"init": {}}}),
     "results of texts": ("results.json", {"teacher": {"perplexity": "low"}, "stages": {}}),
     "results of lists": ("results.json", {"teacher": {}, "stages": {"init": [1]}}),
     "results of a name": ("results.json", {"teacher": {}, "stages": {}, "name": ["x"]}),

@@ -189,13 +189,13 @@ def test_the_state_does_not_grow(pair):
         cache = pair.student(ids[:, :length], use_cache=True).past_key_values
         layers = [cache.layers[index] for index in pair.spec.grafted_layers]
         sizes.append(sum(layer.tail_bkf.numel() + layer.state_bhpn.numel() for layer in layers))
-    assert sizes[0] == sizes[1] == ids.shape[0] * pair.spec.state_numbers
+    assert sizes[0] == sizes[1] == ids.shape[0] * pair.spec.state_elements
 
 
-def mixer(state_width: int, decay_bias: bool = True) -> DiscreteMamba2:
+def mixer(state_size: int, decay_bias: bool = True) -> DiscreteMamba2:
     """A mixer of 4 heads of width 8 on a width of 32."""
     torch.manual_seed(0)
-    return DiscreteMamba2(32, 4, 8, state_width, 4, decay_bias, True, False, 0)
+    return DiscreteMamba2(32, 4, 8, state_size, 4, decay_bias, True, False, 0)
 
 
 def attention_weights() -> AttentionWeights:
@@ -203,9 +203,9 @@ def attention_weights() -> AttentionWeights:
     return read_projections(find_layers(tiny_teacher("llama"), "model.layers")[0].self_attn)
 
 
-@pytest.mark.parametrize("state_width", [8, 20])
-def test_attention_start_is_linear_attention(state_width):
-    weights, ours = attention_weights(), mixer(state_width)
+@pytest.mark.parametrize("state_size", [8, 20])
+def test_attention_start_is_linear_attention(state_size):
+    weights, ours = attention_weights(), mixer(state_size)
     start_mixer_from_attention(ours, weights)
     hidden = torch.randn(1, 6, 32)
     parts = ours.mixing_parts(hidden)
@@ -219,12 +219,12 @@ def test_attention_start_is_linear_attention(state_width):
     assert ours.d.abs().max() == 0
 
 
-@pytest.mark.parametrize("state_width", [3, 8, 20])
+@pytest.mark.parametrize("state_size", [3, 8, 20])
 @pytest.mark.parametrize("decay_bias", [True, False])
-def test_the_attention_start_takes_weights_from_another_device(state_width, decay_bias):
+def test_the_attention_start_takes_weights_from_another_device(state_size, decay_bias):
     weights = attention_weights()
     with FakeTensorMode():  # knows every device, computes nothing, and refuses to mix them
-        ours = mixer(state_width, decay_bias)
+        ours = mixer(state_size, decay_bias)
         tensors = {name: t for name, t in vars(weights).items() if isinstance(t, torch.Tensor)}
         on_gpu = {name: torch.empty(t.shape, device="cuda", dtype=torch.bfloat16) for name, t in tensors.items()}
         start_mixer_from_attention(ours, replace(weights, **on_gpu))

@@ -15,7 +15,7 @@ from mohawkify.objectives.logits import Distill
 from mohawkify.objectives.matrix import Orient
 from mohawkify.objectives.objective import Runner
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe
-from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
 
@@ -53,8 +53,8 @@ def captured_pass(family: str, batch: Batch) -> tuple[list[LayerCall], list[Laye
     with (
         torch.no_grad(),
         capture_attention(teacher, load_adapter(family)),
-        listen({i: layer.self_attn for i, layer in enumerate(layers)}, attentions.append),
-        listen(dict(enumerate(layers)), blocks.append),
+        layer_hooks({i: layer.self_attn for i, layer in enumerate(layers)}, attentions.append),
+        layer_hooks(dict(enumerate(layers)), blocks.append),
     ):
         teacher(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return attentions, blocks
@@ -120,9 +120,9 @@ def test_orient_loss_is_the_distance_to_the_eager_attention(family, tmp_path):
             matrix[:, :, row, row] += parts.d_h
         expected += torch.linalg.matrix_norm(matrix - attentions[index]).mean().item()
     losses: list[float] = []
-    figures = Orient(pair).run(batch, Runner(lambda loss: losses.append(loss.item())))
+    metrics = Orient(pair).run(batch, Runner(lambda loss: losses.append(loss.item())))
     assert sum(losses) == pytest.approx(expected, rel=1e-5)
-    assert figures["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert metrics["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,8 +134,8 @@ def test_align_loss_is_exactly_zero_for_the_teachers_own_attention(family, targe
     ):
         ours.self_attn = copy.deepcopy(theirs.self_attn)
     stage = Align(pair, AlignRecipe(target=target, **STAGE))
-    figures = stage.run(batch, Runner(lambda loss: None))
-    assert figures["loss"] == 0
+    metrics = stage.run(batch, Runner(lambda loss: None))
+    assert metrics["loss"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,8 +150,8 @@ def test_align_block_target_is_the_teachers_block_output(family, tmp_path):
         middle = inputs[index] + mixed
         output = middle + layer.mlp(layer.post_attention_layernorm(middle))
         expected += (output - blocks[index]).norm(dim=-1).mean().item()
-    figures = Align(pair, AlignRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
-    assert figures["loss"].item() == pytest.approx(expected, rel=1e-5)
+    metrics = Align(pair, AlignRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
+    assert metrics["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,5 +164,5 @@ def test_distill_compares_with_the_teachers_own_logits(family, tmp_path):
         ).logits.log_softmax(-1)
     p = logits.softmax(-1)
     expected = (p * (p.log() - student)).sum(-1).mean().item()
-    figures = Distill(pair, DistillRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
-    assert figures["kl"].item() == pytest.approx(expected, rel=1e-4)
+    metrics = Distill(pair, DistillRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
+    assert metrics["kl"].item() == pytest.approx(expected, rel=1e-4)

@@ -25,19 +25,19 @@ from tests.commands import make_teacher, run, run_well
 FACTS = {"teacher": {"name": "t"}, "tokenizer": "a", "text": "b", "temperature": 1.0}
 VOCABULARY = {"a": 0, "b": 1}
 RECIPE = """
-name: finishing
+name: final_teacher
 description: a recipe whose stage 3 ends on other text
-student: {state_width: 8}
+student: {state_size: 8}
 data:
   train: [{path: "teacher:text.txt"}]
-  finish: [{path: "teacher:text.txt"}]
-  finish_epochs: null
+  final_phase: [{path: "teacher:text.txt"}]
+  final_phase_epochs: null
 stages:
   orient: {tokens: 0, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   align: {tokens: 0, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   distill:
     {tokens: 640, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3,
-    finish: {tokens: 384, sequence_length: 24}}
+    final_phase: {tokens: 384, sequence_length: 24}}
 compute: {precision: fp32, device: cpu, micro_batch_sequences: 2}
 evaluation: {tokens: 200, sequence_length: 32, batch_sequences: 2}
 checkpoint: {every_steps: 3}
@@ -170,7 +170,7 @@ def teacher(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("recipe") / "finishing.yaml"
+    file = tmp_path_factory.mktemp("recipe") / "final_teacher.yaml"
     file.write_text(RECIPE)
     return file
 
@@ -216,8 +216,8 @@ def test_teach_says_what_it_takes_before_it_takes_it(teacher, recipe, tmp_path, 
     assert result.exit_code == DiskFullError.exit_code
     assert "10,000 are free" in result.stderr
     assert not list((tmp_path / "logits").glob("shard-*"))
-    once = ("--set", "data.finish_epochs=1", "--set", "stages.distill.tokens=100k")
-    once += ("--set", "stages.distill.finish.tokens=50k")
+    once = ("--set", "data.final_phase_epochs=1", "--set", "stages.distill.tokens=100k")
+    once += ("--set", "stages.distill.final_phase.tokens=50k")
     result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "large", *once)
     assert result.exit_code == DiskFullError.exit_code
     assert not (tmp_path / "large" / "corpora").exists(), "refused before any text is read"
@@ -233,7 +233,7 @@ def test_only_the_text_of_the_phase_is_read(teacher, recipe, tmp_path):
     ("arguments", "says"),
     [
         (("--top-k", "259"), "found --top-k 259, expected at least 1 and at most the vocabulary, 258"),
-        (("--set", "stages.distill.finish=null"), "has no steps on finish text"),
+        (("--set", "stages.distill.final_phase=null"), "has no steps on finish text"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(teacher, recipe, tmp_path, arguments, says):
@@ -248,6 +248,6 @@ def test_the_text_is_that_of_the_teacher_that_is_converted(teacher, recipe, tmp_
         "teach", larger, "--for", teacher, "--recipe", recipe, "--output", tmp_path / "logits", "--stage-phase", "train"
     )
     found = TeacherLogits(Path(done.stdout.strip()))
-    assert found.layout.vocabulary_size == 258
+    assert found.layout.vocab_size == 258
     assert found.layout.sequence_length == 16
     assert found.layout.record_bytes < teacher_logits.SHARD_BYTES

@@ -43,7 +43,7 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
 
 def test_tensorboard_has_every_step_of_a_run_that_was_stopped(teacher, tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
-    recipe = apply_overrides(parse_recipe(RECIPE, "r"), ["stages.distill.finish=null"])
+    recipe = apply_overrides(parse_recipe(RECIPE, "r"), ["stages.distill.final_phase=null"])
     update, stops = StageProgress.update, [3]
 
     def update_and_stop(self, report):

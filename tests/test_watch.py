@@ -15,7 +15,7 @@ from mohawkify.distributed.process_group import World
 from mohawkify.errors import HANG, NumericsError
 from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train.engines.engine import LocalEngine
-from mohawkify.train.watchdog import FEWEST_LOSSES, SPIKE, LossWatch, MotionWatch
+from mohawkify.train.watchdog import FEWEST_LOSSES, SPIKE, DeadWeightCheck, SpikeDetector
 
 
 def losses(seed: int = 0, count: int = 200) -> list[float]:
@@ -24,7 +24,7 @@ def losses(seed: int = 0, count: int = 200) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_spike_is_seen_and_ordinary_noise_is_not(seed):
-    watch, calm = LossWatch(), losses(seed)
+    watch, calm = SpikeDetector(), losses(seed)
     assert [leap for leap in map(watch.see, calm) if leap is not None] == []
     leap = watch.see(5.0 + 20 * 0.1)
     assert leap is not None
@@ -34,17 +34,17 @@ def test_a_spike_is_seen_and_ordinary_noise_is_not(seed):
 
 
 def test_the_first_losses_and_a_falling_loss_are_no_spikes():
-    watch = LossWatch()
+    watch = SpikeDetector()
     assert [watch.see(100.0 / (step + 1)) for step in range(300)] == [None] * 300
-    fresh = LossWatch()
+    fresh = SpikeDetector()
     assert all(fresh.see(loss) is None for loss in [1.0, 50.0] * (FEWEST_LOSSES // 2))
 
 
 def test_a_watch_that_was_saved_decides_alike():
-    whole, calm = LossWatch(), [*losses(), 7.5]
+    whole, calm = SpikeDetector(), [*losses(), 7.5]
     for loss in calm[:120]:
         whole.see(loss)
-    restored = LossWatch(**asdict(whole))
+    restored = SpikeDetector(**asdict(whole))
     assert [whole.see(loss) for loss in calm[120:]] == [restored.see(loss) for loss in calm[120:]]
     assert whole == restored
 
@@ -68,8 +68,8 @@ def move(parameter: nn.Parameter) -> None:
 RATE = 1e-3
 
 
-def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> MotionWatch:
-    watch = MotionWatch(engine_of(trained, frozen), trained, frozen, World())
+def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> DeadWeightCheck:
+    watch = DeadWeightCheck(engine_of(trained, frozen), trained, frozen, World())
     watch.step(rate)
     return watch
 
@@ -145,9 +145,9 @@ def test_a_frozen_weight_that_moves_is_named():
 
 HANGING = """
 import sys, threading, time
-from mohawkify.train.watchdog import HangWatch
+from mohawkify.train.watchdog import Watchdog
 from mohawkify.distributed.process_group import World
-with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
+with Watchdog(float(sys.argv[1]), "waiting for Godot", World()) as watch:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
         watch.beat()
@@ -156,12 +156,12 @@ with HangWatch(float(sys.argv[1]), "waiting for Godot", World()) as watch:
 """
 
 
-# It waits for what cannot show that it gets on, and is stopped as Ctrl-Z does, both for longer than its patience.
+# It waits for what cannot show that it gets on, and is stopped as Ctrl-Z does, both for longer than its timeout.
 WAITING = """
 import os, signal, subprocess, time
-from mohawkify.train.watchdog import HangWatch
+from mohawkify.train.watchdog import Watchdog
 from mohawkify.distributed.process_group import World
-with HangWatch(0.8, "waiting for Godot", World()) as watch:
+with Watchdog(0.8, "waiting for Godot", World()) as watch:
     with watch.paused():
         time.sleep(1.5)
     subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {os.getpid()}"])
@@ -185,9 +185,9 @@ def test_a_hang_ends_with_its_code_and_all_stacks():
     assert "most recent call first" in done.stderr
 
 
-@pytest.mark.parametrize("patience", ["1.5", "0"])
-def test_progress_is_left_alone(patience):
-    assert hang(patience, "12", "end").returncode == 0
+@pytest.mark.parametrize("hang_timeout", ["1.5", "0"])
+def test_progress_is_left_alone(hang_timeout):
+    assert hang(hang_timeout, "12", "end").returncode == 0
 
 
 def test_a_process_that_waits_for_a_library_or_was_stopped_is_left_alone():

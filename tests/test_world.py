@@ -17,11 +17,11 @@ from torch import nn
 
 from mohawkify.cli.main import main
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.loader import Stretch, batch_at
-from mohawkify.distributed.failures import Alarm, OtherProcessError, is_lost, lost
+from mohawkify.data.loader import SampleRange, batch_at
+from mohawkify.distributed.failures import FailureReporter, OtherProcessError, is_lost, lost
 from mohawkify.distributed.launch import _exit_code, find_place, first_host
 from mohawkify.distributed.process_group import World
-from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
 from mohawkify.recipe.schema import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
 from mohawkify.train import loop, pipeline
@@ -75,21 +75,21 @@ def engine_of(stage: Reader) -> LocalEngine:
 
 
 @pytest.fixture(scope="module")
-def stretches() -> list[Stretch]:
-    """Two stretches over 40 sequences and more, which go round more than once."""
+def ranges() -> list[SampleRange]:
+    """Two ranges over 40 sequences and more, which go round more than once."""
     numbers = np.arange(40 * 8, dtype=np.uint32)
     corpus = Corpus(numbers, np.array([0, 100, 320]), "a")
-    return [Stretch(corpus, 12, 8, 0), Stretch(corpus, 5, 16, 72)]
+    return [SampleRange(corpus, 12, 8, 0), SampleRange(corpus, 5, 16, 72)]
 
 
-def stream(stretches: list[Stretch], size: int, first_step: int, micro_batch: int) -> str:
+def stream(ranges: list[SampleRange], size: int, first_step: int, micro_batch: int) -> str:
     """A hash of all that the processes of a world read together from a step on."""
     digest = hashlib.sha256()
     for step in range(first_step, 17):
         rows = []
         for rank in range(size):
             stage = Reader()
-            batch = batch_at(stretches, step, 8, seed=5)
+            batch = batch_at(ranges, step, 8, seed=5)
             loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
             rows += stage.rows
         digest.update(torch.stack(rows).numpy().tobytes())
@@ -97,20 +97,20 @@ def stream(stretches: list[Stretch], size: int, first_step: int, micro_batch: in
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 2, 5, 7, 11, 12, 13, 15, 16])
-def test_processes_read_the_same_tokens_in_the_same_order_from_any_step_on(stretches, first_step):
-    whole = stream(stretches, 1, first_step, 8)
+def test_processes_read_the_same_tokens_in_the_same_order_from_any_step_on(ranges, first_step):
+    whole = stream(ranges, 1, first_step, 8)
     for size in (2, 4):
         for micro_batch in (1, 2, 8):
-            assert stream(stretches, size, first_step, micro_batch) == whole, (size, micro_batch)
+            assert stream(ranges, size, first_step, micro_batch) == whole, (size, micro_batch)
 
 
-def test_the_gradient_of_all_parts_is_that_of_the_batch(stretches):
+def test_the_gradient_of_all_parts_is_that_of_the_batch(ranges):
     gradients = {}
     for size, micro_batch in ((1, 8), (2, 3), (4, 1)):
         stage = Reader()
         nn.init.constant_(stage.module.weight, 0.5)
         for rank in range(size):
-            batch = batch_at(stretches, 3, 8, seed=5)
+            batch = batch_at(ranges, 3, 8, seed=5)
             loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
         gradients[size] = stage.module.weight.grad
     torch.testing.assert_close(gradients[2], gradients[1])
@@ -158,7 +158,7 @@ def test_variables_that_make_no_sense_are_refused(environment):
 
 def test_files_that_another_machine_has_otherwise_are_refused():
     class Second(World):
-        def by_main(self, function: Any, beat: Any = None) -> Any:
+        def on_rank0(self, function: Any, beat: Any = None) -> Any:
             return {"model.safetensors": "a"}
 
     world = Second(rank=8, size=16)
@@ -275,7 +275,7 @@ def test_what_changes_rounding_only_is_no_part_of_a_runs_identity():
         assert comparable_text(apply_overrides(recipe, [change])) != comparable_text(recipe), change
 
 
-def test_the_micro_batch_is_halved_until_it_fits(stretches):
+def test_the_micro_batch_is_halved_until_it_fits(ranges):
     recipe = parse_recipe(RECIPE, "tiny.yaml")
     stage = Reader()
     tried: list[int] = []
@@ -288,7 +288,7 @@ def test_the_micro_batch_is_halved_until_it_fits(stretches):
         return run(batch, runner)
 
     stage.run = crowded  # type: ignore[method-assign]
-    batch = batch_at(stretches, 0, 8, seed=5)
+    batch = batch_at(ranges, 0, 8, seed=5)
     before = torch.get_rng_state()
     assert largest_that_fits(stage, batch, World(), CPU, lambda micro: engine_of(stage)) == 2  # type: ignore[arg-type]
     assert tried == [8, 4, 2]
@@ -300,7 +300,7 @@ def test_the_micro_batch_is_halved_until_it_fits(stretches):
     stage.name = "orient"
     for wanted, size, found in (("auto", 2, 2), ("null", 1, 4), ("4", 4, 1), ("1", 2, 1)):
         own = apply_overrides(recipe, [f"compute.micro_batch_sequences={wanted}"])
-        assert micro_batch_of(stage, own, stretches, World(0, size), CPU, lambda micro: engine_of(stage)) == found  # type: ignore[arg-type]
+        assert micro_batch_of(stage, own, ranges, World(0, size), CPU, lambda micro: engine_of(stage)) == found  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -309,15 +309,15 @@ def store() -> distributed.TCPStore:
 
 
 def test_the_first_error_is_said_and_gives_all_the_exit_code(store):
-    alarms = [Alarm(store.clone(), rank, 3) for rank in range(3)]
+    alarms = [FailureReporter(store.clone(), rank, 3) for rank in range(3)]
     said: list[int] = []
     try:
-        alarms[0].require_peace()
-        assert alarms[1].settle(66, lambda: said.append(1)) == 66
+        alarms[0].raise_if_peer_failed()
+        assert alarms[1].report(66, lambda: said.append(1)) == 66
         with pytest.raises(OtherProcessError):
-            alarms[0].require_peace()
-        assert alarms[0].settle(75, lambda: said.append(0)) == 66
-        assert alarms[2].settle(66, lambda: said.append(2)) == 66
+            alarms[0].raise_if_peer_failed()
+        assert alarms[0].report(75, lambda: said.append(0)) == 66
+        assert alarms[2].report(66, lambda: said.append(2)) == 66
         assert said == [1]
     finally:
         for alarm in alarms:
@@ -325,7 +325,7 @@ def test_the_first_error_is_said_and_gives_all_the_exit_code(store):
 
 
 def test_the_others_wait_until_an_error_is_said(store):
-    alarms = [Alarm(store.clone(), rank) for rank in range(2)]
+    alarms = [FailureReporter(store.clone(), rank) for rank in range(2)]
     order: list[str] = []
 
     def speak() -> None:
@@ -333,10 +333,10 @@ def test_the_others_wait_until_an_error_is_said(store):
         order.append("said")
 
     try:
-        first = threading.Thread(target=lambda: alarms[0].settle(74, speak))
+        first = threading.Thread(target=lambda: alarms[0].report(74, speak))
         first.start()
         time.sleep(0.1)
-        assert alarms[1].settle(75, lambda: order.append("wrong")) == 74
+        assert alarms[1].report(75, lambda: order.append("wrong")) == 74
         order.append("left")
         first.join()
         assert order == ["said", "left"]
@@ -353,10 +353,10 @@ def test_a_store_that_gives_no_answer_keeps_nobody(monkeypatch):
             return lambda *arguments: threading.Event().wait()
 
     monkeypatch.setattr("mohawkify.distributed.failures._SECONDS_TO_AGREE", 0.3)
-    monkeypatch.setattr(Alarm, "_watch", lambda self: None)
+    monkeypatch.setattr(FailureReporter, "_watch", lambda self: None)
     said: list[int] = []
     for rank in range(3):
-        assert Alarm(Silent(), rank).settle(75, lambda rank=rank: said.append(rank), "hang") == 75  # type: ignore[arg-type, misc]
+        assert FailureReporter(Silent(), rank).report(75, lambda rank=rank: said.append(rank), "hang") == 75  # type: ignore[arg-type, misc]
     assert said == [0, 1]
 
 
@@ -364,17 +364,17 @@ def test_those_that_wait_for_the_main_process_get_on_only_as_it_does(store):
     """Else a main process that is stopped while it saves would never be missed."""
     main, second = World(0, 2, 0, store), World(1, 2, 1, store)
     beats: list[float] = []
-    waiting = threading.Thread(target=lambda: second.by_main(lambda: None, lambda: beats.append(time.monotonic())))
+    waiting = threading.Thread(target=lambda: second.on_rank0(lambda: None, lambda: beats.append(time.monotonic())))
     try:
         waiting.start()
         time.sleep(0.5)
         assert beats == []
-        main.show_life()
+        main.heartbeat()
         deadline = time.monotonic() + 30
         while not beats and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(beats) == 1
-        main.by_main(lambda: None)
+        main.on_rank0(lambda: None)
         waiting.join()
         assert len(beats) == 1
     finally:
@@ -441,10 +441,10 @@ def test_a_signal_between_two_looks_is_not_lost():
             stop.number = 15  # it comes while the processes agree that there was none
             return number
 
-    stop = StopRequest()
-    assert not stop.agree(Slow())
+    stop = Shutdown()
+    assert not stop.any_rank(Slow())
     assert stop.number == 15
-    assert stop.agree(World())
+    assert stop.any_rank(World())
 
 
 def test_a_launchers_processes_and_ours_must_be_as_many(monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 def tiny_config(family: str, **changes: Any) -> Any:
     """A small configuration of a family with its oddities switched on."""
     adapter = load_adapter(family)
-    return getattr(transformers, adapter.config_class)(**{**COMMON, **adapter.sample, **changes})
+    return getattr(transformers, adapter.config_class)(**{**COMMON, **adapter.tiny_config, **changes})
 
 
 def tiny_teacher(family: str, attention: str | None = None, **changes: Any) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def tiny_pair(
     save_teacher(teacher, folder)
     inspection = inspect_teacher(str(folder))
     adapter: Adapter = inspection.adapter
-    recipe = StudentRecipe(**{"state_width": 16, "init": init, **(student or {})})
+    recipe = StudentRecipe(**{"state_size": 16, "init": init, **(student or {})})
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
     return Pair(teacher, build_student(teacher, adapter, spec, init, seed=0), spec, adapter)
 

@@ -62,12 +62,12 @@ def scan_inputs(length: int, dtype: torch.dtype, p_width: int, n_width: int, bat
     return [t.requires_grad_() for t in (x, b, c, log_decay, state)]
 
 
-def both_scans(given: list[Tensor], starts_bl: Tensor | None, stateful: bool):
+def both_scans(given: list[Tensor], document_starts_bl: Tensor | None, stateful: bool):
     """Outputs, final state and gradients of the kernels, then of the recurrence in float64 on the CPU."""
     results = []
     for scan, exact in ((scan_triton, False), (scan_recurrent, True)):
         inputs = [t.detach().double().cpu().requires_grad_() for t in given] if exact else given
-        borders = None if starts_bl is None else starts_bl if exact else starts_bl.to(DEVICE)
+        borders = None if document_starts_bl is None else document_starts_bl if exact else document_starts_bl.to(DEVICE)
         y, last = scan(*inputs[:4], inputs[4] if stateful else None, borders)
         generator = torch.Generator().manual_seed(1)
         dy, dlast = (torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in (y, last))
@@ -92,8 +92,10 @@ def both_scans(given: list[Tensor], starts_bl: Tensor | None, stateful: bool):
 def test_scan_against_float64(dtype, length, p_width, n_width, borders, stateful):
     batch = 2 if length == 63 else 1
     given = scan_inputs(length, dtype, p_width, n_width, batch)
-    starts_bl = torch.rand(batch, length, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
-    actual, expected = both_scans(given, starts_bl, stateful)
+    document_starts_bl = (
+        torch.rand(batch, length, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
+    )
+    actual, expected = both_scans(given, document_starts_bl, stateful)
     assert actual[0].dtype == dtype
     assert actual[1].dtype == torch.float32
     names = ("y", "state", "dx", "dB", "dC", "dlog_decay", "dstate")
@@ -143,11 +145,11 @@ def test_under_autocast_products_are_rounded_and_results_are_not():
 
 def test_stage_1_under_autocast_gives_gradients_in_the_inputs_dtype():
     dtype = torch.float16 if INTERPRETED else torch.bfloat16
-    mixing, attention, starts_bl = orient_inputs("all", 70, torch.float32)
+    mixing, attention, document_starts_bl = orient_inputs("all", 70, torch.float32)
     found = []
     for enabled in (False, True):
         with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
-            loss, _ = orient_loss_triton(mixing, attention, starts_bl)
+            loss, _ = orient_loss_triton(mixing, attention, document_starts_bl)
         found.append([loss, *torch.autograd.grad(loss, mixing)])
     for name, plain, cast in zip(("loss", "b", "c", "log_decay", "d"), *found, strict=True):
         assert cast.dtype == torch.float32
@@ -157,7 +159,7 @@ def test_stage_1_under_autocast_gives_gradients_in_the_inputs_dtype():
 def orient_inputs(case: str, length: int, dtype: torch.dtype) -> tuple[MixingMatrix, AttentionMatrix, Tensor | None]:
     """One row of the matrices of tests/test_orient_loss.py; `holes` adds a mask that is no interval."""
     # Decays weak enough to reach beyond a tile, unless the case is about decays.
-    mixing, attention, starts_bl = tensors(length, **{"strong": 0.03, **CASES.get(case, {})})
+    mixing, attention, document_starts_bl = tensors(length, **{"strong": 0.03, **CASES.get(case, {})})
     mask_bhls = attention.mask_bhls[:1]
     if case == "holes":
         distance_ls = torch.arange(length)[:, None] - torch.arange(length)
@@ -175,10 +177,10 @@ def orient_inputs(case: str, length: int, dtype: torch.dtype) -> tuple[MixingMat
         mask_bhls=mask_bhls.to(DEVICE),
         bias_bhls=None if attention.bias_bhls is None else attention.bias_bhls.to(DEVICE, torch.float32),
     )
-    return mixing, attention, None if starts_bl is None else starts_bl[:1].to(DEVICE)
+    return mixing, attention, None if document_starts_bl is None else document_starts_bl[:1].to(DEVICE)
 
 
-def exact_orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None):
+def exact_orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None):
     """The definition in float64 on the CPU: loss, relative distance, gradients."""
     exact = MixingMatrix(*(t.detach().double().cpu().requires_grad_() for t in mixing))
     attention = attention._replace(
@@ -187,7 +189,9 @@ def exact_orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, starts_b
         mask_bhls=attention.mask_bhls.cpu(),
         bias_bhls=None if attention.bias_bhls is None else attention.bias_bhls.double().cpu(),
     )
-    loss, relative = orient_loss_direct(exact, attention, None if starts_bl is None else starts_bl.cpu())
+    loss, relative = orient_loss_direct(
+        exact, attention, None if document_starts_bl is None else document_starts_bl.cpu()
+    )
     (2.5 * loss).backward()
     return [loss.detach(), relative, *(t.grad for t in exact)]
 
@@ -295,8 +299,8 @@ def test_flash_linear_attention_computes_the_same(borders, monkeypatch):
 
         monkeypatch.setattr(simple_gla, "chunk_simple_gla", naive_recurrent_simple_gla)
     given = scan_inputs(100, torch.float32, 16, 16)
-    starts_bl = torch.rand(1, 100, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
-    borders_bl = None if starts_bl is None else starts_bl.to(DEVICE)
+    document_starts_bl = torch.rand(1, 100, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
+    borders_bl = None if document_starts_bl is None else document_starts_bl.to(DEVICE)
     with torch.no_grad():
         ours, theirs = scan_triton(*given, borders_bl), scan_fla(*given, borders_bl)
     for name, one, other in zip(("y", "state"), theirs, ours, strict=True):
@@ -310,8 +314,8 @@ def test_mamba_ssm_computes_the_same(borders):
     from mohawkify.ops.libraries import scan_mamba_ssm
 
     given = scan_inputs(256, torch.float32, 64, 64)
-    starts_bl = torch.rand(1, 256, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
-    borders_bl = None if starts_bl is None else starts_bl.to(DEVICE)
+    document_starts_bl = torch.rand(1, 256, generator=torch.Generator().manual_seed(2)) < 0.06 if borders else None
+    borders_bl = None if document_starts_bl is None else document_starts_bl.to(DEVICE)
     with torch.no_grad():
         ours, theirs = scan_triton(*given, borders_bl), scan_mamba_ssm(*given, borders_bl)
     for name, one, other in zip(("y", "state"), theirs, ours, strict=True):

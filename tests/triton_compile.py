@@ -81,11 +81,11 @@ def launch_everything(dtype: torch.dtype, p_width: int, n_width: int, biased: bo
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype)
 
-    starts_bl = torch.zeros(batch, length, dtype=torch.bool)
+    document_starts_bl = torch.zeros(batch, length, dtype=torch.bool)
     x, b, c = (zeros(batch, length, heads, width).requires_grad_() for width in (p_width, n_width, n_width))
     log_decay = zeros(batch, length, heads, dtype=torch.float32)
     state = zeros(batch, heads, p_width, n_width, dtype=torch.float32)
-    y, last = triton_scan.scan_triton(x, b, c, log_decay, state, starts_bl)
+    y, last = triton_scan.scan_triton(x, b, c, log_decay, state, document_starts_bl)
     (y.sum() + last.sum()).backward()
 
     mixing = MixingMatrix(b, c, log_decay, zeros(heads, dtype=torch.float32))
@@ -95,7 +95,7 @@ def launch_everything(dtype: torch.dtype, p_width: int, n_width: int, biased: bo
     if biased:
         mask[2, 1] = False
         attention = attention._replace(bias_bhls=zeros(1, heads, length, length, dtype=torch.float32))
-    triton_matrix_distance.orient_loss_triton(mixing, attention, starts_bl)
+    triton_matrix_distance.orient_loss_triton(mixing, attention, document_starts_bl)
 
     num_features, num_lags = heads * (p_width + 2 * n_width), 3
     convs = (zeros(num_features, num_lags + 1, dtype=torch.float32), zeros(num_features, dtype=torch.float32))

@@ -45,7 +45,7 @@ def _family_row(family: Adapter) -> str:
     examples = ", ".join(f"`{name}`" for name in family.examples)
     # A layer that keeps its attention is the teacher's own, whatever the family.
     mlx = "yes" if family.mlx_module else "no"
-    return _row(f"`{family.model_type}`", family.title, examples, " ".join(family.odd), "yes", mlx)
+    return _row(f"`{family.model_type}`", family.title, examples, " ".join(family.notes), "yes", mlx)
 
 
 def _row(*cells: str) -> str:

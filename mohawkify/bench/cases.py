@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mohawkify.bench import peers
-from mohawkify.ops.chunked_kl import HeadInput, distill_loss_chunked
+from mohawkify.ops.chunked_kl import LMHeadInput, chunked_distill_loss
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.decode import decode_step
 from mohawkify.ops.losses import distill_loss
@@ -111,9 +111,9 @@ def scan_case(device: torch.device) -> Case:
     def build(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, tuple[str, ...]]:
         tokens = (sizes["batch"], sizes["length"], sizes["heads"])
         inputs = {
-            "x": _normal(*tokens, sizes["head_width"], generator=generator),
-            "b": _normal(*tokens, sizes["state_width"], generator=generator) / sizes["state_width"] ** 0.5,
-            "c": _normal(*tokens, sizes["state_width"], generator=generator),
+            "x": _normal(*tokens, sizes["head_dim"], generator=generator),
+            "b": _normal(*tokens, sizes["state_size"], generator=generator) / sizes["state_size"] ** 0.5,
+            "c": _normal(*tokens, sizes["state_size"], generator=generator),
             "log_decay": -F.softplus(_normal(*tokens, generator=generator)),
         }
         return inputs, tuple(inputs)
@@ -124,12 +124,12 @@ def scan_case(device: torch.device) -> Case:
     forms = {"chunked": form_of(scan_chunked)}
     forms |= {name: form_of(scan) for name, scan in _kernel(device, "triton_scan", "scan_triton").items()}
     forms |= {FOREIGN + name: form_of(scan) for name, scan in peers.scan_peers(device).items()}
-    width = {"head_width": 64, "state_width": 64}
+    width = {"head_dim": 64, "state_size": 64}
     return Case(
         "scan", build, form_of(scan_recurrent), forms, FOREIGN + "ssd_minimal",
         sizes={"batch": 4, "length": 1024, "heads": 16, **width},
         judged_at={"batch": 1, "length": 1024, "heads": 2, **width},
-        quick={"batch": 1, "length": 128, "heads": 2, "head_width": 8, "state_width": 16},
+        quick={"batch": 1, "length": 128, "heads": 2, "head_dim": 8, "state_size": 16},
         small={"batch": 1, "length": 64, "heads": 2, **width},
     )  # fmt: skip
 
@@ -139,11 +139,11 @@ def orient_case(device: torch.device) -> Case:
 
     def build(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, tuple[str, ...]]:
         batch, length, heads = sizes["batch"], sizes["length"], sizes["heads"]
-        rows = (batch, heads, length, sizes["head_width"])
+        rows = (batch, heads, length, sizes["head_dim"])
         tokens = (batch, length, heads)
         inputs = {
-            "b": _normal(*tokens, sizes["state_width"], generator=generator) / sizes["state_width"] ** 0.5,
-            "c": _normal(*tokens, sizes["state_width"], generator=generator),
+            "b": _normal(*tokens, sizes["state_size"], generator=generator) / sizes["state_size"] ** 0.5,
+            "c": _normal(*tokens, sizes["state_size"], generator=generator),
             "log_decay": -F.softplus(_normal(*tokens, generator=generator) - 3.0),
             "d": _normal(heads, generator=generator),
             "q": _normal(*rows, generator=generator),
@@ -161,12 +161,12 @@ def orient_case(device: torch.device) -> Case:
 
     forms = {"direct": form_of(orient_loss_direct), "bands": form_of(orient_loss)}
     forms |= {name: form_of(loss) for name, loss in _kernel(device, "triton_orient", "orient_loss_triton").items()}
-    width = {"head_width": 64, "state_width": 64}
+    width = {"head_dim": 64, "state_size": 64}
     return Case(
         "orient", build, form_of(orient_loss_direct), forms, "direct",
         sizes={"batch": 1, "length": 2048, "heads": 16, **width},
         judged_at={"batch": 1, "length": 2048, "heads": 1, **width},
-        quick={"batch": 1, "length": 96, "heads": 2, "head_width": 8, "state_width": 16},
+        quick={"batch": 1, "length": 96, "heads": 2, "head_dim": 8, "state_size": 16},
         small={"batch": 1, "length": 64, "heads": 2, **width},
     )  # fmt: skip
 
@@ -192,8 +192,8 @@ def distill_case(device: torch.device) -> Case:
         return distill_loss(student_blv, F.linear(i["teacher"], i["teacher_head"]), counts(i))
 
     def chunks(i: Inputs) -> tuple[Tensor, ...]:
-        student, teacher = HeadInput(i["student"], i["student_head"]), HeadInput(i["teacher"], i["teacher_head"])
-        return distill_loss_chunked(student, teacher, counts(i))
+        student, teacher = LMHeadInput(i["student"], i["student_head"]), LMHeadInput(i["teacher"], i["teacher_head"])
+        return chunked_distill_loss(student, teacher, counts(i))
 
     def foreign(loss: Callable[..., Tensor]) -> Form:
         """A peer gives the KL divergence alone, which has the gradients of the cross-entropy."""
@@ -245,11 +245,11 @@ def step_case(device: torch.device) -> Case:
 
     def build(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, tuple[str, ...]]:
         batch, heads = sizes["batch"], sizes["heads"]
-        wide, narrow = heads * sizes["head_width"], heads * sizes["state_width"]
+        wide, narrow = heads * sizes["head_dim"], heads * sizes["state_size"]
         num_features = wide + 2 * narrow
         return {
             "x": _normal(batch, wide, generator=generator),
-            "b": _normal(batch, narrow, generator=generator) / sizes["state_width"] ** 0.5,
+            "b": _normal(batch, narrow, generator=generator) / sizes["state_size"] ** 0.5,
             "c": _normal(batch, narrow, generator=generator),
             "z": _normal(batch, wide, generator=generator),
             "a_log": _normal(batch, heads, generator=generator),
@@ -258,7 +258,7 @@ def step_case(device: torch.device) -> Case:
             "z_bias": _normal(wide, generator=generator),
             "d": _normal(heads, generator=generator),
             "tail": _normal(batch, sizes["taps"] - 1, num_features, generator=generator),
-            "state": _normal(batch, heads, sizes["head_width"], sizes["state_width"], generator=generator),
+            "state": _normal(batch, heads, sizes["head_dim"], sizes["state_size"], generator=generator),
         }, ()
 
     def stepping(step: Callable[..., Tensor]) -> Form:
@@ -283,12 +283,12 @@ def step_case(device: torch.device) -> Case:
 
     forms: dict[str, Form] = {"parts": by_parts, "in place": stepping(decode_step)}
     forms |= {name: stepping(step) for name, step in _kernel(device, "triton_step", "decode_step").items()}
-    width = {"head_width": 64, "state_width": 64, "taps": 4}
+    width = {"head_dim": 64, "state_size": 64, "taps": 4}
     return Case(
         "decode_step", build, by_parts, forms, "parts",
         sizes={"batch": 16, "heads": 12, **width},
         judged_at={"batch": 2, "heads": 2, **width},
-        quick={"batch": 2, "heads": 2, "head_width": 8, "state_width": 16, "taps": 4},
+        quick={"batch": 2, "heads": 2, "head_dim": 8, "state_size": 16, "taps": 4},
     )  # fmt: skip
 
 

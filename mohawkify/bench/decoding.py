@@ -84,7 +84,7 @@ class Models:
         adapter = load_adapter("llama")
         mixer = {
             "layers": adapter.layers, "attention": adapter.attention, "grafted_layers": list(range(plan.layers)),
-            "num_heads": heads, "head_width": 64, "state_width": 64, "conv_width": 4, "decay_bias": True,
+            "num_heads": heads, "head_dim": 64, "state_size": 64, "conv_kernel": 4, "decay_bias": True,
             "out_bias": False, "reads_mask": False,
         }  # fmt: skip
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
         report: receives a line for every step of the way.
 
     Returns:
-        A JSON object: ``batches`` and ``contexts`` (rows of the two figures), ``together`` (several sequences at the
+        A JSON object: ``batches`` and ``contexts`` (rows of the two metrics), ``together`` (several sequences at the
         last context) and ``measures``.
 
     Raises:
@@ -256,12 +256,12 @@ def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int,
 def student_cache(student: PreTrainedModel, batch: int, context: int) -> StudentCache:
     """A cache as after ``context`` tokens."""
     mixer, dtype, device = student.config.mixer, student.dtype, student.device
-    width = mixer["num_heads"] * (mixer["head_width"] + 2 * mixer["state_width"])
+    width = mixer["num_heads"] * (mixer["head_dim"] + 2 * mixer["state_size"])
     cache = StudentCache(student.config)
     for layer in cache.layers:
         assert isinstance(layer, RecurrentLayer)  # every layer is grafted
-        tail_bkf = torch.randn(batch, mixer["conv_width"] - 1, width, dtype=dtype, device=device)
-        shape = (batch, mixer["num_heads"], mixer["head_width"], mixer["state_width"])
+        tail_bkf = torch.randn(batch, mixer["conv_kernel"] - 1, width, dtype=dtype, device=device)
+        shape = (batch, mixer["num_heads"], mixer["head_dim"], mixer["state_size"])
         layer.write(tail_bkf, torch.randn(shape, device=device), context)
     return cache
 

@@ -31,7 +31,7 @@ from mohawkify.ops.scan import mixing_matrix
 from mohawkify.plan.planner import STAGES
 from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe
 from mohawkify.student.build import build_student, design_student, mixers_of
-from mohawkify.teacher.capture import LayerCall, listen
+from mohawkify.teacher.capture import LayerCall, layer_hooks
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.locate import find_folder
@@ -75,7 +75,7 @@ class Workload:
         loaded = load_teacher(find_folder(teacher), dtype=torch.float32, device=device)
         student = build_student(loaded, inspection.adapter, spec, recipe.student.init, seed=0)
         generator = torch.Generator().manual_seed(0)
-        ids_bl = torch.randint(inspection.spec.vocabulary_size, (batch, length), generator=generator)
+        ids_bl = torch.randint(inspection.spec.vocab_size, (batch, length), generator=generator)
         positions_bl = (torch.arange(length) % max(length // 2, 1)).expand(batch, -1).clone()
         packed = Batch(ids_bl.to(device), positions_bl.to(device), torch.ones_like(ids_bl, dtype=torch.bool).to(device))
         return cls(Pair(loaded, student, spec, inspection.adapter), packed, recipe, plan(teacher, recipe), device)
@@ -121,10 +121,10 @@ class Workload:
                 backward=lambda loss: timed("backward", loss.backward),
                 call=lambda function, *args, **kwargs: timed("student", function, *args, **kwargs),
             )
-            figures = stage.run(self.batch, runner) if form == OWN else _DIRECT[name](self, runner)
+            metrics = stage.run(self.batch, runner) if form == OWN else _DIRECT[name](self, runner)
             timed("optimiser", optimizer.step)
             optimizer.zero_grad()
-            return float(figures["loss"])
+            return float(metrics["loss"])
 
         for parameter in self.pair.student.parameters():
             parameter.requires_grad_(False)
@@ -234,20 +234,20 @@ def _product_flops(device: torch.device) -> float:
 
 def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     pair, batch = workload.pair, workload.batch
-    starts_bl = batch.position_ids == 0
+    document_starts_bl = batch.position_ids == 0
     calls: dict[int, LayerCall] = {}
     before = pair.teacher.config._attn_implementation
     pair.teacher.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), listen(mixers_by_layer(pair.teacher, pair.spec), _keep_in(calls)):
+        with torch.no_grad(), layer_hooks(mixers_by_layer(pair.teacher, pair.spec), _keep_in(calls)):
             outputs = pair.teacher(**model_inputs(pair.teacher, batch, pair.spec), output_attentions=True)
     finally:
         pair.teacher.set_attn_implementation(before)
     mixers = mixers_by_layer(pair.student, pair.spec)
     losses = []
     for layer, call in calls.items():
-        parts = runner.call(mixers[layer].mixing_parts, call.hidden_bld, starts_bl)
-        matrix_bhls = runner.call(mixing_matrix, *parts, starts_bl)
+        parts = runner.call(mixers[layer].mixing_parts, call.hidden_bld, document_starts_bl)
+        matrix_bhls = runner.call(mixing_matrix, *parts, document_starts_bl)
         # Summed in float64, as the loss of the stage is.
         norm_bh = torch.linalg.vector_norm(
             matrix_bhls - outputs.attentions[layer].float(), dim=(-2, -1), dtype=torch.float64
@@ -262,7 +262,7 @@ def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     pair, batch = workload.pair, workload.batch
     students = _align_modules(workload, pair.student)
     calls: dict[int, LayerCall] = {}
-    with torch.no_grad(), listen(_align_modules(workload, pair.teacher), _keep_in(calls)):
+    with torch.no_grad(), layer_hooks(_align_modules(workload, pair.teacher), _keep_in(calls)):
         pair.teacher(**model_inputs(pair.teacher, batch, pair.spec))
     losses = []
     with _mixing_by_matrix(pair.student):
@@ -281,7 +281,7 @@ def _direct_distill(workload: Workload, runner: Runner) -> dict[str, Tensor]:
         teacher_blv = pair.teacher(**model_inputs(pair.teacher, batch, pair.spec)).logits
     with _mixing_by_matrix(pair.student):
         student_blv = runner.call(pair.student, **model_inputs(pair.student, batch, pair.spec)).logits
-        loss, _ = distill_loss(student_blv, teacher_blv, batch.counts, workload.recipe.stages.distill.temperature)
+        loss, _ = distill_loss(student_blv, teacher_blv, batch.loss_mask, workload.recipe.stages.distill.temperature)
         runner.backward(loss)
     return {"loss": loss.detach()}
 
@@ -313,10 +313,15 @@ def _mixing_by_matrix(student: nn.Module) -> Iterator[None]:
     """Within the block every mixer writes its matrix down and multiplies by it."""
 
     def by_matrix(
-        x_blhp: Tensor, b_blhn: Tensor, c_blhn: Tensor, log_decay_blh: Tensor, state: None, starts_bl: Tensor | None
+        x_blhp: Tensor,
+        b_blhn: Tensor,
+        c_blhn: Tensor,
+        log_decay_blh: Tensor,
+        state: None,
+        document_starts_bl: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The outputs, and no state: nothing is continued in training."""
-        matrix_bhls = mixing_matrix(b_blhn, c_blhn, log_decay_blh, None, starts_bl)
+        matrix_bhls = mixing_matrix(b_blhn, c_blhn, log_decay_blh, None, document_starts_bl)
         return torch.einsum("bhls,bshp->blhp", matrix_bhls, x_blhp), x_blhp.new_empty(0)
 
     mixers = mixers_of(student)

@@ -18,7 +18,7 @@ Options = Callable[[Callable[..., None]], Callable[..., None]]
 def _shared(function: Callable[..., None]) -> Callable[..., None]:
     """The options of every benchmark."""
     options: list[Options] = [
-        click.option("--quick", is_flag=True, help="Tiny sizes, for a first look: its figures say little."),
+        click.option("--quick", is_flag=True, help="Tiny sizes, for a first look: its metrics say little."),
         click.option(
             "--output",
             type=click.Path(path_type=Path),

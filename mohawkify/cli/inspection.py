@@ -80,11 +80,11 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
     others = count(modules.parameters())
     if others:
         parts.append(_end("projections at the ends", others))
-    parts.append(_end("head, tied to the embedding" if spec.tied else "head", head_parameters))
+    parts.append(_end("head, tied to the embedding" if spec.tie_word_embeddings else "head", head_parameters))
     return {
         "teacher": spec.to_json(),
         "family": adapter.title,
-        "odd": list(adapter.odd),
+        "notes": list(adapter.notes),
         "student": student.to_json(),
         "parts": parts,
     }

@@ -33,8 +33,8 @@ from mohawkify.cli.options import (
 )
 @click.option(
     "--stage-phase",
-    type=click.Choice(["finish", "train"]),
-    default="finish",
+    type=click.Choice(["final_phase", "train"]),
+    default="final_phase",
     show_default=True,
     help="Which text of the recipe's stage 3.",
 )
@@ -70,12 +70,12 @@ def teach(
     """Keep a teacher's likeliest next tokens on disk.
 
     For every token of the text that a phase of the recipe's stage 3 reads, so that `convert` can learn from a teacher
-    that is not there: stages.distill.finish.logits names the folder. Stop it at any time; the same command continues
-    it. Prints the folder.
+    that is not there: stages.distill.final_phase.logits names the folder. Stop it at any time; the same command
+    continues it. Prints the folder.
     """
     text = [] if data is None else own_text(data, None)
-    if data is not None and stage_phase == "finish":
-        text = [setting("data.finish", [{"path": data}])]
+    if data is not None and stage_phase == "final_phase":
+        text = [setting("data.final_phase", [{"path": data}])]
     recipe = chosen_recipe(recipe_name, (*text, *overrides))
     with working():
         from mohawkify.cli.ranks import joined, start_processes
@@ -97,7 +97,7 @@ def teach(
                 device=choose_device(recipe.compute.device),
                 world=world,
                 prepared=prepared,
-                report=say if world.is_main else lambda line: None,
+                report=say if world.is_rank0 else lambda line: None,
             )
-    if world.is_main:
+    if world.is_rank0:
         click.echo(json.dumps(done, indent=2) if as_json else done["folder"])

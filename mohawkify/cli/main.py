@@ -169,7 +169,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     help="auto: continue what the same command began; never: insist on a fresh folder.",
 )
 @click.option(
-    "--patience",
+    "--hang-timeout",
     type=FiniteRange(min=0),
     default=1800.0,
     show_default=True,
@@ -188,7 +188,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     "--track",
     type=click.Choice(["tensorboard", "trackio", "wandb"]),
     multiple=True,
-    help="Send the figures to a tracker as well. May be given again.",
+    help="Send the metrics to a tracker as well. May be given again.",
 )
 @click.option(
     "--track-project",
@@ -210,7 +210,7 @@ def convert(
     offload: str | None,
     deepspeed_config: Path | None,
     resume: str,
-    patience: float,
+    hang_timeout: float,
     disk_wait: float,
     prepared: Path,
     track: tuple[str, ...],
@@ -244,14 +244,14 @@ def convert(
                 output=output,
                 resume=resume,
                 report=say,
-                patience=patience,
+                hang_timeout=hang_timeout,
                 disk_wait=disk_wait,
                 world=world,
                 prepared=prepared,
                 track=track,
                 track_project=track_project,
             )
-    if world.is_main:
+    if world.is_rank0:
         click.echo(str(run.path))
 
 
@@ -270,7 +270,7 @@ main.add_command(teach)
 @click.option("--tasks", metavar="NAMES", help="lm-eval tasks by name or YAML path, with commas between.")
 @click.option("--preset", metavar="NAME", help="A set of lm-eval tasks: llamba.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N questions of each task.")
-@click.option("--shots", type=click.IntRange(min=0), metavar="N", help="Examples in front of each question.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples in front of each question.")
 @click.option("--include-path", type=FOLDER, metavar="DIR", help="A folder with lm-eval tasks of your own.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions per forward pass."
@@ -436,7 +436,7 @@ def families(as_json: bool) -> None:
     details = {}
     for name in adapter_names():
         adapter = load_adapter(name)
-        details[name] = {"title": adapter.title, "examples": list(adapter.examples), "odd": list(adapter.odd)}
+        details[name] = {"title": adapter.title, "examples": list(adapter.examples), "notes": list(adapter.notes)}
     print_result({"families": list(details), "details": details}, tables.families_text, as_json)
 
 

@@ -165,6 +165,6 @@ def _disk(planned: dict[str, Any]) -> str:
             f"{short_bytes(disk['final'])}, tokens {short_bytes(disk['tokens'])}){free}",
             "an export takes "
             + ", ".join(f"{short_bytes(size)} as {target}" for target, size in exports.items())
-            + f"; the state of a sequence has {short_number(planned['student']['state_numbers'])} numbers",
+            + f"; the state of a sequence has {short_number(planned['student']['state_elements'])} numbers",
         ]
     )

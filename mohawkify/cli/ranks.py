@@ -77,7 +77,7 @@ def _leave(world: World, error: BaseException) -> None:
         say_error(message, hint)
 
     assert world.alarm is not None
-    code = world.alarm.settle(code, say)
+    code = world.alarm.report(code, say)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

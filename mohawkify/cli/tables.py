@@ -85,15 +85,15 @@ def inspection_text(found: dict[str, Any]) -> str:
         [
             f"{teacher['source']}: {found['family']}, {count_parameters(teacher)}",
             f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads "
-            f"of {teacher['head_width']} over {teacher['num_key_heads']} key heads{window}",
-            f"vocabulary {teacher['vocabulary_size']:,}, made for up to {teacher['max_positions']:,} tokens"
+            f"of {teacher['head_dim']} over {teacher['num_key_value_heads']} key heads{window}",
+            f"vocabulary {teacher['vocab_size']:,}, made for up to {teacher['max_position_embeddings']:,} tokens"
             + (f"; biases on {', '.join(teacher['attention_biases'])}" if teacher["attention_biases"] else ""),
             "",
             table(headings, [*rows, ("total", "", "", *sums)], left=3),
             "",
-            f"student: {student['num_parameters']:,} parameters; a state of {student['state_numbers']:,} numbers per "
+            f"student: {student['num_parameters']:,} parameters; a state of {student['state_elements']:,} numbers per "
             f"sequence, whatever its length",
-            *(f"note: {sentence}" for sentence in found["odd"]),
+            *(f"note: {sentence}" for sentence in found["notes"]),
         ]
     )
 

@@ -20,7 +20,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # the names used with {"from": .
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 # The templates of the Llama 3 family write today's date unless they are told one, and the same conversation would give
-# other tokens tomorrow. This is the date they fall back to themselves where the clock is out of reach.
+# other tokens tomorrow. This is the date they fall back to themselves where the clock is out of range
 _TEMPLATE_DATE = "26 Jul 2024"
 
 # A template is a program of a stranger in transformers' sandbox, which keeps it from files but not from endless loops.
@@ -114,19 +114,19 @@ def _bounded() -> Iterator[None]:
         _TimeIsOver: the time is over.
         MemoryError: what was asked for is beyond the bound.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, _time_is_over) if is_main else None
+    is_rank0 = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGVTALRM, _time_is_over) if is_rank0 else None
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + _MEMORY_BYTES
     is_lower = limit > _MEMORY_BYTES and (soft == resource.RLIM_INFINITY or limit < soft)
     try:
         if is_lower:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        if is_main:
+        if is_rank0:
             signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
         yield
     finally:
-        if is_main:
+        if is_rank0:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
         if is_lower:

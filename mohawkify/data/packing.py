@@ -21,13 +21,13 @@ class Batch(NamedTuple):
         input_ids: (b, l) int64 token ids.
         position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
             sequence, of the sequence. A 0 marks a border: nothing may look across it.
-        counts: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
+        loss_mask: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
         sequences: (b,) int64 numbers of the sequences within their corpus; empty where they are of none.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    counts: torch.Tensor
+    loss_mask: torch.Tensor
     sequences: torch.Tensor = torch.empty(0, dtype=torch.int64)
 
 

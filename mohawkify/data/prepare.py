@@ -45,7 +45,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass
-class Taken:
+class ShardProgress:
     """What a corpus has of a source so far.
 
     Args:
@@ -71,7 +71,7 @@ class _Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CorpusRequest:
     """What a corpus is to be made of.
 
     Args:
@@ -113,7 +113,7 @@ class Wanted:
 
 
 def build_corpus(
-    wanted: Wanted,
+    wanted: CorpusRequest,
     directory: Path,
     *,
     num_workers: int = 0,
@@ -123,8 +123,8 @@ def build_corpus(
     """Tokenise text, or re-use what an earlier call made of the same text.
 
     Where documents begin and end is marked by the rule of `encode_documents`. The corpus lies in a folder named by
-    `Wanted.key`. What a killed call had finished is kept beside it, shard by shard, and not done again; the result is
-    the same bytes as that of one call, and for any number of processes.
+    `CorpusRequest.key`. What a killed call had finished is kept beside it, shard by shard, and not done again; the
+    result is the same bytes as that of one call, and for any number of processes.
 
     Args:
         wanted: what it is made of.
@@ -159,7 +159,7 @@ def build_corpus(
     return load_corpus(target, wanted.vocab_size)
 
 
-def bytes_to_write(wanted: Wanted, directory: Path) -> int:
+def bytes_to_write(wanted: CorpusRequest, directory: Path) -> int:
     """What `build_corpus` has yet to write if the text does not end before: nothing where the corpus is there."""
     if (directory / wanted.key).exists():
         return 0
@@ -177,9 +177,9 @@ class _Work:
         progress: called with the number of tokens so far.
     """
 
-    def __init__(self, wanted: Wanted, folder: Path, report: Report, progress: Progress) -> None:
+    def __init__(self, wanted: CorpusRequest, folder: Path, report: Report, progress: Progress) -> None:
         self.wanted, self.folder, self.report, self.progress = wanted, folder, report, progress
-        self.taken = [Taken() for _ in wanted.sources]
+        self.taken = [ShardProgress() for _ in wanted.sources]
         self.tokens_of = [0 for _ in wanted.sources]
         self.shards: list[str] = []
         self.borders = array("q", [0])
@@ -239,7 +239,7 @@ class _Work:
         for number, path in enumerate(present):
             try:
                 values = atomic.verify_directory(path)["facts"]["taken"]
-                found = [Taken(**each) for each in values]
+                found = [ShardProgress(**each) for each in values]
             except (CheckpointError, KeyError, TypeError):
                 found = []
             if len(found) != len(self.taken) or path.name != shard_name(number):

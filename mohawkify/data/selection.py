@@ -12,11 +12,11 @@ import numpy as np
 
 from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, noted_corpus
 from mohawkify.data.hub import Report, ignore
-from mohawkify.data.loader import Stretch
+from mohawkify.data.loader import SampleRange
 from mohawkify.data.packing import num_sequences
-from mohawkify.data.prepare import Wanted, build_corpus, bytes_to_write
+from mohawkify.data.prepare import CorpusRequest, build_corpus, bytes_to_write
 from mohawkify.data.readers import find_files
-from mohawkify.data.tokenize_progress import Telling
+from mohawkify.data.tokenize_progress import TokenizeProgress
 from mohawkify.data.validation import evaluation_rows
 from mohawkify.errors import DataError
 from mohawkify.files import atomic
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Reach(NamedTuple):
+class SampleSpan(NamedTuple):
     """How far a stage reads into a corpus's global order, in samples of one length.
 
     Args:
@@ -52,73 +52,73 @@ def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
     return {name: getattr(recipe.stages, name) for name in StagesRecipe.model_fields}
 
 
-def reaches(recipe: Recipe) -> dict[str, list[Reach]]:
+def sample_spans(recipe: Recipe) -> dict[str, list[SampleSpan]]:
     """What each stage's segments read; stages share a corpus's order, each going on where the one before ended.
 
     What is shuffled is as long as the longest sequence that is read of a corpus, so that shorter ones are cut out of
     the same order. A length that does not divide it has an order of its own, and reads some text again.
     """
-    used = {"train": 0, "finish": 0}
-    found: dict[str, list[Reach]] = {}
+    used = {"train": 0, "final_phase": 0}
+    found: dict[str, list[SampleSpan]] = {}
     for name, stage in stage_recipes(recipe).items():
         found[name] = []
         for segment in stage.segments():
             length, longest = segment.sequence_length, recipe.longest_sequence(segment.data)
             first = -(-used[segment.data] // length)
             count = segment.num_steps * stage.batch_sequences
-            found[name].append(Reach(length, first, first + count, 1 if longest % length else longest // length))
+            found[name].append(SampleSpan(length, first, first + count, 1 if longest % length else longest // length))
             used[segment.data] += count * length
     return found
 
 
-def stage_stretches(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[Stretch]]:
+def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[SampleRange]]:
     """What every stage reads of the corpora."""
     return {
-        name: [stretch_of(recipe, name, place, corpora[segment.data]) for place, segment in enumerate(stage.segments())]
+        name: [
+            sample_range_of(recipe, name, place, corpora[segment.data])
+            for place, segment in enumerate(stage.segments())
+        ]
         for name, stage in stage_recipes(recipe).items()
     }
 
 
-def stretch_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> Stretch:
+def sample_range_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> SampleRange:
     """What one of a stage's segments reads of its corpus."""
-    segment, reach = getattr(recipe.stages, stage).segments()[place], reaches(recipe)[stage][place]
-    return Stretch(corpus, segment.num_steps, segment.sequence_length, reach.first, reach.sequences_per_block)
+    segment, span = getattr(recipe.stages, stage).segments()[place], sample_spans(recipe)[stage][place]
+    return SampleRange(corpus, segment.num_steps, segment.sequence_length, span.first, span.sequences_per_block)
 
 
-def reaches_into(recipe: Recipe, data: str) -> list[Reach]:
-    """What all stages together read of ``train`` or ``finish``."""
-    found = reaches(recipe)
+def spans_into(recipe: Recipe, data: str) -> list[SampleSpan]:
+    """What all stages together read of ``train`` or ``final_phase``."""
+    found = sample_spans(recipe)
     return [
-        reach
+        span
         for name, stage in stage_recipes(recipe).items()
-        for segment, reach in zip(stage.segments(), found[name], strict=True)
+        for segment, span in zip(stage.segments(), found[name], strict=True)
         if segment.data == data
     ]
 
 
 def epochs_of(recipe: Recipe, data: str) -> int | None:
-    """How often the text of ``train`` or ``finish`` is read; None for as often as need be."""
-    return recipe.data.epochs if data == "train" else recipe.data.finish_epochs
+    """How often the text of ``train`` or ``final_phase`` is read; None for as often as need be."""
+    return recipe.data.epochs if data == "train" else recipe.data.final_phase_epochs
 
 
 def tokens_wanted(recipe: Recipe, data: str) -> int:
-    """How many tokens of ``train`` or ``finish`` are enough for the epochs the recipe allows."""
+    """How many tokens of ``train`` or ``final_phase`` are enough for the epochs the recipe allows."""
     epochs = epochs_of(recipe, data) or 1
     return max(
-        (
-            -(-reach.end // (epochs * reach.sequences_per_block)) * reach.block_length
-            for reach in reaches_into(recipe, data)
-        ),
+        (-(-span.end // (epochs * span.sequences_per_block)) * span.block_length for span in spans_into(recipe, data)),
         default=0,
     )
 
 
 def epochs_needed(recipe: Recipe, data: str, num_tokens: int) -> int:
-    """How often so many tokens of ``train`` or ``finish`` have to be read."""
+    """How often so many tokens of ``train`` or ``final_phase`` have to be read."""
     return max(
         (
-            -(-reach.end // (max(1, num_tokens // reach.block_length) * reach.sequences_per_block))
-            for reach in reaches_into(recipe, data)
+            -(-span.end // (max(1, num_tokens // span.block_length) * span.sequences_per_block))
+            for span in spans_into(recipe, data)
         ),
         default=0,
     )
@@ -149,23 +149,23 @@ class TextReader:
     report: Report = ignore
 
     def require_files(self, *names: str) -> None:
-        """Look for the local files of ``train``, ``finish``, ``validation`` or, without a name, all of them.
+        """Look for the local files of ``train``, ``final_phase``, ``validation`` or, without a name, all of them.
 
         Raises:
             DataError: one is missing; said before anything slow.
         """
-        for name in names or ("train", "finish", "validation"):
+        for name in names or ("train", "final_phase", "validation"):
             for source in getattr(self.recipe.data, name):
                 if source.path is not None:
                     find_files(source.path, self.teacher_directory)
 
     def training(self) -> dict[str, Corpus]:
-        """The corpora that the stages read: ``train``, and ``finish`` where a stage has one.
+        """The corpora that the stages read: ``train``, and ``final_phase`` where a stage has one.
 
         Raises:
             DataError: the text cannot be read, or ends before the stages do.
         """
-        return {name: self.stage_text(name) for name in ("train", "finish") if name in self.wanted}
+        return {name: self.stage_text(name) for name in ("train", "final_phase") if name in self.wanted}
 
     def stage_text(self, name: str) -> Corpus:
         """One of the corpora that the stages read, without what is held out.
@@ -185,15 +185,15 @@ class TextReader:
         return evaluation_rows(corpus, sequence_length=evaluation.sequence_length, num_tokens=evaluation.tokens)
 
     @cached_property
-    def wanted(self) -> dict[str, Wanted]:
-        """What is tokenised for the recipe: ``train``, and ``validation`` and ``finish`` where it has them."""
+    def wanted(self) -> dict[str, CorpusRequest]:
+        """What is tokenised for the recipe: ``train``, and ``validation`` and ``final_phase`` where it has them."""
         data, held = self.recipe.data, self.recipe.evaluation.tokens
-        train, finish = (tokens_wanted(self.recipe, name) for name in ("train", "finish"))
+        train, final_phase = (tokens_wanted(self.recipe, name) for name in ("train", "final_phase"))
         found = {"train": self._wanted(data.train, max(train, 1) if data.validation else train + held)}
         if data.validation:
             found["validation"] = self._wanted(data.validation, held)
-        if finish:
-            found["finish"] = self._wanted(data.finish, finish)
+        if final_phase:
+            found["final_phase"] = self._wanted(data.final_phase, final_phase)
         return found
 
     def corpus(self, name: str) -> Corpus:
@@ -202,7 +202,7 @@ class TextReader:
         elsewhere = find_prepared(wanted.key, self.directory, self.prepared, wanted.vocab_size)
         if elsewhere is not None:
             return elsewhere
-        with Telling(name, wanted.num_tokens or 0, self.report) as telling:
+        with TokenizeProgress(name, wanted.num_tokens or 0, self.report) as telling:
             return build_corpus(
                 wanted, self.directory, num_workers=self.num_workers, progress=telling.see, report=self.report
             )
@@ -213,7 +213,7 @@ class TextReader:
         Text that is read as often as need be may be short: how much of it there is shows when it has been read.
 
         Args:
-            names: of ``train``, ``finish`` and ``validation``; all without a name.
+            names: of ``train``, ``final_phase`` and ``validation``; all without a name.
         """
         known = [
             self.wanted[name]
@@ -223,16 +223,16 @@ class TextReader:
         missing = [each for each in known if not is_prepared(each.key, self.directory, self.prepared)]
         return sum(bytes_to_write(each, self.directory) for each in missing)
 
-    def _wanted(self, sources: Sequence[Source], num_tokens: int) -> Wanted:
-        return Wanted(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
+    def _wanted(self, sources: Sequence[Source], num_tokens: int) -> CorpusRequest:
+        return CorpusRequest(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
 
     def _split_train(self) -> tuple[Corpus, Corpus]:
         """The training text and, from its end, the held-out text that the recipe does not name."""
         return hold_out(self.corpus("train"), self.recipe.evaluation.tokens)
 
     def _require_enough(self, data: str, corpus: Corpus) -> None:
-        for reach in reaches_into(self.recipe, data):
-            num_sequences(corpus, reach.block_length)  # refuses text that is shorter than a single one
+        for span in spans_into(self.recipe, data):
+            num_sequences(corpus, span.block_length)  # refuses text that is shorter than a single one
         completion = corpus.completion.parts if isinstance(corpus.completion, Joined) else [corpus.completion]
         if corpus.completion is not None and not any(np.any(part) for part in completion):
             raise DataError(
@@ -243,7 +243,7 @@ class TextReader:
         epochs, needed = epochs_of(self.recipe, data), epochs_needed(self.recipe, data, corpus.num_tokens)
         if epochs is None or needed <= epochs:
             return
-        key = "data.epochs" if data == "train" else "data.finish_epochs"
+        key = "data.epochs" if data == "train" else "data.final_phase_epochs"
         raise DataError(
             f"the text of data.{data} has {corpus.num_tokens:,} tokens, but {tokens_wanted(self.recipe, data):,} are"
             f" needed where it is read {'once' if epochs == 1 else f'{epochs} times'}; it would have to be read"

@@ -31,7 +31,7 @@ SHARD_BYTES = 1 << 26
 LEAST_LOG_PROB = -1e4  # float16 ends at -65504; below -104 a probability is 0 in float32 anyway
 ABOUT = "about"  # the folder that makes another one a folder of teacher logits
 
-_SIZES = ("sequence_length", "top_k", "vocabulary_size", "shard_sequences")
+_SIZES = ("sequence_length", "top_k", "vocab_size", "shard_sequences")
 _VOCABULARY_FILE = "vocabulary.json"
 _SEQUENCES_FILE = "sequences.bin"  # sorted, little-endian signed 64-bit
 _RECORDS_FILE = "records.bin"
@@ -64,19 +64,19 @@ class Layout:
     Args:
         sequence_length: l, tokens per sequence.
         top_k: k, tokens kept per position.
-        vocabulary_size: v; every id is below.
+        vocab_size: v; every id is below.
         shard_sequences: sequences of a shard; the last one may have fewer.
     """
 
     sequence_length: int
     top_k: int
-    vocabulary_size: int
+    vocab_size: int
     shard_sequences: int = 1
 
     @property
     def id_bytes(self) -> int:
         """Bytes of a token's id: as few as the vocabulary needs, two at least."""
-        return max(2, -(-(self.vocabulary_size - 1).bit_length() // 8))
+        return max(2, -(-(self.vocab_size - 1).bit_length() // 8))
 
     @property
     def bytes_per_token(self) -> int:
@@ -277,7 +277,7 @@ class TeacherLogits:
         size = self.layout.record_bytes
         ids, log_probs, log_rest = self.layout.decode(np.array(records[row * size : (row + 1) * size]))
         finite = np.isfinite(log_probs).all() and not np.isnan(log_rest).any() and (log_rest <= 1e-3).all()
-        if not finite or ids.max() >= self.layout.vocabulary_size:
+        if not finite or ids.max() >= self.layout.vocab_size:
             raise DataError(f"{self._shard(number)} holds what are no probabilities of tokens")
         return ids, log_probs, log_rest
 
@@ -337,7 +337,7 @@ def _checked(facts: Any, folder: Path) -> dict[str, Any]:
         )
     sizes = [facts.get(key) for key in _SIZES]
     sound = all(type(size) is int and 1 <= size < 1 << 31 for size in sizes)
-    sound = sound and facts["top_k"] <= facts["vocabulary_size"]
+    sound = sound and facts["top_k"] <= facts["vocab_size"]
     texts = all(isinstance(facts.get(key), str) for key in ("text", "tokenizer"))
     if not sound or not texts or not isinstance(facts.get("teacher"), dict) or facts.get("temperature") != 1.0:
         raise DataError(f"{folder} does not say what its teacher logits are of")

@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
-class Telling:
+class TokenizeProgress:
     """Shows tokens so far and tokens per second, once it takes longer than a few seconds.
 
     Args:
@@ -30,7 +30,7 @@ class Telling:
         if sys.stderr.isatty():
             self._bar = tqdm(total=num_tokens, desc=name, unit="tok", unit_scale=True, delay=1.0, leave=False)
 
-    def __enter__(self) -> Telling:
+    def __enter__(self) -> TokenizeProgress:
         return self
 
     def __exit__(

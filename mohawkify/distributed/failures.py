@@ -32,7 +32,7 @@ class OtherProcessError(MohawkifyError):
     """Another process has failed and says why; this one only leaves."""
 
 
-class Alarm:
+class FailureReporter:
     """What the processes of a run tell each other when something goes wrong.
 
     Args:
@@ -50,7 +50,7 @@ class Alarm:
         self._thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
         self._thread.start()
 
-    def settle(self, code: int, say: Callable[[], None], kind: str = "error") -> int:
+    def report(self, code: int, say: Callable[[], None], kind: str = "error") -> int:
         """Agree on whose error ends the run: the first one's, who says it.
 
         Args:
@@ -75,7 +75,7 @@ class Alarm:
         return code
 
     def _agree(self, code: int, say: Callable[[], None], kind: str, codes: list[int]) -> None:
-        """What `settle` does, but for the end where the store does not answer; adds the code that all leave with."""
+        """What `report` does, but for the end where the store does not answer; adds the code that all leave with."""
         own = f"{code} {self._rank} {kind}"
         with suppress(RuntimeError):
             first = self._store.compare_set("error", "", own).decode()
@@ -106,7 +106,7 @@ class Alarm:
         while self._store.add("hearers", 0) < self._size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def require_peace(self) -> None:
+    def raise_if_peer_failed(self) -> None:
         """Raise OtherProcessError where another process has failed, ProcessLostError where it cannot be known."""
         try:
             has_failed = self._store.check(["error"])

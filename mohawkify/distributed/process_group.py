@@ -16,7 +16,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from mohawkify.distributed.failures import Alarm, is_lost, lost
+from mohawkify.distributed.failures import FailureReporter, is_lost, lost
 from mohawkify.distributed.launch import find_place
 from mohawkify.errors import UsageError
 
@@ -43,20 +43,20 @@ class World(AbstractContextManager["World"]):
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._num_calls = 0
         self._store: distributed.Store | None = None
-        self.alarm: Alarm | None = None
+        self.alarm: FailureReporter | None = None
         if store is not None:
             prefix = f"mohawkify/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
             self._store = distributed.PrefixStore(prefix, store)
-            self.alarm = Alarm(distributed.PrefixStore(prefix, store.clone()), rank, size)  # type: ignore[attr-defined]
+            self.alarm = FailureReporter(distributed.PrefixStore(prefix, store.clone()), rank, size)  # type: ignore[attr-defined]
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
-    def sum(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Add up figures over all processes, which give the same names in the same order."""
-        return dict(zip(figures, self._reduce(list(figures.values()), distributed.ReduceOp.SUM), strict=True))
+    def sum(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Add up metrics over all processes, which give the same names in the same order."""
+        return dict(zip(metrics, self._reduce(list(metrics.values()), distributed.ReduceOp.SUM), strict=True))
 
     def largest(self, number: float) -> float:
         """The largest of all processes' numbers."""
@@ -74,7 +74,7 @@ class World(AbstractContextManager["World"]):
         """Wait until every process is here."""
         self._reduce([0.0], distributed.ReduceOp.SUM)
 
-    def by_main(self, function: Callable[[], Result], beat: Callable[[], None] = lambda: None) -> Result:
+    def on_rank0(self, function: Callable[[], Result], beat: Callable[[], None] = lambda: None) -> Result:
         """Call a function in the main process alone.
 
         Args:
@@ -89,7 +89,7 @@ class World(AbstractContextManager["World"]):
         assert self._store is not None
         self._num_calls += 1
         key = f"by main/{self._num_calls}"
-        if self.is_main:
+        if self.is_rank0:
             text = json.dumps(function())
             self._store.set(key, text)
         else:
@@ -97,18 +97,18 @@ class World(AbstractContextManager["World"]):
         result: Result = json.loads(text)
         return result
 
-    def show_life(self) -> None:
-        """Show those that wait in `by_main` that the main process gets on; its watch calls it."""
+    def heartbeat(self) -> None:
+        """Show those that wait in `on_rank0` that the main process gets on; its watch calls it."""
         if self._store is not None:
             with suppress(RuntimeError):  # the main thread will learn it too
                 self._store.add(_LIFE, 1)
 
-    def main_first(self, function: Callable[[], Result]) -> Result:
+    def rank0_first(self, function: Callable[[], Result]) -> Result:
         """Call a function in the main process, and then in the others: they find on the disk what it made."""
-        if self.is_main:
+        if self.is_rank0:
             result = function()
-        self.by_main(lambda: None)
-        return result if self.is_main else function()
+        self.on_rank0(lambda: None)
+        return result if self.is_rank0 else function()
 
     def _await_text(self, key: str, beat: Callable[[], None]) -> str:
         assert self._store is not None
@@ -117,7 +117,7 @@ class World(AbstractContextManager["World"]):
         try:
             seen = self._store.add(_LIFE, 0)
             while not self._store.check([key]):
-                self.alarm.require_peace()
+                self.alarm.raise_if_peer_failed()
                 before, seen = seen, self._store.add(_LIFE, 0)
                 if seen != before:
                     beat()

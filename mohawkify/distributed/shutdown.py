@@ -19,7 +19,7 @@ class Interrupted(MohawkifyError):
         self.exit_code = 128 + number
 
 
-class StopRequest:
+class Shutdown:
     """Within the block, remembers the first signal; a second one ends the process at once.
 
     While ``at_once`` is set the first one also raises KeyboardInterrupt; should a library that catches everything
@@ -32,7 +32,7 @@ class StopRequest:
         self.at_once = True
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Shutdown:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
         return self
@@ -43,7 +43,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def obey(self, place: str) -> None:
+    def check(self, place: str) -> None:
         """Raise Interrupted if a stop was requested; ``place`` says where the run stands."""
         if self.number is not None:
             raise Interrupted(f"stopped {place}", self.number)
@@ -51,9 +51,9 @@ class StopRequest:
     def end_at_once(self, place: str) -> None:
         """From here on let a signal end the process at once; obey one that has come."""
         self.at_once = True
-        self.obey(place)
+        self.check(place)
 
-    def agree(self, world: World) -> bool:
+    def any_rank(self, world: World) -> bool:
         """Whether any process was asked to stop; all of them are then."""
         agreed = int(world.largest(float(self.number or 0)))
         if agreed:  # a signal that came in the meantime waits for the next time

@@ -16,9 +16,9 @@ BRINGS = {
     "mlx": "exports for mlx-lm: `mohawkify export --target mlx-q4`",
     "cuda": "kernels for NVIDIA GPUs",
     "quant": "teachers in 8 or 4 bits: `mohawkify teach --bits 4`",
-    "tensorboard": "figures for TensorBoard: `mohawkify convert --track tensorboard`",
-    "trackio": "figures for Trackio: `mohawkify convert --track trackio`",
-    "wandb": "figures for Weights & Biases: `mohawkify convert --track wandb`",
+    "tensorboard": "metrics for TensorBoard: `mohawkify convert --track tensorboard`",
+    "trackio": "metrics for Trackio: `mohawkify convert --track trackio`",
+    "wandb": "metrics for Weights & Biases: `mohawkify convert --track wandb`",
     "mamba": "the authors' mamba-ssm kernels, to compare with; needs a CUDA build of torch first",
     "dev": "tests, linting and type checks",
 }

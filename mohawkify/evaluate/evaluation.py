@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.data.selection import TextReader
 from mohawkify.data.validation import evaluation_batches
-from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import TeacherError, UsageError
 from mohawkify.evaluate.answer_cache import Answers
 from mohawkify.evaluate.fidelity import measure_agreement, measure_teacher
@@ -96,7 +96,7 @@ def evaluate_run(
     tasks: str | None = None,
     preset: str | None = None,
     limit: int | None = None,
-    shots: int | None = None,
+    num_fewshot: int | None = None,
     include_path: Path | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def evaluate_run(
         tasks: tasks of lm-eval, with commas between.
         preset: the name of a set of such tasks.
         limit: only the first questions of each task.
-        shots: examples in front of each question; None leaves it to the task.
+        num_fewshot: examples in front of each question; None leaves it to the task.
         include_path: a folder with more tasks.
         batch_size: questions per forward pass.
 
     Returns:
-        What `mohawkify.evaluate.report` reads: ``name`` and the figures of the ``student``; with a teacher its own,
+        What `mohawkify.evaluate.report` reads: ``name`` and the metrics of the ``student``; with a teacher its own,
         and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for, and
         ``provenance`` (`mohawkify.evaluate.provenance`).
 
@@ -125,8 +125,8 @@ def evaluate_run(
         MohawkifyError: anything foreseeable, such as a teacher that is gone, or another process at work in the run.
     """
     # First of all, because a mistyped task should not cost the loading of two models.
-    questions = _questions(tasks, preset, limit, shots, include_path)
-    with run_lock(run.path), StopRequest() as stop:
+    questions = _questions(tasks, preset, limit, num_fewshot, include_path)
+    with run_lock(run.path), Shutdown() as stop:
         try:
             found = _measure(run, questions, device, report, against, teacher_source, limit, batch_size)
             atomic.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
@@ -134,7 +134,7 @@ def evaluate_run(
             if (run.path / ANSWERS).is_dir():
                 atomic.remove_directory(run.path / ANSWERS)
         except KeyboardInterrupt:
-            stop.obey("before all was measured" + ("; the answers so far are kept" if questions else ""))
+            stop.check("before all was measured" + ("; the answers so far are kept" if questions else ""))
             raise
     return found
 
@@ -168,7 +168,7 @@ def _measure(
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
     if _corpora(run) != known:
         report(
-            "warning: the text has moved or changed since the run; if it changed, its figures do not compare with these"
+            "warning: the text has moved or changed since the run; if it changed, its metrics do not compare with these"
         )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
     if teacher is None:
@@ -204,7 +204,7 @@ def _corpora(run: RunFolder) -> set[str]:
 
 
 def _questions(
-    tasks: str | None, preset: str | None, limit: int | None, shots: int | None, include_path: Path | None
+    tasks: str | None, preset: str | None, limit: int | None, num_fewshot: int | None, include_path: Path | None
 ) -> Questions | None:
     """The questions asked for, None where there are none; refuses settings that nothing would heed."""
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -212,7 +212,7 @@ def _questions(
         raise UsageError("--tasks names no task, expected names with commas between")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"found the preset {preset}, expected {' or '.join(PRESETS)}")
-    given = {"--tasks": tasks, "--shots": shots, "--include-path": include_path}
+    given = {"--tasks": tasks, "--num-fewshot": num_fewshot, "--include-path": include_path}
     clashing = [flag for flag, value in given.items() if value is not None]
     if preset is not None and clashing:
         raise UsageError(f"found --preset and {clashing[0]}, expected one of them: a preset says its own")
@@ -221,4 +221,4 @@ def _questions(
         raise UsageError(f"found {idle[0]} without --tasks or --preset, expected both or neither")
     if preset is not None:
         return load_preset(preset)
-    return load_questions(names, shots, include_path) if names else None
+    return load_questions(names, num_fewshot, include_path) if names else None

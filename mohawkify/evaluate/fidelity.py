@@ -20,7 +20,7 @@ from mohawkify.errors import DataError, NumericsError
 from mohawkify.families.autodetect import find_classes
 from mohawkify.ops.chunked_kl import head_logits
 from mohawkify.student.save import TYPE_PREFIX
-from mohawkify.teacher.lm_head import run_to_head
+from mohawkify.teacher.lm_head import run_to_lm_head
 
 MAX_COPY_BYTES = 256 * 1024 * 1024  # of float32 copies of logits that exist at a time
 _COPIES = 7  # live at the peak of `_add_chunk`: both logits, both log-softmaxes, the probabilities, two temporaries
@@ -158,7 +158,7 @@ class _Reader:
         if self.adapter.logits.unknown is not None:
             logits_blv = self.model(input_ids=input_ids_bl, use_cache=False).logits
             return lambda places: logits_blv[places].float()
-        head = run_to_head(self.model, self.adapter, input_ids=input_ids_bl, use_cache=False)
+        head = run_to_lm_head(self.model, self.adapter, input_ids=input_ids_bl, use_cache=False)
         return lambda places: head_logits(head._replace(hidden_bld=head.hidden_bld[places])).float()
 
 

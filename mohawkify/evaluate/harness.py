@@ -79,8 +79,8 @@ def ask_models(
 
 def _average(name: str, outcome: dict[str, Any], models: dict[str, PreTrainedModel]) -> dict[str, Any]:
     metrics = PRESETS[name].metrics
-    figures = [outcome["tasks"][task]["metrics"][metric] for task, metric in metrics.items()]
-    average = {model: sum(each[model] for each in figures) / len(figures) for model in models}
+    scores = [outcome["tasks"][task]["metrics"][metric] for task, metric in metrics.items()]
+    average = {model: sum(each[model] for each in scores) / len(scores) for model in models}
     average |= _retention(average, higher_is_better=True)
     return {"name": name, "metrics": metrics, "average": average}
 
@@ -132,7 +132,7 @@ def _evaluate(language_model: Any, questions: Questions, limit: int | None) -> d
 
 
 def _compare(scores: dict[str, dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
-    """Put the models' figures side by side, tasks that were asked for apart from the members of groups."""
+    """Put the models' metrics side by side, tasks that were asked for apart from the members of groups."""
     facts = next(iter(scores.values()))
     inside = {child for children in facts["group_subtasks"].values() for child in children}
     compared: dict[str, Any] = {"tasks": {}, "subtasks": {}}

@@ -1,4 +1,4 @@
-"""What figures were measured with: versions, and the hashes of models, tokenizer and text. For whoever doubts them."""
+"""What metrics were measured with: versions, and the hashes of models, tokenizer and text. For whoever doubts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a run as tables, for a terminal and for Markdown. Reads the plain dictionary of results.json."""
+"""The metrics of a run as tables, for a terminal and for Markdown. Reads the plain dictionary of results.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STAGES = ("init", "orient", "align", "distill")
 
 
 class _Table(NamedTuple):
-    """A titled table; the first column holds names, the others figures, and a missing figure is None."""
+    """A titled table; the first column holds names, the others metrics, and a missing figure is None."""
 
     title: str
     header: list[str]
@@ -66,15 +66,15 @@ def _agreement_table(results: dict[str, Any]) -> _Table:
     rows = [
         [
             name,
-            _count(figures.get("tokens")),
-            _significant(figures.get("perplexity"), 4),
-            _significant(_ratio(figures.get("perplexity"), teacher.get("perplexity")), 4),
-            _decimals(figures.get("kl"), 4),
-            _decimals(figures.get("top1"), 4),
-            _seconds(figures.get("seconds")),
+            _count(metrics.get("tokens")),
+            _significant(metrics.get("perplexity"), 4),
+            _significant(_ratio(metrics.get("perplexity"), teacher.get("perplexity")), 4),
+            _decimals(metrics.get("kl"), 4),
+            _decimals(metrics.get("top1"), 4),
+            _seconds(metrics.get("seconds")),
         ]
-        for name, figures in measured.items()
-        if figures
+        for name, metrics in measured.items()
+        if metrics
     ]
     return _Table(title, header, rows)
 
@@ -101,21 +101,21 @@ def _tasks_table(results: dict[str, Any]) -> _Table:
     preset = outcome.get("preset") or {"metrics": {}}
     rows: list[list[str | None]] = []
     for name, task in (outcome.get("tasks") or {}).items():
-        for metric, figures in task["metrics"].items():
-            label = f"{metric} (lower is better)" if figures["higher_is_better"] is False else metric
+        for metric, metrics in task["metrics"].items():
+            label = f"{metric} (lower is better)" if metrics["higher_is_better"] is False else metric
             label += " *" if preset["metrics"].get(name) == metric else ""
             counts = [_count(task.get("num_fewshot")), _count(task.get("samples"))]
-            rows.append([name, label, *counts, *_compared(figures)])
+            rows.append([name, label, *counts, *_compared(metrics)])
     if "average" in preset:
         rows.append([f"{preset['name']}: average", "*", None, None, *_compared(preset["average"])])
-    return _Table(title, ["task", "metric", "shots", "questions", "teacher", "student", "retained %"], rows)
+    return _Table(title, ["task", "metric", "num_fewshot", "questions", "teacher", "student", "retained %"], rows)
 
 
-def _compared(figures: dict[str, Any]) -> list[str | None]:
+def _compared(metrics: dict[str, Any]) -> list[str | None]:
     return [
-        _metric(figures.get("teacher")),
-        _metric(figures.get("student")),
-        _decimals(figures.get("retention"), 1),
+        _metric(metrics.get("teacher")),
+        _metric(metrics.get("student")),
+        _decimals(metrics.get("retention"), 1),
     ]
 
 
@@ -146,7 +146,7 @@ def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, figures to the right."""
+    """Names to the left, metrics to the right."""
     return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
 
 

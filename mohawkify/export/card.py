@@ -87,8 +87,8 @@ def _quality(results: dict[str, Any]) -> str:
     if "perplexity" in results.get("teacher", {}):
         lines.append(f"| teacher | | {results['teacher']['perplexity']:.3f} | 0 | 1 |")
     for stage, found in results.get("stages", {}).items():
-        figures = f"{found['perplexity']:.3f} | {found['kl']:.4f} | {found['top1']:.4f}"
-        lines.append(f"| after {stage} | {found['tokens']:,} | {figures} |")
+        metrics = f"{found['perplexity']:.3f} | {found['kl']:.4f} | {found['top1']:.4f}"
+        lines.append(f"| after {stage} | {found['tokens']:,} | {metrics} |")
     return (
         "\n".join(lines)
         + "\n\nMeasured on held-out text before this export; KL and agreement are against the teacher.\n"

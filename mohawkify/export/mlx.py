@@ -196,7 +196,7 @@ def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
             config.setdefault(alias, config[name])
     config["mixer"]["counts_tokens"] = adapter.mlx_counts_tokens
     if config.get("head_dim") is None:
-        config["head_dim"] = config["mixer"]["head_width"]
+        config["head_dim"] = config["mixer"]["head_dim"]
     config |= _older_rope(config.pop("rope_parameters", None) or {})
     if len(config["mixer"]["grafted_layers"]) == config["num_hidden_layers"]:
         config["rope_scaling"] = None  # nothing rotates any more, and mlx-lm refuses kinds that it does not have

@@ -94,19 +94,19 @@ class DiscreteMamba2(nn.Module):
 
     def __init__(self, hidden_size: int, mixer: dict[str, Any]) -> None:
         super().__init__()
-        self.num_heads, self.head_width, self.state_width = (
-            mixer["num_heads"], mixer["head_width"], mixer["state_width"]
+        self.num_heads, self.head_dim, self.state_size = (
+            mixer["num_heads"], mixer["head_dim"], mixer["state_size"]
         )  # fmt: skip
-        self.num_lags = mixer["conv_width"] - 1
-        inner, state = self.num_heads * self.head_width, self.num_heads * self.state_width
+        self.num_lags = mixer["conv_kernel"] - 1
+        inner, state = self.num_heads * self.head_dim, self.num_heads * self.state_size
         self.x_proj = nn.Linear(hidden_size, inner, bias=False)
         self.b_proj = nn.Linear(hidden_size, state, bias=False)
         self.c_proj = nn.Linear(hidden_size, state, bias=False)
         self.z_proj = nn.Linear(hidden_size, inner, bias=False)
         self.decay_proj = nn.Linear(hidden_size, self.num_heads, bias=mixer["decay_bias"])
-        self.x_conv = DepthwiseConv(inner, mixer["conv_width"])
-        self.b_conv = DepthwiseConv(state, mixer["conv_width"])
-        self.c_conv = DepthwiseConv(state, mixer["conv_width"])
+        self.x_conv = DepthwiseConv(inner, mixer["conv_kernel"])
+        self.b_conv = DepthwiseConv(state, mixer["conv_kernel"])
+        self.c_conv = DepthwiseConv(state, mixer["conv_kernel"])
         self.z_bias = mx.zeros((inner,))
         self.d = mx.ones((self.num_heads,))
         self.out_proj = nn.Linear(inner, hidden_size, bias=mixer["out_bias"])
@@ -142,7 +142,7 @@ class DiscreteMamba2(nn.Module):
 
         state_bhpn = memory[1]
         if state_bhpn is None:
-            state_bhpn = mx.zeros((batch, self.num_heads, self.head_width, self.state_width), dtype=mx.float32)
+            state_bhpn = mx.zeros((batch, self.num_heads, self.head_dim, self.state_size), dtype=mx.float32)
         scan = scan_step if length == 1 else scan_chunked
         y_blhp, memory[1] = scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn)
         if len(memory.cache) == 3:

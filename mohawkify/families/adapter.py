@@ -62,10 +62,10 @@ class Adapter:
         model_type: the key in ``config.json``.
         title: the family's name as people write it.
         examples: checkpoints people use.
-        odd: what is particular about the family and where it is handled, a sentence each.
+        notes: what is particular about the family and where it is handled, a sentence each.
         model_class: the causal language model class in transformers.
         config_class: its configuration class in transformers.
-        sample: keys of a small model's configuration, beyond the usual sizes, that switch on what is odd about the
+        tiny_config: keys of a small model's configuration, beyond the usual sizes, that switch on what is odd about the
             family; its tests are run on that model.
         layers: attribute path from the model to its list of decoder layers.
         attention: attribute of a decoder layer that holds the attention module.
@@ -83,17 +83,17 @@ class Adapter:
         mlx_config: further keys that mlx-lm's model reads, from the student's configuration; None where it needs none.
         mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
         mlx_counts_tokens: mlx-lm's model has learned positions, and asks its first layer's cache for the next one.
-        mlx_sample: changes of ``sample`` for the tests of MLX, where mlx-lm's model lacks what it switches on.
+        mlx_tiny_config: changes of ``tiny_config`` for the tests of MLX, where mlx-lm's model lacks a feature.
         recognised: nobody wrote this: it was read off a model's modules, and is proved on the weights before a run.
     """
 
     model_type: str
     title: str
     examples: tuple[str, ...]
-    odd: tuple[str, ...]
+    notes: tuple[str, ...]
     model_class: str
     config_class: str
-    sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tiny_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     layers: str = "model.layers"
     attention: str = "self_attn"
     out_proj: str = "o_proj"
@@ -108,5 +108,5 @@ class Adapter:
     mlx_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     mlx_prefix: str = ""
     mlx_counts_tokens: bool = False
-    mlx_sample: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    mlx_tiny_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     recognised: bool = False

@@ -57,7 +57,7 @@ def find_classes(model_type: str) -> Adapter:
         model_type=model_type,
         title=model_type,
         examples=(),
-        odd=(),
+        notes=(),
         model_class=model_class,
         config_class=config_class,
         logits=NO_FILE,
@@ -105,7 +105,7 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
         model_type=model_type,
         title=model_type,
         examples=(),
-        odd=(
+        notes=(
             f"No file in adapters/: recognised by its modules as they are in transformers {transformers.__version__}.",
             f"{layers} holds the {len(modules)} decoder layers: the only list of that length with attention inside.",
             f"{attention} is the attention, {type(modules[0]).__name__}: it has q_proj, k_proj, v_proj,"

@@ -70,9 +70,11 @@ class DepthwiseConv(nn.Module):
             self.weight[:, -1] = 1.0
             self.bias.zero_()
 
-    def forward(self, u_blf: Tensor, tail_bkf: Tensor | None, starts_bl: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, u_blf: Tensor, tail_bkf: Tensor | None, document_starts_bl: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Convolve; see `causal_conv`."""
-        return causal_conv(u_blf, self.weight, self.bias, tail_bkf, starts_bl)
+        return causal_conv(u_blf, self.weight, self.bias, tail_bkf, document_starts_bl)
 
 
 class DiscreteMamba2(nn.Module):
@@ -84,9 +86,9 @@ class DiscreteMamba2(nn.Module):
     Args:
         hidden_size: model width d.
         num_heads: heads h; as many as the teacher has query heads.
-        head_width: width p of x, z and y per head.
-        state_width: width n of B and C per head.
-        conv_width: taps k of the convolutions of x, B and C.
+        head_dim: width p of x, z and y per head.
+        state_size: width n of B and C per head.
+        conv_kernel: taps k of the convolutions of x, B and C.
         decay_bias: whether a_log has a learned bias.
         out_bias: whether the output projection has a bias.
         reads_mask: whether document borders and padding are read from the mask of attention, in families whose
@@ -104,28 +106,28 @@ class DiscreteMamba2(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        head_width: int,
-        state_width: int,
-        conv_width: int,
+        head_dim: int,
+        state_size: int,
+        conv_kernel: int,
         decay_bias: bool,
         out_bias: bool,
         reads_mask: bool,
         layer_idx: int,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_width, self.state_width = num_heads, head_width, state_width
+        self.num_heads, self.head_dim, self.state_size = num_heads, head_dim, state_size
         self.reads_mask, self.layer_idx = reads_mask, layer_idx
-        self.x_proj = nn.Linear(hidden_size, num_heads * head_width, bias=False)
-        self.b_proj = nn.Linear(hidden_size, num_heads * state_width, bias=False)
-        self.c_proj = nn.Linear(hidden_size, num_heads * state_width, bias=False)
-        self.z_proj = nn.Linear(hidden_size, num_heads * head_width, bias=False)
+        self.x_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.b_proj = nn.Linear(hidden_size, num_heads * state_size, bias=False)
+        self.c_proj = nn.Linear(hidden_size, num_heads * state_size, bias=False)
+        self.z_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.decay_proj = nn.Linear(hidden_size, num_heads, bias=decay_bias)
-        self.x_conv = DepthwiseConv(num_heads * head_width, conv_width)
-        self.b_conv = DepthwiseConv(num_heads * state_width, conv_width)
-        self.c_conv = DepthwiseConv(num_heads * state_width, conv_width)
-        self.z_bias = nn.Parameter(torch.empty(num_heads * head_width))
+        self.x_conv = DepthwiseConv(num_heads * head_dim, conv_kernel)
+        self.b_conv = DepthwiseConv(num_heads * state_size, conv_kernel)
+        self.c_conv = DepthwiseConv(num_heads * state_size, conv_kernel)
+        self.z_bias = nn.Parameter(torch.empty(num_heads * head_dim))
         self.d = nn.Parameter(torch.empty(num_heads))
-        self.out_proj = nn.Linear(num_heads * head_width, hidden_size, bias=out_bias)
+        self.out_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,13 +146,13 @@ class DiscreteMamba2(nn.Module):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def mixing_parts(self, hidden_bld: Tensor, starts_bl: Tensor | None = None) -> MixingParts:
+    def mixing_parts(self, hidden_bld: Tensor, document_starts_bl: Tensor | None = None) -> MixingParts:
         """What the mixing matrix is made of, without the work stage 1 does not need (x, z, scan, output)."""
-        b_blf, _ = self.b_conv(self.b_proj(hidden_bld), None, starts_bl)
-        c_blf, _ = self.c_conv(self.c_proj(hidden_bld), None, starts_bl)
+        b_blf, _ = self.b_conv(self.b_proj(hidden_bld), None, document_starts_bl)
+        c_blf, _ = self.c_conv(self.c_proj(hidden_bld), None, document_starts_bl)
         return MixingParts(
-            self._heads(b_blf, self.state_width),
-            self._heads(c_blf, self.state_width),
+            self._heads(b_blf, self.state_size),
+            self._heads(c_blf, self.state_size),
             self._log_decay(hidden_bld),
             self.d.clone(),  # an engine that shards the student takes the parameter itself back after this call
         )
@@ -189,19 +191,19 @@ class DiscreteMamba2(nn.Module):
                 padding_mask = getattr(cache, "padding_mask", None)
             keep_b = None if padding_mask is None else padding_mask[:, -1]
             return self._step(hidden_bld[:, 0], keep_b, memory).unsqueeze(1), None
-        starts_bl = keep_bl = None
+        document_starts_bl = keep_bl = None
         if length > 1:
             if self.reads_mask and attention_mask is not None:
-                starts_bl, keep_bl = read_mask(attention_mask, batch, length)
+                document_starts_bl, keep_bl = read_mask(attention_mask, batch, length)
             else:
-                starts_bl = None if position_ids is None else (position_ids == 0).expand(batch, -1)
+                document_starts_bl = None if position_ids is None else (position_ids == 0).expand(batch, -1)
                 keep_bl = None if padding_mask is None else padding_mask[:, -length:]
 
         out_bld, tail_bkf, state_bhpn = self._mix(
             hidden_bld,
             memory.tail_bkf if continues else None,
             memory.state_bhpn if continues else None,
-            None if continues else starts_bl,
+            None if continues else document_starts_bl,
             None if keep_bl is None else keep_bl.to(hidden_bld.dtype),
         )
         if memory is not None:
@@ -218,7 +220,7 @@ class DiscreteMamba2(nn.Module):
         bias_f = torch.cat([conv.bias for conv in convs])
         tail_bkf, state_bhpn = memory.step_memory(
             (batch, weight_fk.shape[1] - 1, weight_fk.shape[0]),
-            (batch, heads, self.head_width, self.state_width),
+            (batch, heads, self.head_dim, self.state_size),
             x_bf,
         )
         gated_bf = self.step(
@@ -233,7 +235,7 @@ class DiscreteMamba2(nn.Module):
         hidden_bld: Tensor,
         tail_bkf: Tensor | None,
         state_bhpn: Tensor | None,
-        starts_bl: Tensor | None,
+        document_starts_bl: Tensor | None,
         keep_bl: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         features = [self.x_proj(hidden_bld), self.b_proj(hidden_bld), self.c_proj(hidden_bld)]
@@ -242,16 +244,16 @@ class DiscreteMamba2(nn.Module):
         tails = (None,) * 3 if tail_bkf is None else tail_bkf.split([f.shape[-1] for f in features], dim=-1)
         convs = (self.x_conv, self.b_conv, self.c_conv)
         (x_blf, x_tail), (b_blf, b_tail), (c_blf, c_tail) = (
-            conv(feature, tail, starts_bl) for conv, feature, tail in zip(convs, features, tails, strict=True)
+            conv(feature, tail, document_starts_bl) for conv, feature, tail in zip(convs, features, tails, strict=True)
         )
         log_decay_blh = self._log_decay(hidden_bld)
         if keep_bl is not None:
             # A padded token neither writes to the state nor lets it decay.
             x_blf = x_blf * keep_bl.unsqueeze(-1)
             log_decay_blh = log_decay_blh * keep_bl.unsqueeze(-1)
-        x_blhp = self._heads(x_blf, self.head_width)
-        b_blhn, c_blhn = self._heads(b_blf, self.state_width), self._heads(c_blf, self.state_width)
-        y_blhp, state_bhpn = self.scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
+        x_blhp = self._heads(x_blf, self.head_dim)
+        b_blhn, c_blhn = self._heads(b_blf, self.state_size), self._heads(c_blf, self.state_size)
+        y_blhp, state_bhpn = self.scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl)
         y_blhp = y_blhp + self.d.to(y_blhp.dtype).unsqueeze(-1) * x_blhp
         gate_blf = F.silu(self.z_proj(hidden_bld) + self.z_bias)
         out_bld = self.out_proj((y_blhp.flatten(2) * gate_blf).to(self.out_proj.weight.dtype))

@@ -11,7 +11,7 @@ from mohawkify.objectives.objective import Pair, Runner, Stage, run_trunk
 from mohawkify.objectives.trainable import layer_parameters, mixers_by_layer
 from mohawkify.ops.losses import align_loss
 from mohawkify.recipe.schema import AlignRecipe
-from mohawkify.teacher.capture import LayerCall, listen
+from mohawkify.teacher.capture import LayerCall, layer_hooks
 
 
 class Align(Stage):
@@ -52,7 +52,7 @@ class Align(Stage):
             losses.append(loss.detach())
             relatives.append(relative)
 
-        with torch.no_grad(), listen(teachers, on_layer):
+        with torch.no_grad(), layer_hooks(teachers, on_layer):
             run_trunk(self.pair.teacher, batch, self.pair.spec)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}
 

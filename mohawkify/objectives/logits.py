@@ -9,10 +9,10 @@ from mohawkify.data.packing import Batch
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.objectives.objective import Pair, Runner, Stage, model_inputs
 from mohawkify.objectives.trainable import trainable_parameters
-from mohawkify.ops.chunked_kl import HeadInput, distill_loss_chunked
+from mohawkify.ops.chunked_kl import LMHeadInput, chunked_distill_loss
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
 from mohawkify.recipe.schema import DistillRecipe
-from mohawkify.teacher.lm_head import run_to_head
+from mohawkify.teacher.lm_head import run_to_lm_head
 
 
 class Distill(Stage):
@@ -45,7 +45,7 @@ class Distill(Stage):
 
     def weight(self, batch: Batch) -> float:
         """The number of predictions that count."""
-        return float(batch.counts.sum())
+        return float(batch.loss_mask.sum())
 
     def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Stage.run`; ``kl`` is KL(teacher || student) in nats per token at the stage's temperature."""
@@ -59,20 +59,20 @@ class Distill(Stage):
     def _compare_heads(self, batch: Batch, runner: Runner) -> tuple[Tensor, Tensor]:
         """The logits of a few tokens at a time."""
         pair, family = self.pair, self.pair.teacher_adapter
-        teacher: HeadInput | TopK
+        teacher: LMHeadInput | TopK
         if self.logits is not None:
             teacher, num_rows = self._kept(batch, self.logits)
         else:
             with torch.no_grad():
-                teacher = run_to_head(pair.teacher, family, **model_inputs(pair.teacher, batch, family))
+                teacher = run_to_lm_head(pair.teacher, family, **model_inputs(pair.teacher, batch, family))
             num_rows = len(teacher.weight_vd)
 
         def compare() -> tuple[Tensor, Tensor]:
             # The loss is taken in here too: it needs the head's own weight, which is sure to be whole only in here.
-            student = run_to_head(pair.student, pair.adapter, **model_inputs(pair.student, batch, pair.spec))
+            student = run_to_lm_head(pair.student, pair.adapter, **model_inputs(pair.student, batch, pair.spec))
             shared = min(num_rows, len(student.weight_vd))
-            known = _first_rows(teacher, shared) if isinstance(teacher, HeadInput) else teacher
-            return distill_loss_chunked(_first_rows(student, shared), known, batch.counts, self.temperature)
+            known = _first_rows(teacher, shared) if isinstance(teacher, LMHeadInput) else teacher
+            return chunked_distill_loss(_first_rows(student, shared), known, batch.loss_mask, self.temperature)
 
         found: tuple[Tensor, Tensor] = runner.call(compare)
         return found
@@ -83,20 +83,20 @@ class Distill(Stage):
         student_blv = runner.call(pair.student, **model_inputs(pair.student, batch, pair.spec)).logits
         if self.logits is not None:
             kept, num_rows = self._kept(batch, self.logits)
-            return distill_loss_top_k(student_blv[..., :num_rows], kept, batch.counts)
+            return distill_loss_top_k(student_blv[..., :num_rows], kept, batch.loss_mask)
         with torch.no_grad():
             teacher_blv = pair.teacher(**model_inputs(pair.teacher, batch, pair.teacher_adapter)).logits
         shared = min(teacher_blv.shape[-1], student_blv.shape[-1])
-        return distill_loss(student_blv[..., :shared], teacher_blv[..., :shared], batch.counts, self.temperature)
+        return distill_loss(student_blv[..., :shared], teacher_blv[..., :shared], batch.loss_mask, self.temperature)
 
     @staticmethod
     def _kept(batch: Batch, logits: TeacherLogits) -> tuple[TopK, int]:
         """What a teacher said after the tokens of a batch, and over how many rows of its embedding."""
         kept = logits.read(batch.sequences.cpu().numpy())
-        return TopK(*(tensor.to(batch.input_ids.device) for tensor in kept)), logits.layout.vocabulary_size
+        return TopK(*(tensor.to(batch.input_ids.device) for tensor in kept)), logits.layout.vocab_size
 
 
-def _first_rows(head: HeadInput, num_rows: int) -> HeadInput:
+def _first_rows(head: LMHeadInput, num_rows: int) -> LMHeadInput:
     if len(head.weight_vd) == num_rows:
         return head
     bias_v = None if head.bias_v is None else head.bias_v[:num_rows]

@@ -10,7 +10,7 @@ from mohawkify.objectives.objective import Runner, Stage, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer, mixing_parameters
 from mohawkify.ops.dispatch import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
-from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
 class Orient(Stage):
@@ -33,17 +33,17 @@ class Orient(Stage):
         pair = self.pair
         mixers = mixers_by_layer(pair.student, pair.spec)
         attentions = mixers_by_layer(pair.teacher, pair.spec)
-        starts_bl = batch.position_ids == 0
+        document_starts_bl = batch.position_ids == 0
         losses, relatives = [], []
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
-            parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, starts_bl)
-            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, starts_bl, pair.kernels)
+            parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, document_starts_bl)
+            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, document_starts_bl, pair.kernels)
             runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)
 
-        with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), listen(attentions, on_attention):
+        with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), layer_hooks(attentions, on_attention):
             run_trunk(pair.teacher, batch, pair.spec)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}

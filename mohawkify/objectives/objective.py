@@ -95,7 +95,7 @@ class Stage(ABC):
                 losses whose sum is this micro-batch's loss.
 
         Returns:
-            ``loss`` and further figures, detached scalars averaged over the micro-batch.
+            ``loss`` and further metrics, detached scalars averaged over the micro-batch.
         """
 
 

@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.losses import TopK, require_temperature_of_one
 
-CHUNK_NUMBERS = 1 << 24  # of a chunk's logits: 64 MiB in float32. Measured on CPUs, see docs/log.md
+CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MiB in float32. Measured on CPUs, see docs/log.md
 
 
-class HeadInput(NamedTuple):
+class LMHeadInput(NamedTuple):
     """What makes logits: with z = (hidden weight^T + bias) scale, they are z, or softcap tanh(z / softcap).
 
     Args:
@@ -42,12 +42,12 @@ class HeadInput(NamedTuple):
     softcap: float | None = None
 
 
-def chunk_tokens(vocabulary_size: int) -> int:
+def chunk_tokens(vocab_size: int) -> int:
     """How many tokens' logits exist at a time."""
-    return max(1, CHUNK_NUMBERS // vocabulary_size)
+    return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
-def head_logits(head: HeadInput) -> Tensor:
+def head_logits(head: LMHeadInput) -> Tensor:
     """All logits of a head, differentiable, in float32 at least: the plain form of what the chunks compute."""
     logits = torch.nn.functional.linear(head.hidden_bld, head.weight_vd)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -56,12 +56,12 @@ def head_logits(head: HeadInput) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def distill_loss_chunked(
-    student: HeadInput, teacher: HeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
+def chunked_distill_loss(
+    student: LMHeadInput, teacher: LMHeadInput | TopK, counts_bl: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Mean over counted tokens of the soft cross-entropy from teacher to student, and of the KL divergence in it.
 
-    The same figures and gradients as `distill_loss` and `distill_loss_top_k` of the logits, to rounding. Gradients
+    The same metrics and gradients as `distill_loss` and `distill_loss_top_k` of the logits, to rounding. Gradients
     reach the student's hidden states, weight and bias, those of them that require one. Under autocast the products with
     the heads are taken in its precision, all else in float32 at least.
 
@@ -81,7 +81,7 @@ def distill_loss_chunked(
     """
     if isinstance(teacher, TopK):
         require_temperature_of_one(temperature)
-        counted: HeadInput | TopK = TopK(*(tensor[counts_bl] for tensor in teacher))
+        counted: LMHeadInput | TopK = TopK(*(tensor[counts_bl] for tensor in teacher))
     else:
         counted = _in_precision(teacher._replace(hidden_bld=teacher.hidden_bld.detach()[counts_bl]))
     hidden_nd = student.hidden_bld[counts_bl]
@@ -101,11 +101,11 @@ class _DistillLoss(torch.autograd.Function):
         bias_v: Tensor | None,
         scale: float,
         softcap: float | None,
-        teacher: HeadInput | TopK,
+        teacher: LMHeadInput | TopK,
         temperature: float,
         is_learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        student = _in_precision(HeadInput(hidden_nd, weight_vd, bias_v, scale, softcap))
+        student = _in_precision(LMHeadInput(hidden_nd, weight_vd, bias_v, scale, softcap))
         wanted = tuple(is_learning and needed for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden_nd.device.type, enabled=False):
             sums = _sum_over_chunks(student, teacher, temperature, wanted)
@@ -140,7 +140,7 @@ class _Sums(NamedTuple):
 
 
 def _sum_over_chunks(
-    student: HeadInput, teacher: HeadInput | TopK, temperature: float, wanted: tuple[bool, ...]
+    student: LMHeadInput, teacher: LMHeadInput | TopK, temperature: float, wanted: tuple[bool, ...]
 ) -> _Sums:
     hidden_nd, weight_vd = student.hidden_bld, student.weight_vd
     dtype, device = _accumulated(student), hidden_nd.device
@@ -171,7 +171,7 @@ def _sum_over_chunks(
 
 
 def _compare(
-    student: HeadInput, teacher: HeadInput | TopK, part: slice, temperature: float, is_wanted: bool
+    student: LMHeadInput, teacher: LMHeadInput | TopK, part: slice, temperature: float, is_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """KL divergence and entropy of a chunk's tokens, and the gradient of the student's logits before (1 / T) scale."""
     logits_tv = _chunk_logits(student, part)
@@ -193,7 +193,7 @@ def _compare(
 
 
 def _against_head(
-    student_log_tv: Tensor, teacher: HeadInput, part: slice, temperature: float, is_wanted: bool
+    student_log_tv: Tensor, teacher: LMHeadInput, part: slice, temperature: float, is_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_compare`; overwrites the student's log-probabilities."""
     teacher_log_tv = _teacher_log(teacher, part, temperature).to(student_log_tv.dtype)
@@ -232,12 +232,12 @@ def _against_top_k(student_log_tv: Tensor, listed: TopK, is_wanted: bool) -> tup
     return cross_entropy_t - entropy_t, entropy_t, gradient_tv
 
 
-def _teacher_log(teacher: HeadInput, part: slice, temperature: float) -> Tensor:
+def _teacher_log(teacher: LMHeadInput, part: slice, temperature: float) -> Tensor:
     logits_tv = _chunk_logits(teacher, part)
     return torch.log_softmax(logits_tv if temperature == 1.0 else logits_tv.div_(temperature), dim=-1)
 
 
-def _chunk_logits(head: HeadInput, part: slice) -> Tensor:
+def _chunk_logits(head: LMHeadInput, part: slice) -> Tensor:
     """A chunk's logits in float32 at least, as `head_logits` makes them all."""
     logits_tv = head.hidden_bld[part] @ head.weight_vd.t()
     logits_tv = logits_tv.to(_accumulated(head))
@@ -250,7 +250,7 @@ def _chunk_logits(head: HeadInput, part: slice) -> Tensor:
     return logits_tv
 
 
-def _in_precision(head: HeadInput) -> HeadInput:
+def _in_precision(head: LMHeadInput) -> LMHeadInput:
     """Hidden states and weight in the precision of their product: autocast's where it is on, else the wider of both."""
     device = head.hidden_bld.device.type
     dtype = torch.promote_types(head.hidden_bld.dtype, head.weight_vd.dtype)
@@ -261,7 +261,7 @@ def _in_precision(head: HeadInput) -> HeadInput:
     return head._replace(hidden_bld=head.hidden_bld.detach().to(dtype), weight_vd=weight_vd, bias_v=bias_v)
 
 
-def _accumulated(head: HeadInput) -> torch.dtype:
+def _accumulated(head: LMHeadInput) -> torch.dtype:
     return torch.promote_types(head.weight_vd.dtype, torch.float32)
 
 

@@ -15,7 +15,7 @@ def causal_conv(
     weight_fk: Tensor,
     bias_f: Tensor,
     tail_bkf: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution without an activation: ``y[t] = bias + sum_j weight[j] * u[t - (k - 1) + j]``.
 
@@ -27,7 +27,7 @@ def causal_conv(
         weight_fk: the taps; the last one multiplies the current token.
         bias_f: the bias.
         tail_bkf: the k - 1 inputs before ``u_blf``, from a previous call; zeros when absent.
-        starts_bl: true where a new document begins; taps do not reach back over it.
+        document_starts_bl: true where a new document begins; taps do not reach back over it.
 
     Returns:
         The outputs (b, l, f), and the last k - 1 inputs (b, k - 1, f) to continue from.
@@ -38,14 +38,14 @@ def causal_conv(
     else:
         padded = torch.cat([tail_bkf.to(u_blf.dtype), u_blf], dim=1)
     y_blf = bias_f + weight_fk[:, num_lags] * u_blf
-    reach_bl = None if starts_bl is None else ~starts_bl
+    reach_bl = None if document_starts_bl is None else ~document_starts_bl
     for lag in range(1, num_lags + 1):
         begin = num_lags - lag
         lagged_blf = padded[:, begin : begin + length]
         if reach_bl is not None:
             lagged_blf = lagged_blf * reach_bl.unsqueeze(-1)
-            assert starts_bl is not None
+            assert document_starts_bl is not None
             # Reaching one token further back also needs that token's predecessor to be of the same document.
-            reach_bl = ~starts_bl & F.pad(reach_bl, (1, 0), value=True)[:, :length]
+            reach_bl = ~document_starts_bl & F.pad(reach_bl, (1, 0), value=True)[:, :length]
         y_blf = y_blf + weight_fk[:, begin] * lagged_blf
     return y_blf, padded[:, length:]

@@ -47,7 +47,7 @@ def decode_step(
     """
     weight_fk, bias_f = convs
     num_lags = tail_bkf.shape[1]
-    _, heads, head_width, state_width = state_bhpn.shape
+    _, heads, head_dim, state_size = state_bhpn.shape
     inputs_bf = torch.cat([x_bf, b_bf, c_bf], dim=-1)
     keep_b1 = None if keep_b is None else (keep_b != 0).unsqueeze(-1)
     if keep_b1 is not None:
@@ -63,7 +63,7 @@ def decode_step(
     x_bf, b_bf, c_bf = features_bf.split([x_bf.shape[-1], b_bf.shape[-1], c_bf.shape[-1]], dim=-1)
     x_bhp, b_bhn, c_bhn = (
         feature.unflatten(-1, (heads, width))
-        for feature, width in ((x_bf, head_width), (b_bf, state_width), (c_bf, state_width))
+        for feature, width in ((x_bf, head_dim), (b_bf, state_size), (c_bf, state_size))
     )
     dtype = state_bhpn.dtype
     decay_bh = torch.sigmoid(-a_log_bh.to(dtype))
@@ -72,7 +72,7 @@ def decode_step(
     state_bhpn.mul_(decay_bh[..., None, None]).addcmul_(x_bhp.to(dtype).unsqueeze(-1), b_bhn.to(dtype).unsqueeze(-2))
     with torch.autocast(state_bhpn.device.type, enabled=False):
         # As row times transposed state: on CPUs torch takes state times column one row at a time, 8 times slower.
-        rows_x1n, states_xpn = c_bhn.to(dtype).reshape(-1, 1, state_width), state_bhpn.flatten(0, 1)
+        rows_x1n, states_xpn = c_bhn.to(dtype).reshape(-1, 1, state_size), state_bhpn.flatten(0, 1)
         y_bhp = torch.bmm(rows_x1n, states_xpn.transpose(1, 2)).view_as(x_bhp).to(x_bhp.dtype)
     y_bhp = y_bhp + d_h.to(y_bhp.dtype).unsqueeze(-1) * x_bhp
     return y_bhp.flatten(1) * F.silu(z_bf + z_bias_f)

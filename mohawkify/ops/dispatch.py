@@ -122,24 +122,24 @@ def scan(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The scan of `scan.scan_chunked` by the implementation that `backend` names."""
     chosen = _chosen("scan", x_blhp.device, x_blhp.dtype, kernels, b_blhn.shape[-1])
-    return _scan_of(chosen)(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl)
+    return _scan_of(chosen)(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl)
 
 
 def orient_loss(
-    mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None, kernels: str = "auto"
+    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The loss of `orient_tiles.orient_loss` by the implementation that `backend` names."""
     width = max(mixing.b_blhn.shape[-1], attention.q_bhlp.shape[-1])
     if _chosen("orient_loss", mixing.b_blhn.device, mixing.b_blhn.dtype, kernels, width) == "triton":
         from mohawkify.ops.triton_matrix_distance import orient_loss_triton
 
-        return orient_loss_triton(mixing, attention, starts_bl)
-    return matrix_distance.orient_loss(mixing, attention, starts_bl)
+        return orient_loss_triton(mixing, attention, document_starts_bl)
+    return matrix_distance.orient_loss(mixing, attention, document_starts_bl)
 
 
 def step(

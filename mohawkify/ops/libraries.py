@@ -22,7 +22,7 @@ def scan_fla(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`scan.scan_chunked` by flash-linear-attention's `chunk_simple_gla`, which is the same operator.
 
@@ -35,7 +35,7 @@ def scan_fla(
         q=c_blhn,
         k=b_blhn,
         v=x_blhp,
-        g=_with_borders(log_decay_blh, starts_bl),
+        g=_with_borders(log_decay_blh, document_starts_bl),
         scale=1.0,
         initial_state=state_bhnp,
         output_final_state=True,
@@ -50,7 +50,7 @@ def scan_mamba_ssm(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`scan.scan_chunked` by mamba-ssm's `mamba_chunk_scan_combined`, whose step size is made to cancel.
 
@@ -59,7 +59,7 @@ def scan_mamba_ssm(
     """
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    step_blh = (-_with_borders(log_decay_blh, starts_bl)).clamp_min(SMALLEST_STEP)
+    step_blh = (-_with_borders(log_decay_blh, document_starts_bl)).clamp_min(SMALLEST_STEP)
     return mamba_chunk_scan_combined(
         (x_blhp / step_blh.unsqueeze(-1)).to(x_blhp.dtype),
         step_blh,
@@ -72,5 +72,9 @@ def scan_mamba_ssm(
     )
 
 
-def _with_borders(log_decay_blh: Tensor, starts_bl: Tensor | None) -> Tensor:
-    return log_decay_blh if starts_bl is None else log_decay_blh.masked_fill(starts_bl.unsqueeze(-1), FORGET)
+def _with_borders(log_decay_blh: Tensor, document_starts_bl: Tensor | None) -> Tensor:
+    return (
+        log_decay_blh
+        if document_starts_bl is None
+        else log_decay_blh.masked_fill(document_starts_bl.unsqueeze(-1), FORGET)
+    )

@@ -23,26 +23,28 @@ from torch.autograd.function import once_differentiable
 from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix
 from mohawkify.ops.scan import LOWEST_LOG_DECAY
 
-NUMBERS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
+ELEMENTS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
 LARGEST_BAND = 64  # rows; of a higher one the diagonal tile, most of it above the diagonal, takes too long
 
 
-def orient_loss(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None) -> tuple[Tensor, Tensor]:
+def orient_loss(
+    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Mean over batch and heads of the Frobenius distance between mixing and attention matrices.
 
-    The same figures and gradients as `orient_loss_direct`, to rounding; the gradients reach what the mixing matrix is
+    The same metrics and gradients as `orient_loss_direct`, to rounding; the gradients reach what the mixing matrix is
     made of, the attention's side is taken as given.
 
     Args:
         mixing: the student's side.
         attention: the teacher's side.
-        starts_bl: true where a new document begins.
+        document_starts_bl: true where a new document begins.
 
     Returns:
         The loss, and the relative distance ``|M - P| / |P|`` (detached).
     """
     with torch.autocast(mixing.b_blhn.device.type, enabled=False):
-        loss, relative = _OrientLoss.apply(*mixing, attention, starts_bl)
+        loss, relative = _OrientLoss.apply(*mixing, attention, document_starts_bl)
     return loss, relative
 
 
@@ -55,10 +57,10 @@ class _OrientLoss(torch.autograd.Function):
         log_decay_blh: Tensor,
         d_h: Tensor,
         attention: AttentionMatrix,
-        starts_bl: Tensor | None,
+        document_starts_bl: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         mixing = MixingMatrix(b_blhn, c_blhn, log_decay_blh, d_h)
-        sums = _sum_over_bands(mixing, attention, starts_bl)
+        sums = _sum_over_bands(mixing, attention, document_starts_bl)
         norm_bh = sums.squared_bh.sqrt()
         share_bh = torch.where(norm_bh > 0, 1.0 / norm_bh, 0.0) / norm_bh.numel()
         sums.b_bhln.mul_(share_bh[..., None, None])
@@ -92,22 +94,22 @@ class _Sums(NamedTuple):
     attention_squared_bh: Tensor
 
 
-def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None) -> _Sums:
+def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None) -> _Sums:
     dtype = torch.promote_types(mixing.b_blhn.dtype, torch.float32)
     b_bhln, c_bhln = (t.to(dtype).transpose(1, 2) for t in (mixing.b_blhn, mixing.c_blhn))
     batch, heads, length, _ = b_bhln.shape
     exact = dtype if b_bhln.device.type == "mps" else torch.float64
     cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).to(exact).clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
     document_bl = torch.zeros(batch, length, dtype=torch.long, device=b_bhln.device)
-    if starts_bl is not None:
-        document_bl = starts_bl.cumsum(-1)
+    if document_starts_bl is not None:
+        document_bl = document_starts_bl.cumsum(-1)
     sums = _Sums(
         torch.zeros_like(b_bhln, memory_format=torch.contiguous_format),
         torch.zeros_like(c_bhln, memory_format=torch.contiguous_format),
         torch.zeros(batch, heads, length, dtype=exact, device=b_bhln.device),
         *(torch.zeros(batch, heads, dtype=dtype, device=b_bhln.device) for _ in range(3)),
     )
-    num_rows = min(max(NUMBERS_PER_BAND // (batch * heads * length), 16), LARGEST_BAND)
+    num_rows = min(max(ELEMENTS_PER_BAND // (batch * heads * length), 16), LARGEST_BAND)
     for begin in range(0, length, num_rows):
         end = min(begin + num_rows, length)
         p_bhrs = attention.band(begin, end, dtype)

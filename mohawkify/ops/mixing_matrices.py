@@ -78,7 +78,7 @@ def _rows(bias_bhls: Tensor, begin: int, end: int) -> slice:
 
 
 def orient_loss_direct(
-    mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None
+    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Mean over batch and heads of the Frobenius distance between the two matrices (not squared, not divided by l).
 
@@ -87,14 +87,14 @@ def orient_loss_direct(
     Args:
         mixing: the student's side.
         attention: the teacher's side.
-        starts_bl: true where a new document begins.
+        document_starts_bl: true where a new document begins.
 
     Returns:
         The loss, and the relative distance ``|M - P| / |P|`` (detached), which does not depend on the length.
 
     Source: MOHAWK (arXiv 2408.10189), equation 8 (stage 1).
     """
-    matrix_bhls, probabilities_bhls = mixing_matrix(*mixing, starts_bl), attention.probabilities()
+    matrix_bhls, probabilities_bhls = mixing_matrix(*mixing, document_starts_bl), attention.probabilities()
     # Summed in float64: over the 4 million numbers of a matrix of 2048 torch's float32 norm was off by 2e-4 (measured).
     distance_bh = _norm(matrix_bhls - probabilities_bhls)
     relative_bh = distance_bh.detach() / _norm(probabilities_bhls)

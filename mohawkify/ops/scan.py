@@ -31,7 +31,7 @@ def scan_recurrent(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Walk the recurrence token by token: the reference, and the step of decoding.
 
@@ -41,7 +41,7 @@ def scan_recurrent(
         c_blhn: output maps.
         log_decay_blh: logarithm of the decay, at most 0.
         state_bhpn: the state to continue from; zeros when absent.
-        starts_bl: true where a new document begins; the state before it is forgotten.
+        document_starts_bl: true where a new document begins; the state before it is forgotten.
 
     Returns:
         y (b, l, h, p) in the dtype of x, and the final state (b, h, p, n) in at least float32.
@@ -49,8 +49,8 @@ def scan_recurrent(
     dtype = torch.promote_types(x_blhp.dtype, torch.float32)
     x, b, c, log_decay = (t.to(dtype) for t in (x_blhp, b_blhn, c_blhn, log_decay_blh))
     decay_blh = log_decay.exp()
-    if starts_bl is not None:
-        decay_blh = decay_blh * (~starts_bl).unsqueeze(-1)
+    if document_starts_bl is not None:
+        decay_blh = decay_blh * (~document_starts_bl).unsqueeze(-1)
     state = _first_state(x, b, state_bhpn)
     outputs = []
     for t in range(x.shape[1]):
@@ -65,7 +65,7 @@ def scan_chunked(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
     chunk_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same map by chunks: matrices inside a chunk, the recurrence between chunks.
@@ -80,7 +80,7 @@ def scan_chunked(
     if chunk_length is None:
         chunk_length = min(max(2 ** (round(math.log2(x_blhp.shape[-1] * b_blhn.shape[-1]) / 2) - 1), 16), 64)
     chunk_length = max(min(chunk_length, x_blhp.shape[1]), 1)
-    arguments = (x_blhp, b_blhn, c_blhn, log_decay_blh, state, starts_bl, chunk_length)
+    arguments = (x_blhp, b_blhn, c_blhn, log_decay_blh, state, document_starts_bl, chunk_length)
     with torch.autocast(x_blhp.device.type, enabled=False):
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):
             y_blhp, state = _Chunked.apply(*arguments)
@@ -100,22 +100,24 @@ class _Chunked(torch.autograd.Function):
         c_blhn: Tensor,
         log_decay_blh: Tensor,
         state_bhpn: Tensor,
-        starts_bl: Tensor | None,
+        document_starts_bl: Tensor | None,
         chunk_length: int,
     ) -> tuple[Tensor, Tensor]:
         carried: list[Tensor] = []
-        results = _scan_groups(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl, chunk_length, carried)
-        ctx.save_for_backward(x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, *carried)
+        results = _scan_groups(
+            x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl, chunk_length, carried
+        )
+        ctx.save_for_backward(x_blhp, b_blhn, c_blhn, log_decay_blh, document_starts_bl, *carried)
         ctx.chunk_length = chunk_length
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, *carried = ctx.saved_tensors
+        x_blhp, b_blhn, c_blhn, log_decay_blh, document_starts_bl, *carried = ctx.saved_tensors
         with torch.autocast(x_blhp.device.type, enabled=False):
             found = _gradients_of_groups(
-                x_blhp, b_blhn, c_blhn, log_decay_blh, starts_bl, ctx.chunk_length, carried, *gradients
+                x_blhp, b_blhn, c_blhn, log_decay_blh, document_starts_bl, ctx.chunk_length, carried, *gradients
             )
         return *found, None, None
 
@@ -126,7 +128,7 @@ def _scan_groups(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor,
-    starts_bl: Tensor | None,
+    document_starts_bl: Tensor | None,
     chunk_length: int,
     kept: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,7 @@ def _scan_groups(
     dtype = state_bhpn.dtype
     for group in _groups(x_blhp, chunk_length):
         x, b, c = (_chunks(t[:, group], chunk_length, dtype) for t in (x_blhp, b_blhn, c_blhn))
-        decays = _decays(log_decay_blh, starts_bl, group, chunk_length, dtype)
+        decays = _decays(log_decay_blh, document_starts_bl, group, chunk_length, dtype)
         y = decays.between_bhmcc.mul_(c @ b.transpose(-1, -2)) @ x
         added_bhmpn = x.mul_(decays.to_end_bhmc.unsqueeze(-1)).transpose(-1, -2) @ b
         carried_bhmpn = torch.empty_like(added_bhmpn)
@@ -155,7 +157,7 @@ def _gradients_of_groups(
     b_blhn: Tensor,
     c_blhn: Tensor,
     log_decay_blh: Tensor,
-    starts_bl: Tensor | None,
+    document_starts_bl: Tensor | None,
     chunk_length: int,
     kept: Sequence[Tensor],
     y_gradient_blhp: Tensor,
@@ -176,7 +178,7 @@ def _gradients_of_groups(
     for group, carried_bhmpn in reversed(list(zip(_groups(x_blhp, chunk_length), kept, strict=True))):
         tensors = (x_blhp, b_blhn, c_blhn, y_gradient_blhp)
         x, b, c, dy = (_chunks(t[:, group], chunk_length, dtype) for t in tensors)
-        decays = _decays(log_decay_blh, starts_bl, group, chunk_length, dtype)
+        decays = _decays(log_decay_blh, document_starts_bl, group, chunk_length, dtype)
         from_carry_bhmc1, to_end_bhmc1 = decays.from_carry_bhmc.unsqueeze(-1), decays.to_end_bhmc.unsqueeze(-1)
 
         products_bhmcc = c @ b.transpose(-1, -2)
@@ -211,8 +213,8 @@ def _gradients_of_groups(
         for whole, part in ((dx_blhp, dx), (db_blhn, db), (dc_blhn, dc)):
             _write_chunks(whole, group, part)
         _write_chunks(dlog_decay_blh.unsqueeze(-1), group, dlog_decay.unsqueeze(-1))
-    if starts_bl is not None:
-        dlog_decay_blh.masked_fill_(starts_bl.unsqueeze(-1), 0.0)
+    if document_starts_bl is not None:
+        dlog_decay_blh.masked_fill_(document_starts_bl.unsqueeze(-1), 0.0)
     return dx_blhp, db_blhn, dc_blhn, dlog_decay_blh, d_state_bhpn
 
 
@@ -231,7 +233,7 @@ class _Decays(NamedTuple):
 
 
 def _decays(
-    log_decay_blh: Tensor, starts_bl: Tensor | None, group: slice, chunk_length: int, dtype: torch.dtype
+    log_decay_blh: Tensor, document_starts_bl: Tensor | None, group: slice, chunk_length: int, dtype: torch.dtype
 ) -> _Decays:
     exact = _exact(log_decay_blh)
     log_decay_bhmc = _chunks(log_decay_blh[:, group].unsqueeze(-1), chunk_length, exact).squeeze(-1)
@@ -239,8 +241,8 @@ def _decays(
     mask = torch.ones(chunk_length, chunk_length, dtype=torch.bool, device=log_decay_blh.device).tril()
     from_carry_bhmc = cumulative_bhmc.to(dtype).exp()
     to_end_bhmc = (cumulative_bhmc[..., -1:] - cumulative_bhmc).to(dtype).exp()
-    if starts_bl is not None:
-        begins = _chunks(starts_bl[:, group, None, None], chunk_length, torch.int32)
+    if document_starts_bl is not None:
+        begins = _chunks(document_starts_bl[:, group, None, None], chunk_length, torch.int32)
         document_b1mc = begins.squeeze(-1).cumsum(-1)
         mask = mask & (document_b1mc.unsqueeze(-1) == document_b1mc.unsqueeze(-2))
         from_carry_bhmc *= document_b1mc == 0
@@ -283,7 +285,7 @@ def mixing_matrix(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     d_h: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> Tensor:
     """Write the map as one matrix per head: ``M[l, s] = (C_l . B_s) exp(sum of log_decay over s+1..l)`` for s <= l.
 
@@ -292,7 +294,7 @@ def mixing_matrix(
         c_blhn: output maps.
         log_decay_blh: logarithm of the decay, at most 0.
         d_h: the skip of each head, added on the diagonal.
-        starts_bl: true where a new document begins; entries across borders are 0.
+        document_starts_bl: true where a new document begins; entries across borders are 0.
 
     Returns:
         The matrices (b, h, l, l) in at least float32; entries above the diagonal are 0.
@@ -305,8 +307,8 @@ def mixing_matrix(
         length = b.shape[2]
         cumulative_bhl = _cumulative(log_decay_blh.to(dtype).transpose(1, 2))
         mask = torch.ones(length, length, dtype=torch.bool, device=b.device).tril()
-        if starts_bl is not None:
-            document_bl = starts_bl.cumsum(-1)
+        if document_starts_bl is not None:
+            document_bl = document_starts_bl.cumsum(-1)
             mask = (mask & (document_bl.unsqueeze(-1) == document_bl.unsqueeze(-2))).unsqueeze(1)
         matrix_bhls = (c @ b.transpose(-1, -2)) * _decay_between(cumulative_bhl, mask, dtype)
         if d_h is not None:

@@ -349,7 +349,7 @@ class _Launch:
     """One call's kernels: the inputs as they take them, and the constants they are compiled with."""
 
     def __init__(
-        self, mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None, dtype: torch.dtype
+        self, mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.b_blhn, self.c_blhn = in_dtype(mixing.b_blhn, dtype), in_dtype(mixing.c_blhn, dtype)
         self.q_bhlp, self.k_bgsp = in_dtype(attention.q_bhlp, dtype), in_dtype(attention.k_bgsp, dtype)
@@ -366,7 +366,7 @@ class _Launch:
         cumulative_bhl = mixing.log_decay_blh.transpose(1, 2).double().clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
         self.high_bhl = cumulative_bhl.float().contiguous()
         self.low_bhl = (cumulative_bhl - self.high_bhl).float().contiguous()
-        self.document_bl = None if starts_bl is None else starts_bl.cumsum(-1, dtype=torch.int32)
+        self.document_bl = None if document_starts_bl is None else document_starts_bl.cumsum(-1, dtype=torch.int32)
         if attention.softcap is None:
             self.scale, self.ceiling = attention.scaling * LOG2_E, 0.0
         else:
@@ -435,20 +435,20 @@ class _Launch:
 
 
 def orient_loss_triton(
-    mixing: MixingMatrix, attention: AttentionMatrix, starts_bl: Tensor | None
+    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same distance and gradients as `orient_tiles.orient_loss`, on a GPU.
 
     Args:
         mixing: the student's side; a state width of at most 256.
         attention: the teacher's side; a head width of at most 256, and a mask that is causal.
-        starts_bl: true where a new document begins.
+        document_starts_bl: true where a new document begins.
 
     Returns:
         The loss, and the relative distance ``|M - P| / |P|`` (detached).
     """
     dtype = product_dtype(mixing.b_blhn, mixing.c_blhn, attention.q_bhlp, attention.k_bgsp)
-    loss, relative = _OrientLoss.apply(*mixing, attention, starts_bl, dtype)
+    loss, relative = _OrientLoss.apply(*mixing, attention, document_starts_bl, dtype)
     return loss, relative
 
 
@@ -461,11 +461,11 @@ class _OrientLoss(torch.autograd.Function):
         log_decay_blh: Tensor,
         d_h: Tensor,
         attention: AttentionMatrix,
-        starts_bl: Tensor | None,
+        document_starts_bl: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         with on_device(b_blhn):
-            launch = _Launch(MixingMatrix(b_blhn, c_blhn, log_decay_blh, d_h), attention, starts_bl, dtype)
+            launch = _Launch(MixingMatrix(b_blhn, c_blhn, log_decay_blh, d_h), attention, document_starts_bl, dtype)
             logarithm_bhl, attention_squared_bhl = launch.normalise()
             dc_blhn, from_rows_bhl, squared_bhl, diagonal_bhl = launch.side(logarithm_bhl, rows=True)
             db_blhn, from_columns_bhl, _, _ = launch.side(logarithm_bhl, rows=False)

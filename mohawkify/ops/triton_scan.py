@@ -366,7 +366,7 @@ def scan_triton(
     c_blhn: Tensor,
     log_decay_blh: Tensor,
     state_bhpn: Tensor | None = None,
-    starts_bl: Tensor | None = None,
+    document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same map as `scan.scan_chunked`, on a GPU.
 
@@ -376,7 +376,7 @@ def scan_triton(
         c_blhn: output maps.
         log_decay_blh: logarithm of the decay, at most 0; in float32.
         state_bhpn: the state to continue from; zeros when absent.
-        starts_bl: true where a new document begins; the state before it is forgotten.
+        document_starts_bl: true where a new document begins; the state before it is forgotten.
 
     Returns:
         y (b, l, h, p) in the dtype of x, and the final state (b, h, p, n) in float32.
@@ -384,7 +384,7 @@ def scan_triton(
     Source: Mamba-2 (arXiv 2405.21060), section 6; docs/math.md (9), (10) and (25) to (29).
     """
     dtype = product_dtype(x_blhp, b_blhn, c_blhn)
-    return _Scan.apply(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, starts_bl, dtype)
+    return _Scan.apply(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl, dtype)
 
 
 class _Scan(torch.autograd.Function):
@@ -396,11 +396,11 @@ class _Scan(torch.autograd.Function):
         c_blhn: Tensor,
         log_decay_blh: Tensor,
         state_bhpn: Tensor | None,
-        starts_bl: Tensor | None,
+        document_starts_bl: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         inputs = [*(in_dtype(t, dtype) for t in (x_blhp, b_blhn, c_blhn)), log_decay_blh.contiguous()]
-        starts = None if starts_bl is None else starts_bl.contiguous().view(torch.uint8)
+        starts = None if document_starts_bl is None else document_starts_bl.contiguous().view(torch.uint8)
         first = None if state_bhpn is None else state_bhpn.contiguous()
         batch, length, heads, p_width = x_blhp.shape
         shape = _Shape(batch, length, heads, p_width, b_blhn.shape[-1], dtype)
@@ -458,7 +458,7 @@ def _carry(
     value_blhp: Tensor,
     key_blhn: Tensor,
     log_decay_blh: Tensor,
-    starts_bl: Tensor | None,
+    document_starts_bl: Tensor | None,
     first_bhpn: Tensor | None,
     shape: _Shape,
     *,
@@ -471,10 +471,10 @@ def _carry(
     constants = shape.constants()
     with on_device(value_blhp):
         _walk[grid(triton.cdiv(p_width, constants["TILE_P"]), batch * heads)](
-            *(value_blhp, key_blhn, log_decay_blh, starts_bl, first_bhpn, carried, last),
+            *(value_blhp, key_blhn, log_decay_blh, document_starts_bl, first_bhpn, carried, last),
             *shape.sizes(),
             HAS_FIRST=first_bhpn is not None,
-            HAS_STARTS=starts_bl is not None,
+            HAS_STARTS=document_starts_bl is not None,
             REVERSE=reverse,
             **constants,
         )

@@ -34,7 +34,7 @@ from mohawkify.plan.memory import Footprint
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import classes_for, student_config
 from mohawkify.student.student_spec import StudentSpec
-from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
 class _Live(TorchDispatchMode):
@@ -155,7 +155,7 @@ def _orient(pair: Pair, batch: Batch, live: _Live) -> dict[str, float]:
         torch.autograd.backward(made, [torch.zeros_like(part) for part in made])
 
     attentions = mixers_by_layer(pair.teacher, pair.spec)
-    with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), listen(attentions, on_attention):
+    with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), layer_hooks(attentions, on_attention):
         run_trunk(pair.teacher, batch, pair.spec)
     return {**found, "peak": live.peak}
 

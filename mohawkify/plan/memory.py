@@ -22,8 +22,8 @@ MOMENTS = 2 * FP32  # of AdamW, bytes per parameter
 # The parts of a plan in the order they are printed.
 PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss", "update")
 
-NUMBERS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 64  # of ops/matrix_distance.py
-CHUNK_NUMBERS = 1 << 24  # of ops/chunked_kl.py
+ELEMENTS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 64  # of ops/matrix_distance.py
+CHUNK_ELEMENTS = 1 << 24  # of ops/chunked_kl.py
 WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
 CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities
 # DeepSpeed's defaults, in numbers: the buffer that gradients are reduced in, and the parameters ZeRO-3 keeps gathered.
@@ -140,13 +140,13 @@ def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, le
     """
     number = BF16 if precision == "bf16" else FP32
     tokens = {stage: float(lengths[stage]) for stage in STAGES}
-    features = student.num_heads * (student.head_width + 2 * student.state_width)
-    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    features = student.num_heads * (student.head_dim + 2 * student.state_size)
+    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
     mlp = (teacher.active_parameters - ends - teacher.attention_parameters) / teacher.num_layers
     wide = mlp / (3 * teacher.hidden_size)
     scan = 4.0 * features * FP32
     layer = 5 * teacher.hidden_size * FP32 + 4 * features * number + scan + 4 * wide * number
-    mixing = student.num_heads * student.state_width
+    mixing = student.num_heads * student.state_size
     around = 8 * teacher.hidden_size * number
     return Footprint(
         parts=tokens["orient"] * (around + 12 * mixing * number),
@@ -304,7 +304,7 @@ def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 def band_rows(batch: int, heads: int, length: int) -> int:
     """Rows of the mixing matrices that exist at a time in stage 1."""
-    return min(length, MOST_ROWS, max(NUMBERS_PER_BAND // (batch * heads * length), FEWEST_ROWS))
+    return min(length, MOST_ROWS, max(ELEMENTS_PER_BAND // (batch * heads * length), FEWEST_ROWS))
 
 
 def _orient(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
@@ -344,7 +344,7 @@ def _loss(sizes: Sizes, layout: Layout) -> float:
     tokens = layout.micro_batch * sizes.length
     if sizes.whole_logits:
         return float(WHOLE_LOGITS * tokens * sizes.vocabulary * FP32)
-    chunk = min(tokens, max(1, CHUNK_NUMBERS // sizes.vocabulary)) * sizes.vocabulary * FP32
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // sizes.vocabulary)) * sizes.vocabulary * FP32
     head = sizes.vocabulary * sizes.hidden
     gradient = head * FP32 if sizes.trained_ends else 0
     hidden = tokens * sizes.hidden * (FP32 + 2 * layout.number_bytes)
@@ -370,13 +370,13 @@ def sizes_of(
         trained: parameters that the stage trains, by part.
         whole_logits: whether stage 3 makes all logits at once.
     """
-    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
     num_layers = teacher.num_layers if stage == "distill" else len(student.grafted_layers)
     blocks = student.num_parameters - ends
     mixing = {"orient": sum(trained.values()), "align": blocks * num_layers // teacher.num_layers, "distill": blocks}
     if stage == "align" and set(trained) == {"mixer"}:
         mixing["align"] = student.mixer_parameters
-    trained_ends = trained.get("head", 0) + (trained.get("embedding", 0) if teacher.tied else 0)
+    trained_ends = trained.get("head", 0) + (trained.get("embedding", 0) if teacher.tie_word_embeddings else 0)
     return Sizes(
         stage=stage,
         length=length,
@@ -391,8 +391,8 @@ def sizes_of(
         ends=ends,
         num_layers=num_layers,
         hidden=teacher.hidden_size,
-        vocabulary=teacher.vocabulary_size,
+        vocabulary=teacher.vocab_size,
         heads=student.num_heads,
-        state=student.state_width,
+        state=student.state_size,
         whole_logits=whole_logits,
     )

@@ -199,10 +199,10 @@ def longest(stage: StageRecipe) -> int:
 
 def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> dict[str, int]:
     """How many parameters a stage trains, by part; norms count with the MLPs."""
-    head = 0 if teacher.tied else teacher.head_parameters
+    head = 0 if teacher.tie_word_embeddings else teacher.head_parameters
     if name == "orient":
-        heads, state = student.num_heads, student.state_width
-        per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_width + 1)
+        heads, state = student.num_heads, student.state_size
+        per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_kernel + 1)
         per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
         return {"mixer": per_layer * len(student.grafted_layers)}
     parts = getattr(stage, "train")  # noqa: B009 - only align and distill have it
@@ -258,15 +258,15 @@ def _phases(
     speed: float,
 ) -> list[dict[str, Any]]:
     """A row per run of steps over the same text at the same length."""
-    finish = stage.finish.tokens if stage.finish else 0
-    budgets = {"train": stage.tokens - finish, "finish": finish}
+    final_phase = stage.final_phase.tokens if stage.final_phase else 0
+    budgets = {"train": stage.tokens - final_phase, "final_phase": final_phase}
     bandwidth = None if machine.gpu is None else machine.gpu.bytes_per_second
     first, rows = 0, []
     for segment in stage.segments():
         tokens_per_step = stage.batch_sequences * segment.sequence_length
         tokens = segment.num_steps * tokens_per_step
         work = _work(name, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
-        is_kept = segment.data == "finish" and getattr(stage.finish, "logits", None) is not None
+        is_kept = segment.data == "final_phase" and getattr(stage.final_phase, "logits", None) is not None
         teacher_flops = 0 if is_kept else tokens * work.teacher  # its answers are read
         seconds = (teacher_flops + tokens * work.student) / speed
         if bandwidth is not None:
@@ -348,9 +348,9 @@ def _work(
 
     Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
     """
-    heads, width, state = student.num_heads, student.head_width, student.state_width
+    heads, width, state = student.num_heads, student.head_dim, student.state_size
     num_grafted = len(student.grafted_layers)
-    ends = teacher.embedding_parameters + (0 if teacher.tied else teacher.head_parameters)
+    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
     idle = teacher.num_parameters - teacher.active_parameters
     attended = [_mean_context(length, teacher, kind) for kind in teacher.layer_types]
     trunk = 2.0 * (teacher.active_parameters - ends) + 4.0 * heads * width * sum(attended)
@@ -372,7 +372,7 @@ def _work(
         return _Work(trunk, student_work)
     kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.grafted_layers)
     head = 2.0 * teacher.head_parameters
-    head_learns = "head" in trained or (teacher.tied and "embedding" in trained)
+    head_learns = "head" in trained or (teacher.tie_word_embeddings and "embedding" in trained)
     return _Work(trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2))
 
 
@@ -427,7 +427,7 @@ def early_endings(recipe: Recipe) -> list[str]:
     return [
         f"stage {name} may saturate: its steps, tokens and time are what it takes at most"
         for name, stage in stages.items()
-        if stage.saturation is not None and stage.tokens
+        if stage.plateau is not None and stage.tokens
     ]
 
 
@@ -439,16 +439,17 @@ def _warnings(
     if made_for is not None and _model_name(made_for) != _model_name(teacher.source):
         found.append(f"the recipe was made for {made_for}, not for {teacher.source}")
     longest_sequence = max(recipe.evaluation.sequence_length, *(row["sequence_length"] for row in rows.values()))
-    if longest_sequence > teacher.max_positions:
+    if longest_sequence > teacher.max_position_embeddings:
         found.append(
-            f"sequences of {longest_sequence} tokens are longer than the teacher was made for ({teacher.max_positions})"
+            f"sequences of {longest_sequence} tokens are longer than the teacher was made for"
+            f" ({teacher.max_position_embeddings})"
         )
     peak = max(row["memory_bytes"] for row in rows.values())
     if machine.gpu is None and machine.memory_bytes is not None and peak > machine.memory_bytes:
         found.append(f"{peak:,} bytes are needed, and this machine has {machine.memory_bytes:,}")
-    finish = recipe.stages.distill.finish
-    if finish is not None and finish.teacher is not None:
-        found.append(f"the finish is taught by {finish.teacher}: what that teacher takes is not in this plan")
+    final_phase = recipe.stages.distill.final_phase
+    if final_phase is not None and final_phase.teacher is not None:
+        found.append(f"the final phase is taught by {final_phase.teacher}: what that teacher takes is not in this plan")
     needed = sum(disk.values())
     if machine.free_bytes is not None and needed > machine.free_bytes:
         found.append(f"{needed:,} bytes of disk are needed, and {machine.free_bytes:,} are free")

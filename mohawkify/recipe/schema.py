@@ -14,11 +14,11 @@ from mohawkify.recipe.messages import explain, show, show_key
 
 # Everything of the schema is imported from here; the part about stages only has a file of its own.
 from mohawkify.recipe.stages import AlignRecipe as AlignRecipe
-from mohawkify.recipe.stages import DistillFinish as DistillFinish
+from mohawkify.recipe.stages import DistillFinalPhase as DistillFinalPhase
 from mohawkify.recipe.stages import DistillRecipe as DistillRecipe
-from mohawkify.recipe.stages import Finish as Finish
+from mohawkify.recipe.stages import FinalPhase as FinalPhase
 from mohawkify.recipe.stages import OrientRecipe as OrientRecipe
-from mohawkify.recipe.stages import Saturation as Saturation
+from mohawkify.recipe.stages import Plateau as Plateau
 from mohawkify.recipe.stages import Segment as Segment
 from mohawkify.recipe.stages import StageRecipe as StageRecipe
 from mohawkify.recipe.stages import StagesRecipe as StagesRecipe
@@ -59,8 +59,8 @@ class StudentRecipe(Section):
         default="attention",
         description="start of the mixers: from the teacher's attention weights, or as published (identity)",
     )
-    state_width: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
-    conv_width: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
+    state_size: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
+    conv_kernel: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
     decay_bias: bool = Field(
         default=True,
         description="learned bias on the decay, half-lives spread over the heads; not representable in Llamba's layout",
@@ -139,18 +139,20 @@ class DataRecipe(Section):
     """The text of a run."""
 
     train: ListOf[Source] = Field(default=(), description="text of all stages")
-    finish: ListOf[Source] = Field(default=(), description="text of the end of a stage that has finish")
+    final_phase: ListOf[Source] = Field(default=(), description="text of the end of a stage that has a final_phase")
     validation: ListOf[Source] = Field(
         default=(), description="held-out text; empty: the last documents of train are held out"
     )
     epochs: Epochs = Field(
         default=1, description="how many times the text of train is read; null: as often as the stages need"
     )
-    finish_epochs: Epochs = Field(default=1, description="how many times the text of finish is read; null likewise")
+    final_phase_epochs: Epochs = Field(
+        default=1, description="how many times the text of final_phase is read; null likewise"
+    )
 
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> Self:
-        for key in ("train", "finish", "validation"):
+        for key in ("train", "final_phase", "validation"):
             weights = [source.weight for source in getattr(self, key)]
             if None in weights and any(weights):
                 index = weights.index(None)
@@ -272,14 +274,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
-        finish = self.stages.distill.finish
-        if self.compute.shard_teacher and finish is not None and finish.teacher_bits is not None:
-            conflict(("compute", "shard_teacher"), "found true beside finish.teacher_bits, expected one or none")
+        final_phase = self.stages.distill.final_phase
+        if self.compute.shard_teacher and final_phase is not None and final_phase.teacher_bits is not None:
+            conflict(("compute", "shard_teacher"), "found true beside final_phase.teacher_bits, expected one or none")
         micro = self.compute.micro_batch_sequences
         for name in StagesRecipe.model_fields:
             stage: StageRecipe = getattr(self.stages, name)
-            if stage.finish is not None and not self.data.finish:
-                conflict(("stages", name, "finish"), "found without sources in data.finish, expected both or neither")
+            if stage.final_phase is not None and not self.data.final_phase:
+                conflict(
+                    ("stages", name, "final_phase"),
+                    "found without sources in data.final_phase, expected both or neither",
+                )
             if isinstance(micro, int) and stage.batch_sequences % micro:
                 message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
                 conflict(("compute", "micro_batch_sequences"), message)
@@ -287,17 +292,17 @@ class Recipe(Section):
         return self
 
     def longest_sequence(self, data: str) -> int:
-        """Tokens of the longest sequences that the stages read of ``train`` or ``finish``; 0 where they read none."""
+        """Tokens of the longest sequences that the stages read of ``train`` or ``final_phase``; 0 if they read none."""
         stages = [getattr(self.stages, name) for name in StagesRecipe.model_fields]
         segments = [segment for stage in stages for segment in stage.segments()]
         return max((segment.sequence_length for segment in segments if segment.data == data), default=0)
 
     def _require_one_order(self, name: str, stage: StageRecipe) -> None:
         """Refuse lengths that cannot share an order where text is to be read a certain number of times."""
-        places = {"train": ("sequence_length",), "finish": ("finish", "sequence_length")}
+        places = {"train": ("sequence_length",), "final_phase": ("final_phase", "sequence_length")}
         for segment in stage.segments():
             longest = self.longest_sequence(segment.data)
-            key = "epochs" if segment.data == "train" else "finish_epochs"
+            key = "epochs" if segment.data == "train" else "final_phase_epochs"
             if getattr(self.data, key) is not None and longest % segment.sequence_length:
                 message = (
                     f"found {segment.sequence_length} beside {longest} on the same text, expected a divisor of it;"

@@ -20,14 +20,14 @@ from mohawkify.recipe.types import (
 )
 
 
-class Finish(Section):
+class FinalPhase(Section):
     """The end of a stage, on other text and at another length."""
 
-    tokens: Count = Field(description="how many of the stage's tokens, its last, come from data.finish")
+    tokens: Count = Field(description="how many of the stage's tokens, its last, come from data.final_phase")
     sequence_length: int = Field(ge=2, description="tokens per sequence at the end of the stage")
 
 
-class DistillFinish(Finish):
+class DistillFinalPhase(FinalPhase):
     """The end of stage 3, which may be taught by another teacher of the same vocabulary."""
 
     teacher: Text | None = Field(
@@ -49,7 +49,7 @@ class DistillFinish(Finish):
         return self
 
 
-class Saturation(Section):
+class Plateau(Section):
     """Ends a phase of a stage early where its loss no longer falls."""
 
     window: PositiveCount = Field(description="tokens over which losses are averaged")
@@ -68,7 +68,7 @@ class Segment:
         sequence_length: tokens per sequence.
     """
 
-    data: Literal["train", "finish"]
+    data: Literal["train", "final_phase"]
     num_steps: int
     sequence_length: int
 
@@ -80,24 +80,26 @@ class StageRecipe(Section):
     sequence_length: int = Field(ge=2, description="tokens per sequence")
     batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
     learning_rate: float = Field(gt=0, description="peak learning rate")
-    finish: Finish | None = Field(default=None, description="other text at another length for the end of the stage")
-    saturation: Saturation | None = Field(
+    final_phase: FinalPhase | None = Field(
+        default=None, description="other text at another length for the end of the stage"
+    )
+    plateau: Plateau | None = Field(
         default=None, description="when the stage goes on to its end before its tokens are used up; null: never"
     )
 
     @model_validator(mode="after")
-    def _finish_fits(self) -> Self:
-        if self.finish is not None and self.finish.tokens > self.tokens:
-            most, found = format_count(self.tokens), format_count(self.finish.tokens)
-            conflict(("finish", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
-        if self.saturation is not None and 2 * self.saturation.window > self.tokens:
-            found, most = format_count(self.saturation.window), format_count(self.tokens // 2)
-            conflict(("saturation", "window"), f"found {found}, expected at most half of the stage's tokens, {most}")
+    def _final_phase_fits(self) -> Self:
+        if self.final_phase is not None and self.final_phase.tokens > self.tokens:
+            most, found = format_count(self.tokens), format_count(self.final_phase.tokens)
+            conflict(("final_phase", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
+        if self.plateau is not None and 2 * self.plateau.window > self.tokens:
+            found, most = format_count(self.plateau.window), format_count(self.tokens // 2)
+            conflict(("plateau", "window"), f"found {found}, expected at most half of the stage's tokens, {most}")
         return self
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step before the finish."""
+        """Tokens of one optimizer step before the final phase."""
         return self.batch_sequences * self.sequence_length
 
     @property
@@ -107,13 +109,13 @@ class StageRecipe(Section):
 
     def segments(self) -> list[Segment]:
         """Lists the stage's segments in order; a segment without tokens is left out, any other has a step at least."""
-        finish_tokens = self.finish.tokens if self.finish else 0
-        segments = [self._segment("train", self.tokens - finish_tokens, self.sequence_length)]
-        if self.finish:
-            segments.append(self._segment("finish", finish_tokens, self.finish.sequence_length))
+        final_phase_tokens = self.final_phase.tokens if self.final_phase else 0
+        segments = [self._segment("train", self.tokens - final_phase_tokens, self.sequence_length)]
+        if self.final_phase:
+            segments.append(self._segment("final_phase", final_phase_tokens, self.final_phase.sequence_length))
         return [segment for segment in segments if segment.num_steps > 0]
 
-    def _segment(self, data: Literal["train", "finish"], tokens: int, sequence_length: int) -> Segment:
+    def _segment(self, data: Literal["train", "final_phase"], tokens: int, sequence_length: int) -> Segment:
         num_steps = max(1, round(tokens / (self.batch_sequences * sequence_length))) if tokens else 0
         return Segment(data, num_steps, sequence_length)
 
@@ -137,7 +139,7 @@ class AlignRecipe(StageRecipe):
 class DistillRecipe(StageRecipe):
     """Stage 3: the whole student learns the teacher's predictions."""
 
-    finish: DistillFinish | None = Field(
+    final_phase: DistillFinalPhase | None = Field(
         default=None, description="other text, length or teacher for the end of the stage"
     )
     temperature: float = Field(
@@ -149,8 +151,8 @@ class DistillRecipe(StageRecipe):
 
     @model_validator(mode="after")
     def _temperature_fits(self) -> Self:
-        if self.temperature != 1 and self.finish is not None and self.finish.logits is not None:
-            conflict(("temperature",), f"found {self.temperature} beside finish.logits, which are kept for 1")
+        if self.temperature != 1 and self.final_phase is not None and self.final_phase.logits is not None:
+            conflict(("temperature",), f"found {self.temperature} beside final_phase.logits, which are kept for 1")
         return self
 
 

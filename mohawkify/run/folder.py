@@ -150,10 +150,10 @@ class RunFolder:
             CheckpointError: the file does not say them.
         """
         facts = self.teacher()
-        finish = facts.get("finish_files", {})
-        if not isinstance(finish, dict) or not all(isinstance(value, str) for value in finish.values()):
+        final_phase = facts.get("final_teacher_files", {})
+        if not isinstance(final_phase, dict) or not all(isinstance(value, str) for value in final_phase.values()):
             raise CheckpointError(f"{self.teacher_file} does not say which teacher finishes the run")
-        return facts["files"] | finish
+        return facts["files"] | final_phase
 
     def text_files(self) -> dict[str, str] | None:
         """The hashes of the teacher's files that decide how text is cut and written, which are no part of the identity.
@@ -200,17 +200,17 @@ def _wrong_results(results: Mapping[str, Any]) -> Iterator[str]:
         yield "its evaluation_tokens are no number"
     for part in ("teacher", "student"):
         if not _are_numbers(results.get(part, {})):
-            yield f"the figures of the {part} are no numbers"
+            yield f"the metrics of the {part} are no numbers"
     for name, stage in results["stages"].items():
-        figures = {key: value for key, value in stage.items() if key != "phases"} if isinstance(stage, dict) else {}
-        if not {"tokens", "perplexity", "kl", "top1"} <= figures.keys() or not _are_numbers(figures):
-            yield f"the figures of stage {name[:40]} are no numbers, or lack some"
+        metrics = {key: value for key, value in stage.items() if key != "phases"} if isinstance(stage, dict) else {}
+        if not {"tokens", "perplexity", "kl", "top1"} <= metrics.keys() or not _are_numbers(metrics):
+            yield f"the metrics of stage {name[:40]} are no numbers, or lack some"
         elif not _are_phases(stage.get("phases", [])):
             yield f"the phases of stage {name[:40]} are none"
 
 
-def _are_numbers(figures: Any) -> bool:
-    return isinstance(figures, dict) and all(type(value) in (int, float) for value in figures.values())
+def _are_numbers(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
 
 
 def _are_phases(phases: Any) -> bool:

@@ -89,15 +89,15 @@ def design_student(
     grafted = tuple(index for index in range(teacher.num_layers) if index not in recipe.keep_attention)
     if not grafted:
         raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
-    heads, width, state = teacher.num_heads, teacher.head_width, recipe.state_width
+    heads, width, state = teacher.num_heads, teacher.head_dim, recipe.state_size
     sizes: dict[str, Any] = {
         "layers": adapter.layers,
         "attention": adapter.attention,
         "grafted_layers": grafted,
         "num_heads": heads,
-        "head_width": width,
-        "state_width": state,
-        "conv_width": recipe.conv_width,
+        "head_dim": width,
+        "state_size": state,
+        "conv_kernel": recipe.conv_kernel,
         "decay_bias": recipe.decay_bias,
         "out_bias": "out" in teacher.attention_biases,
         "reads_mask": adapter.reads_mask,
@@ -115,7 +115,7 @@ def design_student(
         mixer_parameters=sum(
             p.numel() for m in modules.modules() if isinstance(m, DiscreteMamba2) for p in m.parameters()
         ),
-        state_numbers=len(grafted) * heads * (width * state + (recipe.conv_width - 1) * (width + 2 * state)),
+        state_elements=len(grafted) * heads * (width * state + (recipe.conv_kernel - 1) * (width + 2 * state)),
     )
 
 

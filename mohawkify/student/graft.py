@@ -36,9 +36,9 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
             new = DiscreteMamba2(
                 hidden_size=config.hidden_size,
                 num_heads=mixer["num_heads"],
-                head_width=mixer["head_width"],
-                state_width=mixer["state_width"],
-                conv_width=mixer["conv_width"],
+                head_dim=mixer["head_dim"],
+                state_size=mixer["state_size"],
+                conv_kernel=mixer["conv_kernel"],
                 decay_bias=mixer["decay_bias"],
                 out_bias=mixer["out_bias"],
                 reads_mask=mixer["reads_mask"],

@@ -18,16 +18,16 @@ class StudentSpec:
         attention: attribute of a decoder layer where the mixer stands.
         grafted_layers: layers whose attention becomes a mixer; the others keep theirs.
         num_heads: heads per mixer.
-        head_width: width of x, z and y per head.
-        state_width: width of B and C per head.
-        conv_width: taps of the convolutions.
+        head_dim: width of x, z and y per head.
+        state_size: width of B and C per head.
+        conv_kernel: taps of the convolutions.
         decay_bias: whether a_log has a learned bias.
         out_bias: whether the output projection has a bias.
         reads_mask: whether mixers read document borders and padding from the mask of attention.
         packs_by_mask: whether the model is handed a mask with the document borders.
         num_parameters: all parameters of the student.
         mixer_parameters: parameters of all mixers.
-        state_numbers: numbers in the constant state of one sequence, convolution tails included.
+        state_elements: numbers in the constant state of one sequence, convolution tails included.
     """
 
     name: str
@@ -37,16 +37,16 @@ class StudentSpec:
     attention: str
     grafted_layers: tuple[int, ...]
     num_heads: int
-    head_width: int
-    state_width: int
-    conv_width: int
+    head_dim: int
+    state_size: int
+    conv_kernel: int
     decay_bias: bool
     out_bias: bool
     reads_mask: bool
     packs_by_mask: bool
     num_parameters: int
     mixer_parameters: int
-    state_numbers: int
+    state_elements: int
 
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""
@@ -59,9 +59,9 @@ class StudentSpec:
             "attention": self.attention,
             "grafted_layers": list(self.grafted_layers),
             "num_heads": self.num_heads,
-            "head_width": self.head_width,
-            "state_width": self.state_width,
-            "conv_width": self.conv_width,
+            "head_dim": self.head_dim,
+            "state_size": self.state_size,
+            "conv_kernel": self.conv_kernel,
             "decay_bias": self.decay_bias,
             "out_bias": self.out_bias,
             "reads_mask": self.reads_mask,

@@ -79,7 +79,7 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
         decay_h = torch.sigmoid(-mixer.decay_proj.bias.float())
     else:
         decay_h = mixer.d.new_full((mixer.num_heads,), 0.5)  # a_log starts near 0
-    num_heads, width, state_width = mixer.num_heads, mixer.head_width, mixer.state_width
+    num_heads, width, state_size = mixer.num_heads, mixer.head_dim, mixer.state_size
     q_hpd, repeats = weights.q_hpd, num_heads // weights.k_gpd.shape[0]
     k_hpd = weights.k_gpd.repeat_interleave(repeats, dim=0)
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
@@ -97,7 +97,7 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
         mixer.out_proj.bias.copy_(weights.out_bias_d)
     if weights.v_bias_gp is not None:
         mixer.x_conv.bias.copy_(weights.v_bias_gp.repeat_interleave(repeats, dim=0).flatten())
-    if state_width >= width:
+    if state_size >= width:
         # Where the state is narrower than a head the biases are left out: they have no basis there.
         if weights.q_bias_hp is not None:
             mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(weights.q_bias_hp * scale_h[:, None])
@@ -124,8 +124,8 @@ def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[
     A wider state: the further rows of C are 0 and those of B random, so that the product is unchanged and learning can
     use them. A narrower one: the best approximation of rank n of every head's Q^T K.
     """
-    width, state_width = q_hpd.shape[1], random_hnd.shape[1]
-    if state_width >= width:
+    width, state_size = q_hpd.shape[1], random_hnd.shape[1]
+    if state_size >= width:
         c_hnd, b_hnd = torch.zeros_like(random_hnd), random_hnd.clone()
         c_hnd[:, :width], b_hnd[:, :width] = q_hpd, k_hpd
         return c_hnd, b_hnd
@@ -133,9 +133,9 @@ def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[
     q_basis_hdp, q_core_hpp = torch.linalg.qr(q_hpd.transpose(1, 2))
     k_basis_hdp, k_core_hpp = torch.linalg.qr(k_hpd.transpose(1, 2))
     u_hpp, s_hp, v_hpp = torch.linalg.svd(q_core_hpp @ k_core_hpp.transpose(1, 2))
-    root_hn = s_hp[:, :state_width].sqrt()
-    c_hdn = q_basis_hdp @ (u_hpp[:, :, :state_width] * root_hn.unsqueeze(1))
-    b_hdn = k_basis_hdp @ (v_hpp.transpose(1, 2)[:, :, :state_width] * root_hn.unsqueeze(1))
+    root_hn = s_hp[:, :state_size].sqrt()
+    c_hdn = q_basis_hdp @ (u_hpp[:, :, :state_size] * root_hn.unsqueeze(1))
+    b_hdn = k_basis_hdp @ (v_hpp.transpose(1, 2)[:, :, :state_size] * root_hn.unsqueeze(1))
     return c_hdn.transpose(1, 2), b_hdn.transpose(1, 2)
 
 

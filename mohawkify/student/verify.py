@@ -16,7 +16,7 @@ from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
 from mohawkify.mixers.mamba2 import DiscreteMamba2
-from mohawkify.teacher.capture import LayerCall, capture_attention, listen
+from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 DOCUMENTS = (7, 9)  # tokens of the two documents that lie in one row
 # Of the largest output; a wrong belief is off by about 1.
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 @torch.no_grad()
-def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocabulary_size: int) -> None:
+def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
     """Check a recognised family on one row of two random documents.
 
     Every attention module is heard, each matrix times the values that the projections give is the module's output,
@@ -35,18 +35,18 @@ def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Ad
         teacher: loaded.
         student: grafted from it.
         adapter: what is believed of the family.
-        vocabulary_size: token ids are drawn below it.
+        vocab_size: token ids are drawn below it.
 
     Raises:
         UnknownFamilyError: names the belief that is wrong.
     """
     generator = torch.Generator().manual_seed(0)
-    ids_bl = torch.randint(vocabulary_size, (1, sum(DOCUMENTS)), generator=generator).to(teacher.device)
+    ids_bl = torch.randint(vocab_size, (1, sum(DOCUMENTS)), generator=generator).to(teacher.device)
     position_bl = torch.cat([torch.arange(length) for length in DOCUMENTS]).unsqueeze(0).to(teacher.device)
     inputs: dict[str, Any] = {"input_ids": ids_bl, "position_ids": position_bl, "use_cache": False}
     attentions = {i: getattr(layer, adapter.attention) for i, layer in enumerate(find_layers(teacher, adapter.layers))}
     calls: list[LayerCall] = []
-    with capture_attention(teacher, adapter), listen(attentions, calls.append):
+    with capture_attention(teacher, adapter), layer_hooks(attentions, calls.append):
         teacher(**inputs)
     if [call.layer for call in calls] != list(attentions):
         raise _disproved(adapter, "its layers do not run one after the other, each once")

@@ -1,1 +1,1 @@
-"""Find, inspect, load and listen to the teacher."""
+"""Find, inspect, load and run the teacher, with hooks."""

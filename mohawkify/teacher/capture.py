@@ -79,7 +79,7 @@ def register_capture() -> None:
 
 @contextmanager
 def capture_attention(teacher: PreTrainedModel, adapter: Adapter) -> Iterator[None]:
-    """Within the block every attention module leaves what it computed for `listen`.
+    """Within the block every attention module leaves what it computed for `layer_hooks`.
 
     The teacher attends through `capturing_attention` or, in families that do not use transformers' interface, the
     adapter rebuilds it from the module's call.
@@ -123,7 +123,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 
 @contextmanager
-def listen(modules: dict[int, nn.Module], on_call: Callable[[LayerCall], None]) -> Iterator[None]:
+def layer_hooks(modules: dict[int, nn.Module], on_call: Callable[[LayerCall], None]) -> Iterator[None]:
     """Within the block, ``on_call`` runs after each forward of the given modules, with gradients enabled.
 
     Args:

@@ -13,7 +13,7 @@ _COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_
 _NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty")
 
 
-def plain_generation(settings: GenerationConfig, vocabulary_size: int) -> GenerationConfig:
+def plain_generation(settings: GenerationConfig, vocab_size: int) -> GenerationConfig:
     """Keep of generation settings what is plain data of a known kind; the rest is dropped.
 
     Dropped are settings that call for code, another model, or another way of generating: ``custom_generate``, beams,
@@ -21,21 +21,21 @@ def plain_generation(settings: GenerationConfig, vocabulary_size: int) -> Genera
 
     Args:
         settings: as transformers read them.
-        vocabulary_size: rows of the embedding.
+        vocab_size: rows of the embedding.
 
     Raises:
         ValueError: a setting that is kept has a value that it cannot have.
     """
 
     def is_token(value: Any) -> bool:
-        return type(value) is int and 0 <= value < vocabulary_size
+        return type(value) is int and 0 <= value < vocab_size
 
     def are_tokens(value: Any) -> bool:
         return all(map(is_token, value)) if isinstance(value, list) else is_token(value)
 
     kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(_FLAGS, (lambda value: isinstance(value, bool), "true or false")),
-        **dict.fromkeys(_TOKENS, (are_tokens, f"a token id below {vocabulary_size:,}")),
+        **dict.fromkeys(_TOKENS, (are_tokens, f"a token id below {vocab_size:,}")),
         **dict.fromkeys(_COUNTS, (lambda value: type(value) is int and 0 <= value < 2**31, "a whole number from 0")),
         **dict.fromkeys(_NUMBERS, (lambda value: type(value) in (int, float) and value >= 0, "a number from 0")),
     }

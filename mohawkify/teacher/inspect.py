@@ -101,7 +101,7 @@ def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherS
     attentions: list[nn.Module] = [getattr(layer, adapter.attention) for layer in layers]
     weights = [read_attention(adapter, attention) for attention in attentions]
     _require_alike(adapter, weights)
-    num_heads, head_width, hidden_size = weights[0].q_hpd.shape
+    num_heads, head_dim, hidden_size = weights[0].q_hpd.shape
     embedding, head = modules.get_input_embeddings(), modules.get_output_embeddings()
     biases = {
         "query": weights[0].q_bias_hp,
@@ -118,11 +118,11 @@ def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherS
         num_layers=len(layers),
         hidden_size=hidden_size,
         num_heads=num_heads,
-        num_key_heads=weights[0].k_gpd.shape[0],
-        head_width=head_width,
-        vocabulary_size=embedding.weight.shape[0],
-        max_positions=next(getattr(config, key) for key in LENGTH_KEYS if getattr(config, key, None)),
-        tied=head is not None and head.weight is embedding.weight,
+        num_key_value_heads=weights[0].k_gpd.shape[0],
+        head_dim=head_dim,
+        vocab_size=embedding.weight.shape[0],
+        max_position_embeddings=next(getattr(config, key) for key in LENGTH_KEYS if getattr(config, key, None)),
+        tie_word_embeddings=head is not None and head.weight is embedding.weight,
         num_parameters=num_parameters,
         active_parameters=num_parameters - _idle_parameters(config, modules),
         embedding_parameters=sum(p.numel() for p in embedding_tables(modules)),

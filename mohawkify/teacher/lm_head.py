@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from mohawkify.errors import UnknownFamilyError
 from mohawkify.families.adapter import Adapter
-from mohawkify.ops.chunked_kl import HeadInput, head_logits
+from mohawkify.ops.chunked_kl import LMHeadInput, head_logits
 
 NUM_TOKENS = 16  # of the proof
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit; a wrong belief is off by about 1
 
 
-def run_to_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> HeadInput:
+def run_to_lm_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> LMHeadInput:
     """Run a model up to its head.
 
     Args:
@@ -37,17 +37,17 @@ def run_to_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> Head
     scale = 1.0 if logits.multiplier is None else float(getattr(config, logits.multiplier))
     scale = scale if logits.divisor is None else scale / float(getattr(config, logits.divisor))
     softcap = None if logits.softcap is None else getattr(config, logits.softcap)
-    return HeadInput(hidden_bld, head.weight, head.bias, scale, softcap)
+    return LMHeadInput(hidden_bld, head.weight, head.bias, scale, softcap)
 
 
 @torch.no_grad()
-def prove_head(teacher: PreTrainedModel, adapter: Adapter, vocabulary_size: int) -> None:
+def prove_head(teacher: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
     """Check on one row of random tokens that a family's logits are what its file says of them.
 
     Args:
         teacher: loaded.
         adapter: its family.
-        vocabulary_size: token ids are drawn below it.
+        vocab_size: token ids are drawn below it.
 
     Raises:
         UnknownFamilyError: they are not.
@@ -55,9 +55,9 @@ def prove_head(teacher: PreTrainedModel, adapter: Adapter, vocabulary_size: int)
     if adapter.logits.unknown is not None:
         return  # nothing is said
     generator = torch.Generator().manual_seed(0)
-    ids_bl = torch.randint(vocabulary_size, (1, NUM_TOKENS), generator=generator).to(teacher.device)
+    ids_bl = torch.randint(vocab_size, (1, NUM_TOKENS), generator=generator).to(teacher.device)
     expected_blv = teacher(input_ids=ids_bl, use_cache=False).logits
-    logits_blv = head_logits(run_to_head(teacher, adapter, input_ids=ids_bl, use_cache=False))
+    logits_blv = head_logits(run_to_lm_head(teacher, adapter, input_ids=ids_bl, use_cache=False))
     error = (logits_blv - expected_blv.float()).abs().max() / expected_blv.float().abs().max()
     if not error <= TOLERANCE[expected_blv.dtype]:
         raise UnknownFamilyError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify.data.loader import Stretch, sequences_of
+from mohawkify.data.loader import SampleRange, sequences_of
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.errors import DataError
@@ -26,7 +26,7 @@ from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 
 @dataclass(frozen=True)
-class OtherTeacher:
+class SecondTeacher:
     """A teacher whose files were looked at and found to be whole, but whose weights are not in memory.
 
     Args:
@@ -34,7 +34,7 @@ class OtherTeacher:
         folder: where its files are.
         adapter: its family.
         tokenizer: its tokenizer.
-        vocabulary_size: rows of its embedding.
+        vocab_size: rows of its embedding.
         bits: 8 or 4 to take its weights in so many bits; None to leave them.
     """
 
@@ -42,7 +42,7 @@ class OtherTeacher:
     folder: Path
     adapter: Adapter
     tokenizer: PreTrainedTokenizerBase
-    vocabulary_size: int
+    vocab_size: int
     bits: int | None
 
     @cached_property
@@ -62,11 +62,11 @@ class OtherTeacher:
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Its weights, frozen, and its head as its family says; see `load_teacher` and `prove_head`."""
         teacher = load_teacher(self.folder, dtype=dtype, device=device, bits=self.bits)
-        prove_head(teacher, self.adapter, self.vocabulary_size)
+        prove_head(teacher, self.adapter, self.vocab_size)
         return teacher
 
 
-def find_teacher(source: str, bits: int | None) -> OtherTeacher:
+def find_teacher(source: str, bits: int | None) -> SecondTeacher:
     """Look at a teacher's files; everything that can be refused without loading weights is refused here.
 
     Args:
@@ -81,13 +81,13 @@ def find_teacher(source: str, bits: int | None) -> OtherTeacher:
         require_quantiser(bits)
     inspection = inspect_teacher(source)
     folder = find_folder(source)
-    rows = inspection.spec.vocabulary_size
-    return OtherTeacher(
+    rows = inspection.spec.vocab_size
+    return SecondTeacher(
         source=source,
         folder=folder,
         adapter=inspection.adapter,
         tokenizer=load_tokenizer(folder, rows),
-        vocabulary_size=rows,
+        vocab_size=rows,
         bits=bits,
     )
 
@@ -99,40 +99,40 @@ def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     return f"note: the tokenizer of {name} has the same tokens but other rules; the text is cut by the first one's"
 
 
-Finishing = OtherTeacher | TeacherLogits
+FinalTeacher = SecondTeacher | TeacherLogits
 
 
-def find_finishing(recipe: Recipe) -> Finishing | None:
+def find_final_teacher(recipe: Recipe) -> FinalTeacher | None:
     """What teaches the end of a recipe's stage 3, looked at but not loaded; None where that is the first teacher.
 
     Raises:
         TeacherError: no such teacher, or its files are not what they claim to be.
         DataError: no such logits, or not all of them.
     """
-    finish = recipe.stages.distill.finish
-    if finish is None or finish.tokens == 0:
+    final_phase = recipe.stages.distill.final_phase
+    if final_phase is None or final_phase.tokens == 0:
         return None
-    if finish.teacher is not None:
-        return find_teacher(finish.teacher, finish.teacher_bits)
-    if finish.logits is not None:
-        logits = TeacherLogits(Path(finish.logits))
+    if final_phase.teacher is not None:
+        return find_teacher(final_phase.teacher, final_phase.teacher_bits)
+    if final_phase.logits is not None:
+        logits = TeacherLogits(Path(final_phase.logits))
         logits.require_complete()
         return logits
     return None
 
 
-def finishing_hashes(finishing: Finishing | None) -> dict[str, str]:
+def final_teacher_hashes(final_teacher: FinalTeacher | None) -> dict[str, str]:
     """The hashes that make it part of a run's identity, under names that no file of the first teacher has."""
-    if isinstance(finishing, OtherTeacher):
-        return {f"finish/{name}": digest for name, digest in finishing.files.items()}
-    return {} if finishing is None else {"finish/logits": finishing.identity()}
+    if isinstance(final_teacher, SecondTeacher):
+        return {f"final_phase/{name}": digest for name, digest in final_teacher.files.items()}
+    return {} if final_teacher is None else {"final_phase/logits": final_teacher.identity()}
 
 
-def require_fitting_tokens(finishing: Finishing, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def require_fitting_tokens(final_teacher: FinalTeacher, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Refuse a teacher, or logits of one, with another vocabulary than the first teacher's.
 
     Args:
-        finishing: the teacher or the logits.
+        final_teacher: the teacher or the logits.
         name: of the first teacher.
         tokenizer: of the first teacher.
 
@@ -143,19 +143,19 @@ def require_fitting_tokens(finishing: Finishing, name: str, tokenizer: PreTraine
         TeacherError: names the first token that differs.
     """
     ours = tokenizer.get_vocab()
-    if isinstance(finishing, TeacherLogits):
-        require_same_vocabulary(ours, finishing.vocabulary(), (name, str(finishing.folder)))
+    if isinstance(final_teacher, TeacherLogits):
+        require_same_vocabulary(ours, final_teacher.vocabulary(), (name, str(final_teacher.folder)))
         return None
-    require_same_vocabulary(ours, finishing.tokenizer.get_vocab(), (name, finishing.name))
-    return tokenizer_note(tokenizer, finishing.tokenizer, finishing.name)
+    require_same_vocabulary(ours, final_teacher.tokenizer.get_vocab(), (name, final_teacher.name))
+    return tokenizer_note(tokenizer, final_teacher.tokenizer, final_teacher.name)
 
 
-def require_fitting_text(logits: TeacherLogits, stretch: Stretch, batch_sequences: int, seed: int) -> None:
+def require_fitting_text(logits: TeacherLogits, sample_range: SampleRange, batch_sequences: int, seed: int) -> None:
     """Refuse logits of other text, of sequences of another length, or of too few of them.
 
     Args:
         logits: the logits.
-        stretch: what is read with them.
+        sample_range: what is read with them.
         batch_sequences: sequences per step.
         seed: of the order.
 
@@ -163,12 +163,12 @@ def require_fitting_text(logits: TeacherLogits, stretch: Stretch, batch_sequence
         DataError: says what was found and expected.
     """
     for what, found, expected in (
-        ("text", logits.facts["text"], stretch.corpus.fingerprint),
-        ("sequence length", logits.layout.sequence_length, stretch.sequence_length),
+        ("text", logits.facts["text"], sample_range.corpus.fingerprint),
+        ("sequence length", logits.layout.sequence_length, sample_range.sequence_length),
     ):
         if found != expected:
             raise DataError(
                 f"{logits.folder} holds teacher logits for another {what}: {found}, expected {expected}",
                 hint="write them with the recipe that reads them, and --for with the teacher that is converted",
             )
-    logits.require_sequences(sequences_of(stretch, batch_sequences, seed))
+    logits.require_sequences(sequences_of(sample_range, batch_sequences, seed))

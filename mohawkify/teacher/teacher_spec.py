@@ -16,11 +16,11 @@ class TeacherSpec:
         num_layers: decoder layers.
         hidden_size: model width.
         num_heads: query heads per layer.
-        num_key_heads: key and value heads per layer.
-        head_width: width of a query head.
-        vocabulary_size: rows of the embedding.
-        max_positions: the longest sequence the teacher was made for, in tokens.
-        tied: whether head and embedding are one tensor.
+        num_key_value_heads: key and value heads per layer.
+        head_dim: width of a query head.
+        vocab_size: rows of the embedding.
+        max_position_embeddings: the longest sequence the teacher was made for, in tokens.
+        tie_word_embeddings: whether head and embedding are one tensor.
         num_parameters: all parameters, shared ones once.
         active_parameters: those that one token meets; less than all where a router chooses among experts.
         embedding_parameters: of the embedding, learned positions included.
@@ -36,11 +36,11 @@ class TeacherSpec:
     num_layers: int
     hidden_size: int
     num_heads: int
-    num_key_heads: int
-    head_width: int
-    vocabulary_size: int
-    max_positions: int
-    tied: bool
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
     num_parameters: int
     active_parameters: int
     embedding_parameters: int

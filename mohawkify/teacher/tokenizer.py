@@ -24,14 +24,14 @@ from mohawkify.teacher.validate import require_config
 _STANDS_FOR_ANY = ("PythonBackend", "PreTrainedTokenizer")
 
 
-def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """Load a tokenizer and check that every token has a row in the embedding, and an id of its own.
 
     Rows without a token are fine: vocabularies are padded.
 
     Args:
         folder: of the teacher or the student, with its config.json.
-        vocabulary_size: rows of the embedding.
+        vocab_size: rows of the embedding.
 
     Raises:
         TeacherError: no tokenizer, damaged files, a class that is no tokenizer, token ids beyond the vocabulary, or two
@@ -58,9 +58,9 @@ def load_tokenizer(folder: Path, vocabulary_size: int) -> PreTrainedTokenizerBas
             raise
         raise _unusable(folder, " ".join(str(error).split())[:200]) from error
     largest = max(vocabulary.values(), default=-1)
-    if not 0 <= largest < vocabulary_size:
+    if not 0 <= largest < vocab_size:
         raise TeacherError(
-            f"the tokenizer has token id {largest}, but the model's vocabulary has {vocabulary_size} rows",
+            f"the tokenizer has token id {largest}, but the model's vocabulary has {vocab_size} rows",
             hint="tokenizer and weights belong to different models",
         )
     require_distinct_ids(folder, vocabulary)

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.loader import sequences_of
 from mohawkify.data.packing import packed_batch
-from mohawkify.data.selection import TextReader, epochs_of, stretch_of, tokens_wanted
+from mohawkify.data.selection import TextReader, epochs_of, sample_range_of, tokens_wanted
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.distributed.process_group import World
-from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import UsageError
 from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
@@ -29,8 +29,8 @@ from mohawkify.objectives.objective import model_inputs
 from mohawkify.ops.chunked_kl import head_logits
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe.schema import Recipe, Segment
-from mohawkify.teacher.lm_head import run_to_head
-from mohawkify.teacher.second import OtherTeacher, find_teacher, tokenizer_note
+from mohawkify.teacher.lm_head import run_to_lm_head
+from mohawkify.teacher.second import SecondTeacher, find_teacher, tokenizer_note
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 Report = Callable[[str], None]
@@ -76,7 +76,7 @@ def teach(
     Args:
         source: the teacher: a Hub id or a folder.
         recipe: names text, lengths, order and precision.
-        phase: ``finish`` or ``train``.
+        phase: ``final_phase`` or ``train``.
         for_source: the teacher that is converted, whose tokenizer cuts the text; None for the teacher itself.
         top_k: tokens kept per position.
         output: the folder of logits; one that was begun is continued.
@@ -95,37 +95,37 @@ def teach(
     """
     begin = time.monotonic()
     segment = _segment(recipe, phase)
-    teacher = world.main_first(partial(find_teacher, source, bits))
-    first = teacher if for_source is None else world.main_first(partial(find_teacher, for_source, None))
+    teacher = world.rank0_first(partial(find_teacher, source, bits))
+    first = teacher if for_source is None else world.rank0_first(partial(find_teacher, for_source, None))
     if first is not teacher:
         names = (first.name, teacher.name)
         require_same_vocabulary(first.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), names)
         note = tokenizer_note(first.tokenizer, teacher.tokenizer, teacher.name)
         if note:
             report(note)
-    rows = min(first.vocabulary_size, teacher.vocabulary_size)
+    rows = min(first.vocab_size, teacher.vocab_size)
     if not 1 <= top_k <= rows:
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
     corpora = output / "corpora"
-    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocabulary_size, prepared, report=report)
+    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocab_size, prepared, report=report)
     text.require_files(segment.data)
     layout = Layout(segment.sequence_length, top_k, rows).with_shards()
-    with StopRequest() as stop:
+    with Shutdown() as stop:
         try:
             # The main process alone locks and sweeps; the others wait until the folder is as it should be.
-            with run_lock(output) if world.is_main else nullcontext():
-                if world.is_main:
+            with run_lock(output) if world.is_rank0 else nullcontext():
+                if world.is_rank0:
                     atomic.ensure_writable(output)
                     for place in (output, corpora):
                         atomic.sweep_temporaries(place, alone=True)
                     _require_room(text, segment, layout, output)
                 report("reading the text")
-                task = world.main_first(lambda: _task(text, segment))
-                logits = world.main_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
+                task = world.rank0_first(lambda: _task(text, segment))
+                logits = world.rank0_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
                 _write_missing(logits, task, teacher, recipe, device, world, report, stop)
                 world.barrier()
         except KeyboardInterrupt:
-            stop.obey("; the shards that are written stay")
+            stop.check("; the shards that are written stay")
             raise
     logits.require_complete()
     tokens = len(logits.sequences) * segment.sequence_length
@@ -146,7 +146,7 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
             return segment
     raise UsageError(
         f"stage distill of recipe {recipe.name} has no steps on {phase} text",
-        hint="choose the other --stage-phase, or give stages.distill.finish tokens and data.finish sources",
+        hint="choose the other --stage-phase, or give stages.distill.final_phase tokens and data.final_phase sources",
     )
 
 
@@ -169,15 +169,15 @@ def _task(text: TextReader, segment: Segment) -> Task:
     """The text as the run will read it, and which of its sequences."""
     recipe, distill = text.recipe, text.recipe.stages.distill
     place = [each.data for each in distill.segments()].index(segment.data)
-    stretch = stretch_of(recipe, "distill", place, text.stage_text(segment.data))
-    sequences = sequences_of(stretch, distill.batch_sequences, recipe.seed)
+    sample_range = sample_range_of(recipe, "distill", place, text.stage_text(segment.data))
+    sequences = sequences_of(sample_range, distill.batch_sequences, recipe.seed)
     micro = recipe.compute.micro_batch_sequences
-    return Task(stretch.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
+    return Task(sample_range.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
 
 
 def _begin(
-    first: OtherTeacher,
-    teacher: OtherTeacher,
+    first: SecondTeacher,
+    teacher: SecondTeacher,
     task: Task,
     layout: Layout,
     recipe: Recipe,
@@ -206,15 +206,15 @@ def _begin(
 def _write_missing(
     logits: TeacherLogits,
     task: Task,
-    teacher: OtherTeacher,
+    teacher: SecondTeacher,
     recipe: Recipe,
     device: torch.device,
     world: World,
     report: Report,
-    stop: StopRequest,
+    stop: Shutdown,
 ) -> None:
     """Write this process's share of the shards that are not there yet."""
-    missing = world.by_main(logits.missing)  # one list for all: the first process may be writing before the last looks
+    missing = world.on_rank0(logits.missing)  # one list for all: the first process may be writing before the last looks
     if not missing:
         report(f"{logits.folder} is already finished")
         return
@@ -232,7 +232,7 @@ def _write_missing(
         def answers(number: int = number) -> Iterator[TopK]:
             sequences = logits.shard_sequences(number)
             for first in range(0, len(sequences), task.batch_sequences):
-                stop.obey("; the shards that are written stay")
+                stop.check("; the shards that are written stay")
                 part = sequences[first : first + task.batch_sequences]
                 with torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext():
                     yield _ask(model, teacher, task, part, logits.layout, device)
@@ -244,7 +244,7 @@ def _write_missing(
 @torch.no_grad()
 def _ask(
     model: PreTrainedModel,
-    teacher: OtherTeacher,
+    teacher: SecondTeacher,
     task: Task,
     sequences: np.ndarray,
     layout: Layout,
@@ -254,12 +254,12 @@ def _ask(
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
     inputs = model_inputs(model, batch, teacher.adapter)
     if teacher.adapter.logits.unknown is None:
-        head = run_to_head(model, teacher.adapter, **inputs)
+        head = run_to_lm_head(model, teacher.adapter, **inputs)
         hidden_td = head.hidden_bld.flatten(0, 1)
         chunks = (head_logits(head._replace(hidden_bld=part)) for part in hidden_td.split(TOKENS_AT_ONCE))
     else:
         chunks = iter(model(**inputs).logits.flatten(0, 1).split(TOKENS_AT_ONCE))
-    found = [top_tokens(logits_tv[:, : layout.vocabulary_size], layout.top_k) for logits_tv in chunks]
+    found = [top_tokens(logits_tv[:, : layout.vocab_size], layout.top_k) for logits_tv in chunks]
     ids, log_probs, log_rest = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     shape = batch.input_ids.shape
     return TopK(ids.view(*shape, -1), log_probs.view(*shape, -1), log_rest.view(shape))

@@ -12,18 +12,18 @@ from mohawkify.errors import NumericsError
 from mohawkify.train.engines.engine import Engine
 
 
-def require_finite(figures: Mapping[str, float], place: str, refused: Callable[[], None] = lambda: None) -> None:
-    """Refuse figures of a step that are not finite; called before the weights are touched.
+def require_finite(metrics: Mapping[str, float], place: str, refused: Callable[[], None] = lambda: None) -> None:
+    """Refuse metrics of a step that are not finite; called before the weights are touched.
 
     Args:
-        figures: by name.
+        metrics: by name.
         place: which step, in words.
         refused: called where one is refused, so that the log can say so.
 
     Raises:
         NumericsError: names the first one.
     """
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if not math.isfinite(value):
             refused()
             raise NumericsError(

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from mohawkify.data.loader import Stretch, read_batches
+from mohawkify.data.loader import SampleRange, read_batches
 from mohawkify.data.packing import Batch
 from mohawkify.distributed.process_group import World
 from mohawkify.objectives.objective import Runner, Stage
@@ -18,7 +18,7 @@ from mohawkify.recipe.schema import Recipe, StageRecipe
 from mohawkify.train.checks import require_finite, require_gradients
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.schedule import learning_rate
-from mohawkify.train.watchdog import STEPS_BETWEEN_LOOKS, MotionWatch
+from mohawkify.train.watchdog import STEPS_BETWEEN_LOOKS, DeadWeightCheck
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepReport:
         learning_rate: the rate it was taken with.
         gradient_norm: before clipping.
         seconds: its duration.
-        figures: ``loss`` and the stage's other figures.
+        metrics: ``loss`` and the stage's other metrics.
     """
 
     step: int
@@ -39,13 +39,13 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     seconds: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def run_stage(
     stage: Stage,
     engine: Engine,
-    stretches: list[Stretch],
+    ranges: list[SampleRange],
     stage_recipe: StageRecipe,
     recipe: Recipe,
     *,
@@ -66,7 +66,7 @@ def run_stage(
     Args:
         stage: what is computed.
         engine: holds gradients and optimiser.
-        stretches: what is read, in order.
+        ranges: what is read, in order.
         stage_recipe: batch size and peak learning rate.
         recipe: seed and schedule.
         world: the processes that share each batch; their number divides it.
@@ -78,16 +78,16 @@ def run_stage(
         on_step: called after each step; says whether to leave here, since the next step is not the next one planned;
             may raise to stop.
         on_refused: called before the error where a step has a figure that is not finite: with its number from 1, its
-            figures, and which sequences of the text it read.
+            metrics, and which sequences of the text it read.
 
     Raises:
         NumericsError: a loss or gradient is not finite, a parameter has no gradient, or weights do not move.
     """
-    num_steps = sum(stretch.num_steps for stretch in stretches)
+    num_steps = sum(sample_range.num_steps for sample_range in ranges)
     trained = list(stage.parameters())
-    motion: MotionWatch | None = None  # from the first batch that counts for anything
+    motion: DeadWeightCheck | None = None  # from the first batch that counts for anything
     batches = read_batches(
-        stretches,
+        ranges,
         batch_sequences=stage_recipe.batch_sequences,
         seed=recipe.seed,
         first_step=first_step,
@@ -101,14 +101,14 @@ def run_stage(
             with engine.accumulating():
                 totals = _passes(stage, engine, batch, world, device, micro_batch, on_micro_batch)
             rate = learning_rate(step, num_steps, stage_recipe.learning_rate, recipe.schedule)
-            figures, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
-            require_finite(totals, place, partial(on_refused, step + 1, figures, sequences))
+            metrics, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
+            require_finite(totals, place, partial(on_refused, step + 1, metrics, sequences))
             if motion is None and stage.weight(batch):
                 require_gradients(engine, trained, world, place)
-                motion = MotionWatch(engine, trained, frozen, world)
+                motion = DeadWeightCheck(engine, trained, frozen, world)
             norm = engine.step(rate)
-            figures["gradient_norm"] = norm
-            require_finite({"the gradient norm": norm}, place, partial(on_refused, step + 1, figures, sequences))
+            metrics["gradient_norm"] = norm
+            require_finite({"the gradient norm": norm}, place, partial(on_refused, step + 1, metrics, sequences))
             if motion is not None:
                 motion.step(rate)
                 if (step + 1) % STEPS_BETWEEN_LOOKS == 0 or step + 1 == num_steps:
@@ -127,7 +127,7 @@ def _passes(
     micro_batch: int,
     on_micro_batch: Callable[[], None],
 ) -> dict[str, float]:
-    """Forward and backward of this process's rows of a batch; returns the figures of the whole batch."""
+    """Forward and backward of this process's rows of a batch; returns the metrics of the whole batch."""
     rows = len(batch.input_ids) // world.size
     first, end = world.rank * rows, (world.rank + 1) * rows
     weight = stage.weight(batch)
@@ -141,7 +141,7 @@ def _passes(
             engine.backward(loss * share)
 
         with engine.autocast():
-            figures = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
-        for name, value in figures.items():
+            metrics = stage.run(Batch(*(tensor.to(device) for tensor in part)), Runner(backward, engine.call))
+        for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * share
     return world.sum(totals)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mohawkify.data.loader import Stretch, batch_at
+from mohawkify.data.loader import SampleRange, batch_at
 from mohawkify.data.packing import Batch
 from mohawkify.data.selection import stage_recipes
 from mohawkify.distributed.process_group import World
@@ -22,7 +22,7 @@ _MOMENT_BYTES = 8  # what AdamW keeps of a weight, and has not yet taken before 
 def micro_batch_of(
     stage: Stage,
     recipe: Recipe,
-    stretches: list[Stretch],
+    ranges: list[SampleRange],
     world: World,
     device: torch.device,
     make_engine: Callable[[int], Engine],
@@ -32,7 +32,7 @@ def micro_batch_of(
     Args:
         stage: what is computed.
         recipe: says a number, or ``auto``: the largest that fits, half by half; without a GPU all.
-        stretches: what the stage reads.
+        ranges: what the stage reads.
         world: the processes.
         device: where they compute.
         make_engine: puts the student into an engine that expects so many.
@@ -47,7 +47,7 @@ def micro_batch_of(
         return min(wanted or rows, rows)
     if device.type != "cuda":
         return rows
-    longest = max(stretches, key=lambda stretch: stretch.sequence_length)
+    longest = max(ranges, key=lambda sample_range: sample_range.sequence_length)
     batch = batch_at([longest], 0, stage_recipe.batch_sequences, recipe.seed)
     with naming_what_to_try(stage.name, recipe, world, 1):
         return largest_that_fits(stage, Batch(*(tensor[:rows] for tensor in batch)), world, device, make_engine)

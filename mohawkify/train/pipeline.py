@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.data.prepare import UNFINISHED
-from mohawkify.data.selection import TextReader, epochs_needed, stage_stretches
+from mohawkify.data.selection import TextReader, epochs_needed, stage_ranges
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.distributed.process_group import World
-from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.files import atomic, disk
@@ -41,10 +41,10 @@ from mohawkify.teacher.lm_head import prove_head
 from mohawkify.teacher.load import load_teacher, teacher_hashes
 from mohawkify.teacher.locate import find_folder, teacher_name
 from mohawkify.teacher.second import (
-    Finishing,
-    OtherTeacher,
-    find_finishing,
-    finishing_hashes,
+    FinalTeacher,
+    SecondTeacher,
+    final_teacher_hashes,
+    find_final_teacher,
     require_fitting_text,
     require_fitting_tokens,
 )
@@ -175,7 +175,7 @@ def convert(
     output: Path | None,
     resume: str,
     report: Report,
-    patience: float = 0.0,
+    hang_timeout: float = 0.0,
     disk_wait: float = 0.0,
     world: World | None = None,
     prepared: Path | None = None,
@@ -190,11 +190,11 @@ def convert(
         output: the run's folder; None for ``runs/<student name>``.
         resume: ``auto`` continues a run of the same teacher and recipe; ``never`` wants a fresh folder.
         report: receives a line for every step of the way.
-        patience: seconds without progress after which the process ends with exit code 75; 0 for never.
+        hang_timeout: seconds without progress after which the process ends with exit code 75; 0 for never.
         disk_wait: seconds to wait for space where the disk is full at a checkpoint.
         world: the processes, which share a file system; None for this one alone.
         prepared: where tokenised text may lie that `mohawkify data prepare` made.
-        track: trackers that get the figures as well, by name.
+        track: trackers that get the metrics as well, by name.
         track_project: the project that trackers show the run in.
 
     Returns:
@@ -206,7 +206,7 @@ def convert(
     """
     require_trackers(track)
     world = world or World()
-    with StopRequest() as stop:
+    with Shutdown() as stop:
         try:
             return _convert(
                 source,
@@ -214,16 +214,16 @@ def convert(
                 output,
                 resume,
                 report,
-                patience,
+                hang_timeout,
                 disk_wait,
                 prepared,
-                track if world.is_main else (),
+                track if world.is_rank0 else (),
                 track_project,
                 stop,
                 world,
             )
         except KeyboardInterrupt:
-            stop.obey("outside of training; nothing is half-written")
+            stop.check("outside of training; nothing is half-written")
             raise
 
 
@@ -233,46 +233,46 @@ def _convert(
     output: Path | None,
     resume: str,
     report: Report,
-    patience: float,
+    hang_timeout: float,
     disk_wait: float,
     prepared: Path | None,
     track: Sequence[str],
     track_project: str,
-    stop: StopRequest,
+    stop: Shutdown,
     world: World,
 ) -> RunFolder:
-    report = report if world.is_main else lambda line: None
+    report = report if world.is_rank0 else lambda line: None
     require_even_shares(recipe, world)
     engine = choose_engine(recipe.compute, world)
     require_agreeing_settings(recipe, world)
-    inspection = world.main_first(lambda: inspect_teacher(source))
+    inspection = world.rank0_first(lambda: inspect_teacher(source))
     student = _design(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
     dispatch.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     run = RunFolder(output or RUNS / student.name)
-    is_new = world.is_main and not run.path.exists()
+    is_new = world.is_rank0 and not run.path.exists()
     # The lock comes before what takes minutes, such as hashing the teacher: a second process is refused at once.
-    with run_lock(run.path) if world.is_main else nullcontext():
+    with run_lock(run.path) if world.is_rank0 else nullcontext():
         try:
-            folder = world.main_first(lambda: find_folder(source))
+            folder = world.rank0_first(lambda: find_folder(source))
             own = teacher_hashes(folder) if world.local_rank == 0 else None
             hashes = _agreed(own, f"the teacher in {folder}", world)
             own = text_hashes(folder) if world.local_rank == 0 else None
             text_files = _agreed(own, f"the tokenizer in {folder}", world)
-            finishing = world.main_first(lambda: find_finishing(recipe))
-            own = finishing_hashes(finishing) if world.local_rank == 0 else None
-            finish_hashes = _agreed(own, "what finishes the run", world)
+            final_teacher = world.rank0_first(lambda: find_final_teacher(recipe))
+            own = final_teacher_hashes(final_teacher) if world.local_rank == 0 else None
+            final_hashes = _agreed(own, "what finishes the run", world)
             facts = {**inspection.spec.to_json(), "folder": str(folder.resolve()), "files": hashes}
             facts |= {"text_files": text_files}
-            facts |= {"finish_files": finish_hashes} if finish_hashes else {}
-            identity = world.by_main(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
+            facts |= {"final_teacher_files": final_hashes} if final_hashes else {}
+            identity = world.on_rank0(lambda: _open(run, recipe, inspection, student, facts, resume, device, world))
             if identity is None:
                 report(f"{run.path} is already finished")
                 return run
             conversion, tokenizer = _prepare(
-                run, recipe, identity, folder, inspection, student, finishing, device, world, prepared, report
+                run, recipe, identity, folder, inspection, student, final_teacher, device, world, prepared, report
             )
         except MohawkifyError:
             # Nothing was trained: a folder made for this run would only stand in the way of the corrected command. But
@@ -284,7 +284,7 @@ def _convert(
             report(f"training in {world.size} processes, engine {engine}")
         for key, value in unheeded_settings(recipe.compute, engine).items():
             report(f"compute.{key} {value} has no effect on the engine {engine}, which --engine auto chose here")
-        conversion.patience, conversion.disk_wait = patience, disk_wait
+        conversion.hang_timeout, conversion.disk_wait = hang_timeout, disk_wait
         if track:
             conversion.start_tracking = partial(
                 Tracking,
@@ -296,17 +296,17 @@ def _convert(
                 config=recipe.model_dump(mode="json"),
                 report=report,
             )
-        stop.obey("before training")
+        stop.check("before training")
         conversion.train(stop)
-        stop.obey("before the student was written")
-        world.by_main(lambda: _finish(conversion, tokenizer))
-        stop.obey("after the student was written: the run is finished")
+        stop.check("before the student was written")
+        world.on_rank0(lambda: _finish(conversion, tokenizer))
+        stop.check("after the student was written: the run is finished")
     return run
 
 
 def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
     distill = recipe.stages.distill
-    if inspection.spec.tied and distill.num_steps and set(distill.train) == {"head"}:
+    if inspection.spec.tie_word_embeddings and distill.num_steps and set(distill.train) == {"head"}:
         raise RecipeError(
             "stages.distill.train: found head alone, and this teacher's head is its embedding",
             hint="name embedding too, and both learn as one",
@@ -317,7 +317,7 @@ def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
 
 def _agreed(own: dict[str, str] | None, what: str, world: World) -> dict[str, str]:
     """Hashes of what every machine has to itself, and must be the same on all; None where another process looks."""
-    agreed = world.by_main(lambda: own)
+    agreed = world.on_rank0(lambda: own)
     assert agreed is not None
     if own is not None and own != agreed:
         raise TeacherError(f"{what} is on {platform.node()} not what the main process has")
@@ -340,7 +340,7 @@ def _open(
         The identity of the run, or None where it is finished.
     """
     atomic.ensure_writable(run.path)
-    hashes = teacher["files"] | teacher.get("finish_files", {})
+    hashes = teacher["files"] | teacher.get("final_teacher_files", {})
     identity = _claim(run, recipe, hashes, teacher["text_files"], resume)
     if run.is_finished:
         run.checked_final()
@@ -395,19 +395,19 @@ def _prepare(
     folder: Path,
     inspection: Inspection,
     spec: StudentSpec,
-    finishing: Finishing | None,
+    final_teacher: FinalTeacher | None,
     device: torch.device,
     world: World,
     prepared: Path | None,
     report: Report,
 ) -> tuple[Conversion, PreTrainedTokenizerBase]:
     """Load the teacher, build the student, read the text."""
-    vocabulary_size = inspection.spec.vocabulary_size
-    tokenizer = load_tokenizer(folder, vocabulary_size)
-    text = TextReader(recipe, tokenizer, run.corpora, folder, vocabulary_size, prepared, report=report)
+    vocab_size = inspection.spec.vocab_size
+    tokenizer = load_tokenizer(folder, vocab_size)
+    text = TextReader(recipe, tokenizer, run.corpora, folder, vocab_size, prepared, report=report)
     text.require_files()
-    world.by_main(lambda: _require_room(run, text))
-    note = finishing and require_fitting_tokens(finishing, teacher_name(str(folder)), tokenizer)
+    world.on_rank0(lambda: _require_room(run, text))
+    note = final_teacher and require_fitting_tokens(final_teacher, teacher_name(str(folder)), tokenizer)
     if note:
         report(note)
     report(f"loading the teacher from {folder}")
@@ -416,28 +416,28 @@ def _prepare(
     place = torch.device("cpu") if is_sharded else device
     teacher = load_teacher(folder, dtype=dtype, device=place)
     student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
-    prove_head(teacher, inspection.adapter, vocabulary_size)
+    prove_head(teacher, inspection.adapter, vocab_size)
     if inspection.adapter.recognised:
         report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
-        prove_family(teacher, student, inspection.adapter, vocabulary_size)
+        prove_family(teacher, student, inspection.adapter, vocab_size)
     if is_sharded:
         student.to(device)  # type: ignore[arg-type]
         _spread(teacher, spec.layers, recipe, device, world)
     if recipe.compute.activation_checkpointing:
         checkpoint_activations(student, spec.layers)
     report("reading the text")
-    corpora, held_out = world.main_first(lambda: (text.training(), text.held_out()))
+    corpora, held_out = world.rank0_first(lambda: (text.training(), text.held_out()))
     _agreed({name: corpus.fingerprint for name, corpus in corpora.items()}, "the text", world)
     for name, corpus in corpora.items():
         epochs = epochs_needed(recipe, name, corpus.num_tokens)
         report(f"{name}: {corpus.num_tokens:,} tokens" + (f" in {epochs} epochs" if epochs > 1 else ""))
-    if isinstance(finishing, TeacherLogits):
-        last = stage_stretches(recipe, corpora)["distill"][-1]  # the finish, which has tokens
-        require_fitting_text(finishing, last, recipe.stages.distill.batch_sequences, recipe.seed)
+    if isinstance(final_teacher, TeacherLogits):
+        last = stage_ranges(recipe, corpora)["distill"][-1]  # the final phase, which has tokens
+        require_fitting_text(final_teacher, last, recipe.stages.distill.batch_sequences, recipe.seed)
     use_kernels(student, recipe.compute.kernels)
     pair = Pair(teacher, student, spec, inspection.adapter, recipe.compute.kernels)
     conversion = Conversion(run, recipe, identity, pair, corpora, held_out, device, world, report)
-    conversion.finishing = finishing
+    conversion.final_teacher = final_teacher
 
     def load_first() -> PreTrainedModel:
         first = load_teacher(folder, dtype=dtype, device=place)
@@ -445,7 +445,7 @@ def _prepare(
             _spread(first, spec.layers, recipe, device, world)
         return first
 
-    def load_other(other: OtherTeacher) -> PreTrainedModel:
+    def load_other(other: SecondTeacher) -> PreTrainedModel:
         model = other.load(dtype, place)
         if is_sharded:
             _spread(model, other.adapter.layers, recipe, device, world)

@@ -1,8 +1,8 @@
-"""When a phase has saturated: its loss no longer falls, and the steps that are left are better not taken.
+"""When a phase is on a plateau: its loss no longer falls, and the steps that are left are better not taken.
 
-A phase ends where other text begins or where the learning rate begins to fall, whichever is next. A saturated phase
-jumps there at once: warm-up, decay and the text of the finish are the planned ones, and what is left out is the rest of
-the stable part. So batch, learning rate and teacher stay pure functions of the planned step.
+A phase ends where other text begins or where the learning rate begins to fall, whichever is next. A phase on
+a plateau skips to there at once: warm-up, decay and the text of the final phase are the planned ones, and what is left
+out is the rest of the stable part. So batch, learning rate and teacher stay pure functions of the planned step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mohawkify.train.schedule import decay_step, warmup_steps
 
 
 @dataclass
-class SaturationWatch:
+class PlateauDetector:
     """Compares the mean loss of one window of steps with that of the window before; its numbers go into checkpoints.
 
     Args:
@@ -67,7 +67,7 @@ class Phases:
     """
 
     def __init__(self, stage: StageRecipe, schedule: ScheduleRecipe) -> None:
-        self.saturation, self.segments, self.batch_sequences = stage.saturation, stage.segments(), stage.batch_sequences
+        self.plateau, self.segments, self.batch_sequences = stage.plateau, stage.segments(), stage.batch_sequences
         self.num_steps = stage.num_steps
         self._warmup = warmup_steps(self.num_steps, schedule)
         self._decay = decay_step(self.num_steps, schedule)
@@ -93,10 +93,10 @@ class Phases:
 
     def window_steps(self, segment: Segment) -> int:
         """Steps of a window, one at least."""
-        assert self.saturation is not None
-        return max(1, round(self.saturation.window / (segment.sequence_length * self.batch_sequences)))
+        assert self.plateau is not None
+        return max(1, round(self.plateau.window / (segment.sequence_length * self.batch_sequences)))
 
-    def jump(self, step: int, figures: Mapping[str, float], watch: SaturationWatch) -> tuple[int, float] | None:
+    def skip_to(self, step: int, metrics: Mapping[str, float], watch: PlateauDetector) -> tuple[int, float] | None:
         """Whether the phase has saturated with a step.
 
         Watched is the KL divergence where the stage has one, else the loss: the entropy of the teacher's predictions,
@@ -104,20 +104,20 @@ class Phases:
 
         Args:
             step: planned steps up to and with this one.
-            figures: of this step.
+            metrics: of this step.
             watch: of this phase so far; changed.
 
         Returns:
             The planned step to go on with, counted from 0, and the improvement that was too small; None to go on.
         """
         border = self.border_after(step - 1)
-        if self.saturation is None or border is None or step <= self._warmup:
+        if self.plateau is None or border is None or step <= self._warmup:
             return None
         if step == border:
             watch.reset()
             return None
         window = self.window_steps(self.segment_at(step - 1))
-        improvement = watch.see(figures.get("kl", figures["loss"]), window, self.saturation.threshold)
+        improvement = watch.see(metrics.get("kl", metrics["loss"]), window, self.plateau.threshold)
         if improvement is None:
             return None
         watch.reset()
@@ -143,6 +143,6 @@ class Phases:
             skipped = left_out.get(segment.data, 0)
             steps = segment.num_steps - skipped
             tokens = steps * segment.sequence_length * self.batch_sequences
-            ended_by = "saturation" if skipped else "budget"
+            ended_by = "plateau" if skipped else "budget"
             rows.append({"data": segment.data, "steps": steps, "tokens": tokens, "ended_by": ended_by})
         return rows

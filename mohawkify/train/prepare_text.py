@@ -48,7 +48,7 @@ def prepare_text(
     """
     begin = time.perf_counter()
     folder = find_tokenizer_folder(source)
-    vocab_size = inspect_teacher(source).spec.vocabulary_size
+    vocab_size = inspect_teacher(source).spec.vocab_size
     text = TextReader(
         recipe, load_tokenizer(folder, vocab_size), output, folder, vocab_size, num_workers=num_workers, report=report
     )
@@ -116,7 +116,7 @@ def _tokenizer(facts: dict[str, Any], teacher: str | None) -> PreTrainedTokenize
         return None  # a name of the Hub in a stranger's text fetches nothing
     try:
         folder = find_tokenizer_folder(source)
-        tokenizer = load_tokenizer(folder, inspect_teacher(str(folder)).spec.vocabulary_size)
+        tokenizer = load_tokenizer(folder, inspect_teacher(str(folder)).spec.vocab_size)
     except MohawkifyError:
         if teacher is not None:
             raise

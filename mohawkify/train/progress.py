@@ -58,17 +58,17 @@ class StageProgress:
             return
         self.tokens += report.tokens
         self._own_tokens += report.tokens
-        figures = {name: f"{value:.4g}" for name, value in report.figures.items()}
-        figures |= {"lr": f"{report.learning_rate:.2g}", "mem": f"{memory_gigabytes():.1f}G"}
+        metrics = {name: f"{value:.4g}" for name, value in report.metrics.items()}
+        metrics |= {"lr": f"{report.learning_rate:.2g}", "mem": f"{memory_gigabytes():.1f}G"}
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
+            self._bar.set_postfix(metrics, refresh=False)
             self._bar.update(report.tokens)
         elif now - self._shown >= SECONDS_BETWEEN_LINES or self.tokens >= self.num_tokens:
             self._shown = now
             rate = self._own_tokens / (now - self._begin)
             left = (self.num_tokens - self.tokens) / rate
-            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+            shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
             print(
                 f"{self.name:<7} {self.tokens / self.num_tokens:4.0%}  {self.tokens:,} of {self.num_tokens:,} tokens  "
                 f"{rate:,.0f} tok/s  {left:.0f} s left  {shown}",

@@ -44,9 +44,9 @@ def restore_random_state(world: World, tensors: Mapping[str, Tensor]) -> None:
         return
     here = f"cuda.{torch.cuda.current_device()}" if torch.cuda.is_initialized() else ""
     names = (
-        {_CPU: _CPU, _GPU: _FIRST_GPU} if world.is_main else {kind: _name(world.rank, kind) for kind in (_CPU, _GPU)}
+        {_CPU: _CPU, _GPU: _FIRST_GPU} if world.is_rank0 else {kind: _name(world.rank, kind) for kind in (_CPU, _GPU)}
     )
-    if world.is_main or names[_CPU] in tensors:
+    if world.is_rank0 or names[_CPU] in tensors:
         own = {_CPU: names[_CPU], **({here: names[_GPU]} if here else {})}
         restore_rng({kind: tensors[name] for kind, name in own.items() if name in tensors})
         return

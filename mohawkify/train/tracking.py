@@ -58,7 +58,7 @@ class Tracking:
         run_id: see `tracking_id`.
         run_name: of the run, for people.
         folder: where trackers keep files of their own.
-        config: what to show beside the figures; a fresh run gives it once.
+        config: what to show beside the metrics; a fresh run gives it once.
         report: receives a line where a tracker fails.
     """
 
@@ -83,9 +83,9 @@ class Tracking:
                 if step == 0 and config:
                     tracker.store_init_configuration(_flat(config))
 
-    def log(self, figures: Mapping[str, Any], step: int) -> None:
-        """Send the numbers among some figures."""
-        numbers = {key: value for key, value in figures.items() if type(value) in (int, float)}
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Send the numbers among some metrics."""
+        numbers = {key: value for key, value in metrics.items() if type(value) in (int, float)}
         for name, tracker in list(self._trackers.items()):
             with self._spared(name):
                 tracker.log(numbers, step=step)

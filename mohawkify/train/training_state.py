@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from mohawkify.errors import CheckpointError
 from mohawkify.plan.planner import STAGES
 from mohawkify.run.checkpoint import Checkpoint
-from mohawkify.train.plateau import SaturationWatch
-from mohawkify.train.watchdog import LossWatch
+from mohawkify.train.plateau import PlateauDetector
+from mohawkify.train.watchdog import SpikeDetector
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Position:
         tokens: tokens read in all.
         seconds: training time of each stage so far, by name.
         losses: running mean and variance of the stage's loss.
-        saturation: what is known of the phase's loss.
+        plateau: what is known of the phase's loss.
         left_out: planned steps of the stage that saturated phases did not take, by text.
     """
 
@@ -31,8 +31,8 @@ class Position:
     global_step: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    losses: LossWatch = field(default_factory=LossWatch)
-    saturation: SaturationWatch = field(default_factory=SaturationWatch)
+    losses: SpikeDetector = field(default_factory=SpikeDetector)
+    plateau: PlateauDetector = field(default_factory=PlateauDetector)
     left_out: dict[str, int] = field(default_factory=dict)
 
     def has_finished(self, stage: str, num_steps: int) -> bool:
@@ -50,17 +50,17 @@ def read_position(saved: Checkpoint) -> Position:
     """
     try:
         values = dict(saved.state["position"])
-        watches = {"losses": LossWatch(**values["losses"]), "saturation": SaturationWatch(**values["saturation"])}
+        watches = {"losses": SpikeDetector(**values["losses"]), "plateau": PlateauDetector(**values["plateau"])}
         position = Position(**{**values, **watches})
-        saturation = position.saturation
+        plateau = position.plateau
         steps = (position.stage_step, position.global_step, position.tokens)
-        counts = (*steps, position.losses.num_losses, saturation.num_losses, *position.left_out.values())
-        figures = (*position.seconds.values(), position.losses.mean, position.losses.variance, saturation.total)
-        figures += () if saturation.before is None else (saturation.before,)
+        counts = (*steps, position.losses.num_losses, plateau.num_losses, *position.left_out.values())
+        metrics = (*position.seconds.values(), position.losses.mean, position.losses.variance, plateau.total)
+        metrics += () if plateau.before is None else (plateau.before,)
         sound = (
             position.stage in STAGES
             and all(type(count) is int and count >= 0 for count in counts)
-            and all(type(figure) in (int, float) for figure in figures)
+            and all(type(figure) in (int, float) for figure in metrics)
             and position.global_step == saved.global_step
         )
     except (AttributeError, KeyError, TypeError, ValueError):

@@ -28,7 +28,7 @@ MOVES = 8.0  # a learning rate of so many roundings moves a weight for certain: 
 
 
 @dataclass
-class LossWatch:
+class SpikeDetector:
     """A running mean and variance of a stage's loss; its numbers go into every checkpoint.
 
     Args:
@@ -59,7 +59,7 @@ class LossWatch:
         return deviation / spread if leaps else None
 
 
-class MotionWatch:
+class DeadWeightCheck:
     """Notices weights that should learn and stay where they are, and weights that should stay and move.
 
     It remembers some numbers of every parameter: of a trained one those with the largest gradients of the present step,
@@ -151,7 +151,7 @@ def _evenly_spread(values: Tensor) -> Tensor:
     return torch.arange(0, numbers, max(1, numbers // SAMPLE_SIZE), device=values.device)
 
 
-class HangWatch:
+class Watchdog:
     """Ends the process where nothing gets done: exit code 75, with the stacks of all threads on standard error.
 
     Time is counted in its own looks, not by the clock: a process that was stopped, as Ctrl-Z does, and goes on has not
@@ -170,7 +170,7 @@ class HangWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
-    def __enter__(self) -> HangWatch:
+    def __enter__(self) -> Watchdog:
         if self.seconds > 0:
             self._thread.start()
         return self
@@ -200,8 +200,8 @@ class HangWatch:
         while not self._over.wait(seconds):
             is_alive = self._beats != seen or self._is_paused
             seen, silent = self._beats, 0.0 if is_alive else silent + seconds
-            if is_alive and self.world.is_main:
-                self.world.show_life()
+            if is_alive and self.world.is_rank0:
+                self.world.heartbeat()
             if silent > self.seconds:
                 self._end(silent)
 
@@ -210,13 +210,13 @@ class HangWatch:
         if self.world.alarm is None:
             self._say(silent)
         else:
-            self.world.alarm.settle(HANG, lambda: self._say(silent), "hang")
+            self.world.alarm.report(HANG, lambda: self._say(silent), "hang")
         os._exit(HANG)  # nothing else would end a thread that hangs
 
     def _say(self, silent: float) -> None:
         print(
             f"error: no progress for {silent:.0f} s while {self.where}\n"
-            "hint: the newest checkpoint is intact and the same command continues; --patience says how"
+            "hint: the newest checkpoint is intact and the same command continues; --hang-timeout says how"
             " long to wait",
             file=sys.stderr,
             flush=True,

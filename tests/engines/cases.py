@@ -33,7 +33,7 @@ from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine
 from mohawkify.train.engines.engine import Engine, LocalEngine
 from mohawkify.train.engines.fsdp_engine import FsdpEngine
 from mohawkify.train.engines.sharded_teacher import shard_teacher
-from mohawkify.train.watchdog import MotionWatch
+from mohawkify.train.watchdog import DeadWeightCheck
 from tests.tiny import packed, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def make_pair(family: str, folder: Path, **changes: Any) -> Pair:
     teacher = make_teacher(family, **changes)
     inspection = inspect_teacher(str(folder))
     adapter = inspection.adapter
-    spec = design_student("tiny", inspection.spec, inspection.config, adapter, StudentRecipe(state_width=16))
+    spec = design_student("tiny", inspection.spec, inspection.config, adapter, StudentRecipe(state_size=16))
     return Pair(teacher, build_student(teacher, adapter, spec, "attention", seed=0), spec, adapter)
 
 
@@ -113,8 +113,8 @@ def accumulate(stage: Stage, engine: Engine, world: World, step: int) -> float:
                 engine.backward(part_loss * share)
 
             with engine.autocast():
-                figures = stage.run(part, Runner(backward, engine.call))
-            loss += float(figures["loss"]) * share
+                metrics = stage.run(part, Runner(backward, engine.call))
+            loss += float(metrics["loss"]) * share
     return world.sum({"loss": loss})["loss"]
 
 
@@ -251,7 +251,7 @@ def watch_motion(world: World, kind: str, family: str, folder: Path) -> str:
     trained = list(stage.parameters())
     frozen = [name for name, _ in pair.student.named_parameters() if name not in trained]
     accumulate(stage, engine, world, 0)
-    watch = MotionWatch(engine, trained, frozen, world)
+    watch = DeadWeightCheck(engine, trained, frozen, world)
     engine.step(RATE)
     take_step(stage, engine, world, 1)
     watch.step(RATE)

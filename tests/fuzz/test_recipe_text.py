@@ -150,12 +150,12 @@ def _repaired(rng: Random, model: type[BaseModel], section: dict[str, Any]) -> d
     elif model is Condition:
         is_list = isinstance(section.get("value"), list)
         section["operator"] = "in" if is_list else rng.choice(("==", "!=", "<", ">="))
-    elif issubclass(model, StageRecipe) and isinstance(section.get("finish"), dict):
-        section["finish"]["tokens"], section["tokens"] = 1000, "80M"
+    elif issubclass(model, StageRecipe) and isinstance(section.get("final_phase"), dict):
+        section["final_phase"]["tokens"], section["tokens"] = 1000, "80M"
     elif model is Recipe:
         data = section.setdefault("data", {})
-        if isinstance(data, dict) and not data.get("finish"):
-            data["finish"] = [{"demo": "train"}]
+        if isinstance(data, dict) and not data.get("final_phase"):
+            data["final_phase"] = [{"demo": "train"}]
         compute = section.get("compute")
         if isinstance(compute, dict):
             compute["micro_batch_sequences"] = 1
@@ -179,7 +179,7 @@ def _share_an_order(rng: Random, data: Any) -> None:
     """Give the stages lengths that divide the longest one; drawn ones hardly ever do."""
     stages = data.get("stages")
     sections = [stage for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
-    for section in (*sections, *(section.get("finish") for section in sections)):
+    for section in (*sections, *(section.get("final_phase") for section in sections)):
         if isinstance(section, dict) and "sequence_length" in section:
             section["sequence_length"] = 2 ** rng.randint(1, 12)
 
@@ -237,7 +237,7 @@ def test_samples_reach_past_the_schema() -> None:
     passed = 0
     for index in range(60):
         try:
-            parse_recipe(draw_schema(Random(f"reach {index}")).decode("utf-8", "surrogatepass"), "r.yaml")
+            parse_recipe(draw_schema(Random(f"span {index}")).decode("utf-8", "surrogatepass"), "r.yaml")
             passed += 1
         except RecipeError:
             pass

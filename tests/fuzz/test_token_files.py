@@ -16,7 +16,7 @@ import torch
 
 from mohawkify.data import prepare
 from mohawkify.data.corpus import load_corpus, read_note
-from mohawkify.data.prepare import Wanted, build_corpus
+from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import MohawkifyError
 from mohawkify.files import atomic
@@ -43,7 +43,7 @@ def make(root: Path) -> None:
     (root / "rows.jsonl").write_text("".join(json.dumps({"talk": talk * (1 + i % 3)}) + "\n" for i in range(12)))
     tokenizer = bytes_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     source = Source.model_validate({"path": str(root / "rows.jsonl"), "chat": "talk"})
-    wanted = Wanted((source,), tokenizer, None, None, VOCABULARY)
+    wanted = CorpusRequest((source,), tokenizer, None, None, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_SHARD_TOKENS", 300)
         corpus = build_corpus(wanted, root / "corpora")
@@ -130,7 +130,7 @@ def read_logits(root: Path) -> int:
     logits.identity()
     logits.vocabulary()
     found = logits.read(logits.sequences)
-    assert found.ids_blk.max() < logits.layout.vocabulary_size
+    assert found.ids_blk.max() < logits.layout.vocab_size
     assert torch.isfinite(found.log_probs_blk).all()
     return len(logits.sequences)
 

@@ -27,7 +27,7 @@ opened: list[str] = []
 is_listening = False
 
 
-def listen(event: str, arguments: tuple[Any, ...]) -> None:
+def layer_hooks(event: str, arguments: tuple[Any, ...]) -> None:
     """Note what Python opens or starts while an input is judged."""
     if is_listening and event == "open" and isinstance(arguments[0], (str, bytes)):
         opened.append(os.path.abspath(os.fsdecode(arguments[0])))
@@ -39,7 +39,7 @@ def listen(event: str, arguments: tuple[Any, ...]) -> None:
 def tokenizer_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A whole tokenizer, and beside it files that must not be read."""
     global is_listening
-    sys.addaudithook(listen)
+    sys.addaudithook(layer_hooks)
     monkeypatch.chdir(folder)
     home = folder / "teacher"
     bytes_tokenizer().save_pretrained(home)

@@ -17,16 +17,16 @@ teacher: nowhere
 student: {name: small, keep_attention: [1]}
 data:
   train: [{path: a.txt, weight: 2, where: [{column: score, operator: ">=", value: 4.0}]}]
-  finish: [{hub: some/chats, name: default, split: test, revision: main, chat: messages, loss: all}]
+  final_phase: [{hub: some/chats, name: default, split: test, revision: main, chat: messages, loss: all}]
   validation: [{demo: validation}]
 stages:
   orient: {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4}
   align:
     {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4,
-     saturation: {window: 1M, threshold: 0.01}}
+     plateau: {window: 1M, threshold: 0.01}}
   distill:
     {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4,
-     finish: {tokens: 1M, sequence_length: 64, teacher: somewhere, teacher_bits: 8}}
+     final_phase: {tokens: 1M, sequence_length: 64, teacher: somewhere, teacher_bits: 8}}
 compute: {micro_batch_sequences: 4, threads: 1, zero: 2, offload: none, deepspeed_config: d.json}
 """
 # The one key that cannot stand beside the others.

@@ -37,14 +37,14 @@ EVENTS = {
     "saving": ("mohawkify.run.checkpoint", "save_checkpoint"),
     "tensors saved": ("mohawkify.run.checkpoint", "write_json"),
     "rotating": ("mohawkify.run.checkpoint", "rotate"),
-    "finishing": ("mohawkify.train.pipeline", "save_student"),
+    "final_teacher": ("mohawkify.train.pipeline", "save_student"),
     "weights written": ("mohawkify.student.save", "save_tokenizer"),
 }
 # Functions during which operations on the disk are counted.
 WINDOWS = {
     "save": ("mohawkify.train.trainer.Conversion", "_save"),
     "measure": ("mohawkify.train.trainer.Conversion", "_measure"),
-    "finish": ("mohawkify.train.pipeline", "_finish"),
+    "final_phase": ("mohawkify.train.pipeline", "_finish"),
     "export": ("mohawkify.export.export", "export_run"),
     "convert": ("mohawkify.train.pipeline", "convert"),
 }
@@ -256,12 +256,12 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
             if not here:
                 return inner(batch, runner)
             with _poisoned_module(which.pair, site, value):
-                figures = inner(batch, runner)
+                metrics = inner(batch, runner)
             if site == "gradient":
                 _spoil(next(iter(which.parameters().values())).grad, value)
             if site == "optimizer":
                 _spoil(next(iter(engine.adamw.state.values()))["exp_avg"], value)
-            return figures
+            return metrics
 
         which.run = run_micro
         run_stage(which, engine, *args, **kwargs)
@@ -343,10 +343,10 @@ def spike(stage: str, step: int, factor: float, events: list[tuple[str, int, str
     """The loss of one step is reported many times too high; further events as in `at`."""
     original = loop.StepReport
 
-    def report(number: int, tokens: int, rate: float, norm: float, seconds: float, figures: dict[str, float]) -> Any:
+    def report(number: int, tokens: int, rate: float, norm: float, seconds: float, metrics: dict[str, float]) -> Any:
         if number == step and seen.get("stage") == stage:
-            figures = {**figures, "loss": figures["loss"] * factor}
-        return original(number, tokens, rate, norm, seconds, figures)
+            metrics = {**metrics, "loss": metrics["loss"] * factor}
+        return original(number, tokens, rate, norm, seconds, metrics)
 
     seen: dict[str, str] = {}
     run_stage = trainer.run_stage

@@ -89,12 +89,12 @@ def compare_runs(run: Path, whole: Path) -> None:
 
 
 def end_state(run: Path) -> dict[str, Any]:
-    """The hashes of all files of `final/` and of the last checkpoint, the figures of every step, the results."""
+    """The hashes of all files of `final/` and of the last checkpoint, the metrics of every step, the results."""
     state: dict[str, Any] = {f"final/{path.name}": _hash(path) for path in (run / "final").iterdir()}
     last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     for path in last.glob("*.safetensors"):
         state[f"{last.name}/{path.name}"] = _hash(path)
-    state |= {f"step {step}": figures for step, figures in figures_of(run).items()}
+    state |= {f"step {step}": metrics for step, metrics in figures_of(run).items()}
     results = atomic.read_json(run / "results.json")
     for name, row in results["stages"].items():
         state[f"results {name}"] = {key: value for key, value in row.items() if key != "seconds"}
@@ -103,14 +103,14 @@ def end_state(run: Path) -> dict[str, Any]:
 
 def figures_of(run: Path) -> dict[int, dict[str, Any]]:
     """What the log says of every step but the time it took; a step that was taken again must say the same."""
-    figures: dict[int, dict[str, Any]] = {}
+    metrics: dict[int, dict[str, Any]] = {}
     for line in atomic.read_lines(run / "metrics.jsonl"):
         if "refused" in line:
             continue
         line.pop("seconds")
-        before = figures.setdefault(line["global_step"], line)
+        before = metrics.setdefault(line["global_step"], line)
         assert before == line, f"taken again, a step of {run} differs: {before} and {line}"
-    return figures
+    return metrics
 
 
 def require_checkpoints(run: Path, at_least: int = 1) -> int:

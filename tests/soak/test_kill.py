@@ -72,7 +72,7 @@ def operations(workshop, run: Path, window: str, call: int, count_to: Path) -> l
 
 def test_p2_kills_at_every_operation(workshop, tmp_path):
     """A save that also rotates, in every stage, and the final export, at each of their operations."""
-    windows = [("save", call) for call in (2, 4, 6)] + [("finish", 1)]
+    windows = [("save", call) for call in (2, 4, 6)] + [("final_phase", 1)]
     with Tally("P2", "SIGKILL at an operation of save, rotation and final export") as tally:
         for window, call in windows if IS_SOAK else windows[2:]:
             names = operations(workshop, tmp_path / "count", window, call, tmp_path / "count.json")

@@ -106,7 +106,7 @@ def test_p16_a_leap_of_the_loss_is_judged_alike_after_a_resume(workshop, tmp_pat
     ended = workshop.convert(whole, *long, fault="spike", events=[], **leap)
     assert ended.code == 0, ended.output
     expected = figures_of(whole)
-    assert [step for step, figures in expected.items() if "spike" in figures] == [28]
+    assert [step for step, metrics in expected.items() if "spike" in metrics] == [28]
     assert "standard deviations" in ended.output
     with Tally("P16", "a leap of the loss after a resume") as tally:
         for trial in range(trials(1, 20)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mohawkify.distributed.process_group import World
-from mohawkify.distributed.shutdown import StopRequest
+from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError
 from mohawkify.files import atomic
 from mohawkify.recipe.schema import parse_recipe
@@ -18,7 +18,7 @@ from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.train import trainer
 from mohawkify.train.loop import StepReport
-from mohawkify.train.watchdog import HangWatch
+from mohawkify.train.watchdog import Watchdog
 from tests.commands import RECIPE
 from tests.faults import content_of
 from tests.soak import SEED, chooser, trials
@@ -133,7 +133,7 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
             position.stage_step = position.global_step = step
             run._log(StepReport(step, 16, 1e-3, 1.0, 0.1, {"loss": 2.5}), position, None)
             if step != 2:
-                run._write(tensors, tensors, {}, position, StopRequest(), HangWatch(0, "saving", World()))
+                run._write(tensors, tensors, {}, position, Shutdown(), Watchdog(0, "saving", World()))
 
     def check(place: Path, is_done: bool) -> None:
         found = checkpoint.newest_valid(place / "checkpoints", lambda line: None)

@@ -46,12 +46,12 @@ def all_ended(children: list[Child]) -> list[Ended]:
 
 
 def test_p24_a_hang_in_one_of_two_processes_ends_both(workshop, tmp_path):
-    with Tally("P24", f"one of two processes hangs or is stopped, with --patience {PATIENCE}") as tally:
+    with Tally("P24", f"one of two processes hangs or is stopped, with --hang-timeout {PATIENCE}") as tally:
         for number, (name, (rank, *event)) in enumerate(list(HANGS.items())[: len(HANGS) if IS_SOAK else 1]):
             run = tmp_path / f"hang-{number}"
             with tally.trial(name, run):
                 begin = time.perf_counter()
-                children = start(workshop, run, 2, "--patience", PATIENCE, faults={rank: event})
+                children = start(workshop, run, 2, "--hang-timeout", PATIENCE, faults={rank: event})
                 is_stopped = event[-1] == "SIGSTOP"
                 living = [child for place, child in enumerate(children) if not (is_stopped and place == rank)]
                 ended = [child.wait() for child in living]

@@ -20,7 +20,7 @@ from tests.soak.server import Child, wait_for
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SLOWEST = 20.0  # seconds from a signal to the end; generous, for a busy machine
 # How often each moment comes in a run of 7 steps with 2 micro-batches and 4 measurements.
-TIMES = dict.fromkeys(("loading", "tokenising", "building", "finishing", "weights written"), 1) | {
+TIMES = dict.fromkeys(("loading", "tokenising", "building", "final_teacher", "weights written"), 1) | {
     "measuring": 4, "measuring a batch": 8, "reading": 7, "micro-batch": 14,
     "update": 7, "logging": 7, "saving": 7, "tensors saved": 7, "rotating": 7,
 }  # fmt: skip

@@ -59,7 +59,7 @@ def test_p6_an_error_at_every_operation_of_a_save(workshop, tmp_path):
 def trained(workshop, tmp_path_factory) -> Path:
     """A run that was killed when only its report and the student were left to write."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    ended = workshop.convert(run, fault="at", events=[("finishing", 1, "SIGKILL")])
+    ended = workshop.convert(run, fault="at", events=[("final_teacher", 1, "SIGKILL")])
     assert ended.code == KILLED, ended.output
     return run
 
@@ -68,7 +68,7 @@ def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
     """The error comes while the report and the finished student are written."""
     count, count_to = copy_run(trained, tmp_path / "count"), tmp_path / "count.json"
     ended = workshop.convert(
-        count, fault="disk", window="finish", call=1, index=-1, action="EIO", count_to=str(count_to)
+        count, fault="disk", window="final_phase", call=1, index=-1, action="EIO", count_to=str(count_to)
     )
     assert ended.code == 0, ended.output
     names = json.loads(count_to.read_text())
@@ -80,7 +80,7 @@ def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
         for index, error in always + draw.sample(cases, min(trials(1, len(cases)), len(cases))):
             run = copy_run(trained, tmp_path / f"{error}-{index}")
             with tally.trial(f"{error} at operation {index} ({names[index]}), seed {SEED}", run):
-                ended = workshop.convert(run, fault="disk", window="finish", call=1, index=index, action=error)
+                ended = workshop.convert(run, fault="disk", window="final_phase", call=1, index=index, action=error)
                 if ended.code or names[index] != "mkdir":  # libraries ask for the folder that is there, and do not mind
                     require_space_told(ended, error, run)
                 assert not list(run.glob(".tmp-*"))

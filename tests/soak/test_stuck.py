@@ -21,12 +21,12 @@ HANGS = {"micro-batch": (5, 2), "update": (4, 3), "measuring": (2, 2)}
 
 
 def test_p24_a_hang_ends_by_name(workshop, tmp_path):
-    with Tally("P24", "a run that hangs, with --patience 2") as tally:
+    with Tally("P24", "a run that hangs, with --hang-timeout 2") as tally:
         for event, (number, steps) in list(HANGS.items())[: len(HANGS) if IS_SOAK else 1]:
             run = tmp_path / event.replace(" ", "-")
             with tally.trial(f"hangs at {event} {number}", run):
                 begin = time.perf_counter()
-                ended = workshop.convert(run, "--patience", 2, fault="at", events=[(event, number, "block")])
+                ended = workshop.convert(run, "--hang-timeout", 2, fault="at", events=[(event, number, "block")])
                 tally.note_most("slowest in seconds", time.perf_counter() - begin)
                 assert ended.code == 75, f"ended with {ended.code}: {ended.output}"
                 assert "error: no progress for" in ended.output

@@ -12,19 +12,19 @@ BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 
 
-def train_tokenizer(texts: list[str], vocabulary_size: int, max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE tokenizer that begins every document with `<s>`.
 
     Args:
         texts: the documents to learn from.
-        vocabulary_size: number of tokens, the 256 bytes and the two special tokens included.
+        vocab_size: number of tokens, the 256 bytes and the two special tokens included.
         max_length: the context length to note in the tokenizer's settings, tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
+        vocab_size=vocab_size,
         special_tokens=[BOS_TOKEN, EOS_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

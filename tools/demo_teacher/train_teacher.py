@@ -257,7 +257,7 @@ On the {VALIDATION_STORIES} held-out stories; weights as stored, arithmetic in f
 
 The last question of a story can often be answered by elimination, since the other facts have been asked before: the
 figure above is not recall of who did what. Trained like this the model copies words of the right kind from the context
-and takes the wrong character's about as often as chance would; docs/log.md has the figures over all questions.
+and takes the wrong character's about as often as chance would; docs/log.md has the metrics over all questions.
 """
 
 

@@ -211,7 +211,7 @@ class DeepSpeedEngine:
         gathered = {}
         for name, parameter in self._parameters.items():
             with self._whole(parameter):
-                if self.world.is_main:
+                if self.world.is_rank0:
                     gathered[name] = parameter.detach().to("cpu", copy=True)
         return gathered
 
@@ -225,7 +225,7 @@ class DeepSpeedEngine:
         """Set all parameters, one at a time; the master weights follow."""
         for name, parameter in self._parameters.items():
             with self._whole(parameter, changes=True):
-                if self.zero < 3 or self.world.is_main:
+                if self.zero < 3 or self.world.is_rank0:
                     parameter.copy_(tensors[name])
         if self.zero:
             self.zero_optimizer.refresh_fp32_params()
@@ -236,7 +236,7 @@ class DeepSpeedEngine:
         if self.zero == 0:
             for name, parameter in self._trained.items():
                 for kind, value in self.adamw.state.get(parameter, {}).items():
-                    if self.world.is_main:
+                    if self.world.is_rank0:
                         gathered[f"{kind}/{name}"] = value.to("cpu", copy=True)
             return gathered
         if not self.adamw.state:
@@ -246,9 +246,9 @@ class DeepSpeedEngine:
         for name, parameter in self._trained.items():
             for kind in MOMENTS:
                 whole = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
-                if self.world.is_main:
+                if self.world.is_rank0:
                     gathered[f"{kind}/{name}"] = whole.to("cpu", copy=True)
-            if self.world.is_main:
+            if self.world.is_rank0:
                 gathered[f"step/{name}"] = step.to("cpu", copy=True)
         return gathered
 

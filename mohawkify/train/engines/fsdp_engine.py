@@ -133,7 +133,7 @@ class FsdpEngine:
         gathered = {}
         for name, tensor in tensors.items():
             whole = self._whole(tensor)
-            if self.world.is_main:
+            if self.world.is_rank0:
                 gathered[name] = whole.to("cpu", copy=True)
         return gathered
 
