@@ -212,7 +212,7 @@ def test_loss_on_all_keeps_no_mask_and_counts_everything(tmp_path: Path) -> None
     np.testing.assert_array_equal(masked.tokens, whole.tokens)
     assert whole.completion is None
     assert masked.fingerprint != whole.fingerprint
-    assert packed_batch(whole, 16, np.arange(4)).counts.all()
+    assert packed_batch(whole, 16, np.arange(4)).loss_mask.all()
 
 
 def test_plain_text_beside_conversations_counts_within_its_documents(tmp_path: Path) -> None:

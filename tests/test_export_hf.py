@@ -190,7 +190,7 @@ def test_the_code_in_the_folder_is_ours_but_for_its_imports(run):
     changed = [(a, b) for a, b in zip(original, carried, strict=True) if a != b]
     assert changed == [
         ("from mohawkify.ops.conv import causal_conv", "from .conv import causal_conv"),
-        ("from mohawkify.ops.decode import decode_step", "from .decode_step import decode_step"),
+        ("from mohawkify.ops.decode import decode_step", "from .decode import decode_step"),
         ("from mohawkify.ops.scan import scan_chunked", "from .scan import scan_chunked"),
     ]
     for file in (folder / "final").glob("*.py"):

@@ -186,7 +186,10 @@ BAD = [
         "tokens: 1e6", "tokens: 3B", "small.yaml:22: stages.distill.final_phase.tokens: found 3B", id="long finish"
     ),
     pytest.param(
-        "  finish:\n    - hub: someone/chats\n      chat: messages\n", "", "without sources", id="no finish data"
+        "  final_phase:\n    - hub: someone/chats\n      chat: messages\n",
+        "",
+        "without sources",
+        id="no final_phase data",
     ),
     pytest.param(
         "    - path: texts/*.jsonl\n  ", "    - demo: train\n      hub: x\n  ", "found hub and demo", id="two places"

@@ -138,9 +138,10 @@ class TestFiles:
 
     def test_a_real_limit_on_file_size_keeps_the_old_file(self, tmp_path: Path) -> None:
         script = (
-            "import pathlib, resource, sys; from mohawkify.errors import StorageError; from mohawkify import storage\n"
+            "import pathlib, resource, sys; from mohawkify.errors import StorageError;"
+            "from mohawkify.files import atomic\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-            "try: storage.write_bytes(pathlib.Path(sys.argv[1]), bytes(1_000_000))\n"
+            "try: atomic.write_bytes(pathlib.Path(sys.argv[1]), bytes(1_000_000))\n"
             "except StorageError as error: print(error.message); print(error.hint)"
         )
         write_bytes(tmp_path / "a", b"old")
@@ -196,10 +197,11 @@ class TestLog:
 
     def test_a_full_disk_leaves_the_log_as_it_was(self, tmp_path: Path) -> None:
         script = (
-            "import pathlib, resource, sys; from mohawkify.errors import StorageError; from mohawkify import storage\n"
-            "path = pathlib.Path(sys.argv[1]); storage.append_line(path, {'step': 1})\n"
+            "import pathlib, resource, sys; from mohawkify.errors import StorageError;"
+            "from mohawkify.files import atomic\n"
+            "path = pathlib.Path(sys.argv[1]); atomic.append_line(path, {'step': 1})\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-            "try: storage.append_line(path, {'step': 2, 'text': 'x' * 200})\n"
+            "try: atomic.append_line(path, {'step': 2, 'text': 'x' * 200})\n"
             "except StorageError as error: print(error.message)"
         )
         command = [sys.executable, "-c", script, str(tmp_path / "log")]

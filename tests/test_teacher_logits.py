@@ -233,7 +233,7 @@ def test_only_the_text_of_the_phase_is_read(teacher, recipe, tmp_path):
     ("arguments", "says"),
     [
         (("--top-k", "259"), "found --top-k 259, expected at least 1 and at most the vocabulary, 258"),
-        (("--set", "stages.distill.final_phase=null"), "has no steps on finish text"),
+        (("--set", "stages.distill.final_phase=null"), "has no steps on final_phase text"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(teacher, recipe, tmp_path, arguments, says):

@@ -101,7 +101,7 @@ def take_step(stage: Stage, engine: Engine, world: World, step: int) -> list[flo
 def accumulate(stage: Stage, engine: Engine, world: World, step: int) -> float:
     """The passes of a step; the loss of all processes."""
     whole = packed(length=24 + step, batch=BATCH)
-    whole.counts[0, 10:] = False  # rows weigh differently
+    whole.loss_mask[0, 10:] = False  # rows weigh differently
     mine = Batch(*(tensor[world.rank :: world.size] for tensor in whole))
     loss = 0.0
     with engine.accumulating():
