@@ -110,15 +110,15 @@ def main() -> None:
     place = device()  # before the first backward pass, when torch asks once for all what devices there are
     torch.inference_mode = torch.no_grad  # which tensors of a class of their own do not know
     from mohawkify.cli import main
+    from mohawkify.distributed import device as choose
     from mohawkify.plan import planner
     from mohawkify.student import save
-    from mohawkify.train import pipeline
 
     # huggingface_hub looks for tensors that share memory, which a GPU's can say and these cannot.
     write = save.save_torch_state_dict
     save.save_torch_state_dict = lambda weights, *more, **options: write(tree_map(_held, weights), *more, **options)
     planner.ASSUMED_FLOPS_PER_SECOND[NAME] = 1.0
-    pipeline.choose_device = lambda wanted: place
+    choose.choose_device = lambda name: place
     torch.set_num_threads(1)
     main.main()
 

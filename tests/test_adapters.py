@@ -23,12 +23,12 @@ from mohawkify.objectives.objective import Pair, Runner, model_inputs
 from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
+from mohawkify.plan.planning import plan
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
 from mohawkify.train.engines.engine import LocalEngine
-from mohawkify.train.pipeline import plan
 from tests.close import assert_close
 from tests.conftest import ROOT
 from tests.tiny import packed, tiny_pair, tiny_teacher

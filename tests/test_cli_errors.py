@@ -18,7 +18,7 @@ from mohawkify.cli.error_lines import Verbs, describe
 from mohawkify.cli.main import main
 from mohawkify.errors import is_out_of_memory
 from mohawkify.files.lock import run_lock
-from mohawkify.train import pipeline
+from mohawkify.plan import planning
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 from tests.faults import content_of
@@ -292,7 +292,7 @@ def test_a_bug_is_one_line_too_and_its_traceback_comes_when_asked_for(monkeypatc
     def broken(*arguments: object, **more: object) -> None:
         raise ZeroDivisionError("a line\nand another")
 
-    monkeypatch.setattr(pipeline, "plan", broken)
+    monkeypatch.setattr(planning, "plan", broken)
     plain = run("plan", "x", "--recipe", "demo")
     assert plain.exit_code == 70
     assert plain.stderr.splitlines() == [
@@ -323,7 +323,7 @@ def test_an_interrupt_ends_with_130(monkeypatch):
     def interrupted(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "plan", interrupted)
+    monkeypatch.setattr(planning, "plan", interrupted)
     result = run("plan", "x", "--recipe", "demo")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "error: interrupted"
@@ -333,7 +333,7 @@ def test_a_full_memory_is_told_with_a_way_out(monkeypatch):
     def full(*arguments: object, **more: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(pipeline, "plan", full)
+    monkeypatch.setattr(planning, "plan", full)
     result = run("plan", "x", "--recipe", "demo")
     assert result.exit_code == 71
     assert "micro_batch_sequences" in result.stderr

@@ -20,6 +20,7 @@ from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.second import SecondTeacher
+from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.training_state import read_position
@@ -56,7 +57,9 @@ def with_finish(**keys: object) -> Recipe:
 
 
 def start(first: Path, recipe: Recipe, output: Path, lines: list[str] | None = None) -> RunFolder:
-    return convert(str(first), recipe, output=output, resume="auto", report=(lines if lines is not None else []).append)
+    return convert(
+        str(first), recipe, ConvertOptions(output=output, report=(lines if lines is not None else []).append)
+    )
 
 
 def metrics(run: RunFolder, name: str = "loss") -> torch.Tensor:
@@ -219,7 +222,7 @@ def test_a_signal_while_the_other_teacher_is_loaded_ends_at_once_and_costs_no_st
     monkeypatch.setattr(SecondTeacher, "load", load_slowly)
     recipe = apply_overrides(with_finish(teacher=str(second)), ["checkpoint.every_steps=100"])
     with pytest.raises(Interrupted, match="nothing is half-written"):
-        convert(str(first), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None, hang_timeout=0.4)
+        convert(str(first), recipe, ConvertOptions(output=tmp_path / "run", hang_timeout=0.4))
     saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", pytest.fail)
     assert saved is not None
     assert saved.global_step == NUM_TRAIN_STEPS

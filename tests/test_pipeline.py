@@ -21,9 +21,11 @@ from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeEr
 from mohawkify.files import disk
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.files.lock import run_lock
+from mohawkify.plan.planning import plan
 from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
 from mohawkify.train import pipeline
-from mohawkify.train.pipeline import convert, plan
+from mohawkify.train.conversion import ConvertOptions
+from mohawkify.train.pipeline import convert
 from mohawkify.train.prepare_text import prepare_text
 from mohawkify.train.progress import StageProgress
 from tests.tiny import save_teacher, tiny_teacher
@@ -73,9 +75,7 @@ def recipe() -> Recipe:
 def whole_run(teacher_folder, tmp_path_factory):
     """A conversion that nothing disturbed."""
     output = tmp_path_factory.mktemp("run") / "whole"
-    return convert(
-        str(teacher_folder), parse_recipe(RECIPE, "tiny.yaml"), output=output, resume="auto", report=lambda line: None
-    )
+    return convert(str(teacher_folder), parse_recipe(RECIPE, "tiny.yaml"), ConvertOptions(output=output))
 
 
 def test_a_run_holds_what_it_promises(whole_run):
@@ -115,10 +115,10 @@ def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_
     monkeypatch.setattr(StageProgress, "update", update_and_stop)
     for _ in stops:
         with pytest.raises(Interrupted) as stopped:
-            convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+            convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
         assert stopped.value.exit_code == 143
         assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
-    run = convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    run = convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
     ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over(teacher_folder, recipe, whole_run, 
 
     monkeypatch.setattr(StageProgress, "update", stop_at_eight)
     with pytest.raises(Interrupted) as stopped:
-        convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
     assert stopped.value.exit_code == 130
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] / "model.safetensors"
     damaged = bytearray(newest.read_bytes())
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_passed_over(teacher_folder, recipe, whole_run, 
     newest.write_bytes(damaged)
     monkeypatch.setattr(StageProgress, "update", update)
     lines: list[str] = []
-    run = convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lines.append)
+    run = convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run", report=lines.append))
     assert any("model.safetensors" in line for line in lines)
     ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_passed_over(teacher_folder, recipe, whole_run, 
 def test_a_finished_run_is_left_alone(teacher_folder, recipe, whole_run):
     before = whole_run.results_file.read_bytes()
     lines: list[str] = []
-    convert(str(teacher_folder), recipe, output=whole_run.path, resume="auto", report=lines.append)
+    convert(str(teacher_folder), recipe, ConvertOptions(output=whole_run.path, report=lines.append))
     assert "already finished" in lines[-1]
     assert whole_run.results_file.read_bytes() == before
 
@@ -163,13 +163,13 @@ def test_a_finished_run_is_left_alone(teacher_folder, recipe, whole_run):
 def test_another_recipe_or_teacher_or_folder_is_refused(teacher_folder, recipe, whole_run, tmp_path):
     other = apply_overrides(recipe, ["seed=1"])
     with pytest.raises(UsageError, match="another recipe"):
-        convert(str(teacher_folder), other, output=whole_run.path, resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), other, ConvertOptions(output=whole_run.path))
     with pytest.raises(UsageError, match="already holds a run"):
-        convert(str(teacher_folder), recipe, output=whole_run.path, resume="never", report=lambda line: None)
+        convert(str(teacher_folder), recipe, ConvertOptions(output=whole_run.path, resume="never"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("important")
     with pytest.raises(UsageError, match="is not empty"):
-        convert(str(teacher_folder), recipe, output=tmp_path / "mine", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "mine"))
     assert [entry.name for entry in (tmp_path / "mine").iterdir() if not entry.name.startswith(".")] == ["thesis.txt"]
 
 
@@ -183,14 +183,14 @@ def test_plan_counts_what_training_does(teacher_folder, recipe, whole_run):
 
 def test_a_skipped_stage_is_skipped(teacher_folder, recipe, tmp_path):
     short = apply_overrides(recipe, ["stages.orient.tokens=0", "stages.align.tokens=0", "stages.distill.tokens=64"])
-    run = convert(str(teacher_folder), short, output=tmp_path / "run", resume="auto", report=lambda line: None)
+    run = convert(str(teacher_folder), short, ConvertOptions(output=tmp_path / "run"))
     assert list(run.results()["stages"]) == ["init", "distill"]
 
 
 def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_path):
     wrong = apply_overrides(recipe, ["data.train.0.path=teacher:missing.jsonl"])
     with pytest.raises(DataError):
-        convert(str(teacher_folder), wrong, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), wrong, ConvertOptions(output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -198,7 +198,7 @@ def test_a_folder_in_use_is_refused_before_the_teacher_is_read(teacher_folder, r
     for name in ("find_folder", "teacher_hashes", "find_final_teacher", "final_teacher_hashes"):
         monkeypatch.setattr(pipeline, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
     with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="another process"):
-        convert(str(teacher_folder), recipe, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
 
 
 class Begun(Exception):
@@ -216,9 +216,9 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
     prepare_text(str(teacher_folder), recipe, tmp_path / "prepared", num_workers=0, report=lambda line: None)
 
     def start(free: int, **more: Any) -> None:
-        wanted = {"recipe": recipe, "output": tmp_path / "run", "resume": "auto", "report": lambda line: None, **more}
+        options = {"recipe": recipe, "output": tmp_path / "run", **more}
         monkeypatch.setattr(disk, "free_bytes", lambda directory: free)
-        convert(str(teacher_folder), **wanted)
+        convert(str(teacher_folder), options.pop("recipe"), ConvertOptions(**options))
 
     with pytest.raises(DiskFullError, match=f"needs {kept + text:,} bytes, {kept + text - 1:,} are free"):
         start(kept + text - 1)
@@ -247,14 +247,14 @@ def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path)
     assert inspect_teacher(str(teacher_folder)).spec.tie_word_embeddings
     alone = apply_overrides(recipe, ["stages.distill.train=[head]"])
     with pytest.raises(RecipeError, match="this teacher's head is its embedding"):
-        convert(str(teacher_folder), alone, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), alone, ConvertOptions(output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_setting_that_one_process_does_not_heed_is_named(teacher_folder, recipe, tmp_path):
     lines: list[str] = []
     several = apply_overrides(recipe, ["compute.zero=2"])
-    convert(str(teacher_folder), several, output=tmp_path / "run", resume="auto", report=lines.append)
+    convert(str(teacher_folder), several, ConvertOptions(output=tmp_path / "run", report=lines.append))
     assert [line for line in lines if "has no effect" in line] == [
         "compute.zero 2 has no effect on the engine single, which --engine auto chose here"
     ]
@@ -269,16 +269,16 @@ def test_text_that_changed_while_the_run_was_stopped_is_refused(teacher_folder, 
         StageProgress, "update", lambda self, report: (update(self, report), os.kill(os.getpid(), signal.SIGTERM))
     )
     with pytest.raises(Interrupted):
-        convert(str(teacher_folder), own, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), own, ConvertOptions(output=tmp_path / "run"))
     monkeypatch.setattr(StageProgress, "update", update)
     text.write_text(text.read_text().replace("one", "two"))
     with pytest.raises(CheckpointError, match="other text"):
-        convert(str(teacher_folder), own, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), own, ConvertOptions(output=tmp_path / "run"))
 
 
 def test_text_shorter_than_a_sequence_is_refused_before_anything_is_measured(teacher_folder, recipe, tmp_path):
     (tmp_path / "short.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
     short = apply_overrides(recipe, [f"data.train.0.path={tmp_path / 'short.jsonl'}"])
     with pytest.raises(DataError, match="expected at least one sequence of 16"):
-        convert(str(teacher_folder), short, output=tmp_path / "run", resume="auto", report=lambda line: None)
+        convert(str(teacher_folder), short, ConvertOptions(output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -15,10 +15,10 @@ from mohawkify.objectives.matrix import Orient
 from mohawkify.objectives.objective import Runner
 from mohawkify.plan.memory import Layout, remedies
 from mohawkify.plan.planner import _work, layout_of, trained_parameters
+from mohawkify.plan.planning import PlanOptions, plan
 from mohawkify.recipe.schema import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.train.pipeline import plan
 from mohawkify.train.schedule import learning_rate
 from tests.commands import run, run_well
 from tests.tiny import packed, tiny_pair
@@ -84,7 +84,9 @@ def test_the_schedule_is_the_one_that_training_follows(teacher_configs, stage):
 
 def test_a_plan_for_gpus_shares_the_batch_and_prices_it(teacher_configs):
     config, recipe = str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b")
-    one, eight = (plan(config, recipe, gpu="H100", num_gpus=number, price_per_hour=2.0) for number in (1, 8))
+    one, eight = (
+        plan(config, recipe, PlanOptions(gpu="H100", num_gpus=number, price_per_hour=2.0)) for number in (1, 8)
+    )
     assert [row["steps"] for row in one["phases"]] == [row["steps"] for row in eight["phases"]]
     assert [row["accumulation"] for row in eight["phases"]] == [2, 4, 4, 4]
     assert eight["flops"] == one["flops"]
@@ -93,12 +95,14 @@ def test_a_plan_for_gpus_shares_the_batch_and_prices_it(teacher_configs):
     assert eight["cost"] == pytest.approx(one["cost"])
     assert one["cost"] == pytest.approx(one["seconds"] / 3600 * 2.0)
     assert one["seconds"] == pytest.approx(one["flops"] / (989.4e12 * 0.3), rel=0.02)
-    assert plan(config, recipe, gpu="H100")["cost"] is None
-    assert plan(config, recipe, gpu="H200")["seconds"] <= one["seconds"] < plan(config, recipe, gpu="A100")["seconds"]
+    assert plan(config, recipe, PlanOptions(gpu="H100"))["cost"] is None
+    faster, slower = (plan(config, recipe, PlanOptions(gpu=name))["seconds"] for name in ("H200", "A100"))
+    assert faster <= one["seconds"] < slower
 
 
 def test_what_does_not_fit_is_answered_with_figures(teacher_configs):
-    planned = plan(str(teacher_configs / "Llama-3.1-8B-Instruct.json"), load_recipe("llamba-8b"), gpu="4090")
+    config = str(teacher_configs / "Llama-3.1-8B-Instruct.json")
+    planned = plan(config, load_recipe("llamba-8b"), PlanOptions(gpu="4090"))
     fit = planned["fit"]
     assert not fit["fits"]
     assert fit["peak_bytes"] == planned["peak_memory_bytes"] > fit["usable_bytes"]
@@ -113,28 +117,28 @@ def test_what_does_not_fit_is_answered_with_figures(teacher_configs):
 
 def test_a_change_that_is_enough_is_enough(teacher_configs):
     config, recipe = str(teacher_configs / "Llama-3.1-8B-Instruct.json"), load_recipe("llamba-8b")
-    assert plan(config, recipe, gpu="H100", num_gpus=8)["fit"]["fits"]
-    fit = plan(config, recipe, gpu="H100", num_gpus=8, engine="deepspeed", zero=2)["fit"]
+    assert plan(config, recipe, PlanOptions(gpu="H100", num_gpus=8))["fit"]["fits"]
+    fit = plan(config, recipe, PlanOptions(gpu="H100", num_gpus=8, engine="deepspeed", zero=2))["fit"]
     assert not fit["fits"]
     assert fit["together"] is None
     changes = {each["change"]: each for each in fit["changes"]}
     sharded = changes["FSDP instead of DeepSpeed"]
     assert sharded["fits"]
-    again = plan(config, recipe, gpu="H100", num_gpus=8, engine="fsdp")
+    again = plan(config, recipe, PlanOptions(gpu="H100", num_gpus=8, engine="fsdp"))
     assert (again["fit"]["fits"], again["fit"]["peak_bytes"]) == (True, sharded["peak_bytes"])
 
 
 def test_a_recipe_for_another_teacher_is_noticed(teacher_configs):
     recipe = load_recipe("llamba-1b")
-    assert plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, gpu="H100")["warnings"] == []
-    (warning,) = plan(str(teacher_configs / "Llama-3.2-3B-Instruct.json"), recipe, gpu="H100")["warnings"]
+    assert plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, PlanOptions(gpu="H100"))["warnings"] == []
+    (warning,) = plan(str(teacher_configs / "Llama-3.2-3B-Instruct.json"), recipe, PlanOptions(gpu="H100"))["warnings"]
     assert warning.startswith("the recipe was made for meta-llama/Llama-3.2-1B-Instruct, not for ")
 
 
 def test_a_disk_that_is_too_small_is_noticed(teacher_configs, tmp_path):
     recipe = apply_overrides(load_recipe("llamba-8b"), ["stages.distill.tokens=1000000B"])
     config = str(teacher_configs / "Llama-3.1-8B-Instruct.json")
-    planned = plan(config, recipe, output=tmp_path / "not" / "there" / "yet")
+    planned = plan(config, recipe, PlanOptions(output=tmp_path / "not" / "there" / "yet"))
     assert planned["free_bytes"] > 0
     assert any("bytes of disk are needed" in warning for warning in planned["warnings"])
     assert plan(config, recipe)["free_bytes"] is None
@@ -152,7 +156,7 @@ def test_a_disk_that_is_too_small_is_noticed(teacher_configs, tmp_path):
 )
 def test_what_cannot_be_planned_is_refused(teacher_configs, arguments, message):
     with pytest.raises(UsageError, match=message):
-        plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b"), **arguments)
+        plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), load_recipe("llamba-1b"), PlanOptions(**arguments))
 
 
 def test_offloading_that_deepspeed_would_not_heed_is_refused(teacher_configs):
@@ -162,7 +166,7 @@ def test_offloading_that_deepspeed_would_not_heed_is_refused(teacher_configs):
         with pytest.raises(
             RecipeError, match=f"found ZeRO-{zero}, expected at least ZeRO-{least} to offload {offload}"
         ):
-            plan(config, wanted, gpu="h100", num_gpus=2)
+            plan(config, wanted, PlanOptions(gpu="h100", num_gpus=2))
     for layout in (Layout("deepspeed", 1, 2), Layout("fsdp", 0, 2), Layout("single")):
         found = [remedy.layout for remedy in remedies(layout) if remedy.layout.offload == "all"]
         expected = ("fsdp", 0) if layout.engine == "fsdp" else ("deepspeed", 3)
@@ -176,8 +180,7 @@ def test_a_users_deepspeed_settings_are_planned_with(teacher_configs, tmp_path):
     found = plan(
         str(teacher_configs / "Llama-3.2-1B-Instruct.json"),
         apply_overrides(load_recipe("llamba-1b"), own),
-        gpu="h100",
-        num_gpus=2,
+        PlanOptions(gpu="h100", num_gpus=2),
     )
     assert (found["layout"]["zero"], found["layout"]["offload"]) == (1, "optimizer")
 
@@ -200,7 +203,7 @@ def test_passes_are_counted_as_training_takes_them_and_stages_left_out_do_not_ma
     uneven = ["stages.align.batch_sequences=12", "compute.micro_batch_sequences=4", "stages.orient.tokens=0"]
     uneven += ["stages.orient.batch_sequences=4", "stages.distill.batch_sequences=12"]
     recipe = apply_overrides(load_recipe("llamba-1b"), uneven)
-    found = plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, gpu="h100", num_gpus=2)
+    found = plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, PlanOptions(gpu="h100", num_gpus=2))
     assert {(row["micro_batch_sequences"], row["accumulation"]) for row in found["phases"]} == {(4, 2)}
     assert layout_of(recipe, engine="auto", zero=None, num_gpus=3, on_gpu=True).micro_batch == 4
 
@@ -208,7 +211,7 @@ def test_passes_are_counted_as_training_takes_them_and_stages_left_out_do_not_ma
 def test_several_gpus_of_no_kind_are_refused_where_there_is_none(teacher_configs):
     recipe = apply_overrides(load_recipe("llamba-1b"), ["compute.device=cpu"])
     with pytest.raises(UsageError, match="found 8 on a plan for cpu, expected 1"):
-        plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, num_gpus=8)
+        plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, PlanOptions(num_gpus=8))
 
 
 def test_the_command_line_prints_tables_or_everything_as_json(teacher_configs):

@@ -24,10 +24,10 @@ from mohawkify.plan.memory import (
     sizes_of,
 )
 from mohawkify.plan.planner import longest, trained_parameters
+from mohawkify.plan.planning import PlanOptions, plan
 from mohawkify.recipe.schema import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.train.pipeline import plan
 from tests.peaks import allocated_peak, planned_parts
 from tests.tiny import save_teacher, tiny_teacher
 
@@ -189,6 +189,6 @@ def test_gpus_are_found_by_name_and_by_what_the_driver_calls_them():
 
 def test_a_router_of_experts_leaves_the_rule_of_thumb(tmp_path):
     folder = save_teacher(tiny_teacher("mixtral"), tmp_path / "teacher")
-    planned = plan(str(folder), load_recipe("demo"), count=True)
+    planned = plan(str(folder), load_recipe("demo"), PlanOptions(count=True))
     assert planned["activations_counted"] is False
     assert planned["peak_memory_bytes"] > 0

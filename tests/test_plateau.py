@@ -9,8 +9,10 @@ import pytest
 
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.files.atomic import read_lines
+from mohawkify.plan.planning import plan
 from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe, apply_overrides, parse_recipe
-from mohawkify.train.pipeline import convert, plan
+from mohawkify.train.conversion import ConvertOptions
+from mohawkify.train.pipeline import convert
 from mohawkify.train.plateau import Phases, PlateauDetector
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.schedule import learning_rate
@@ -109,7 +111,7 @@ SETTINGS = [
 def test_a_run_saturates_says_so_and_does_so_again_after_a_stop(teacher, tmp_path, monkeypatch):
     recipe = apply_overrides(parse_recipe(RECIPE, "r"), SETTINGS)
     lines: list[str] = []
-    whole = convert(str(teacher), recipe, output=tmp_path / "whole", resume="auto", report=lines.append)
+    whole = convert(str(teacher), recipe, ConvertOptions(output=tmp_path / "whole", report=lines.append))
     steps = [line["step"] for line in read_lines(whole.metrics_file)]
     # 25 steps on train, 6 on final_phase, decay from 28: the first window ends at step 5, the second at step 7.
     assert steps == [*range(1, 8), *range(26, 32)]
@@ -132,8 +134,8 @@ def test_a_run_saturates_says_so_and_does_so_again_after_a_stop(teacher, tmp_pat
     monkeypatch.setattr(StageProgress, "update", update_and_stop)
     for _ in range(2):
         with pytest.raises(Interrupted):
-            convert(str(teacher), recipe, output=tmp_path / "run", resume="auto", report=lines.append)
-    run = convert(str(teacher), recipe, output=tmp_path / "run", resume="auto", report=lines.append)
+            convert(str(teacher), recipe, ConvertOptions(output=tmp_path / "run", report=lines.append))
+    run = convert(str(teacher), recipe, ConvertOptions(output=tmp_path / "run", report=lines.append))
     ours, theirs = (
         [(line["step"], line["loss"], line["learning_rate"]) for line in read_lines(each.metrics_file)]
         for each in (run, whole)

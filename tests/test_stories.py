@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mohawkify.recipe.schema import apply_overrides, load_recipe
+from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
 
 # A twentieth of the recipe's tokens; the whole recipe reaches a KL of 0.105 (docs/log.md).
@@ -20,7 +21,7 @@ SMALL = [
 @pytest.mark.slow
 def test_a_real_llama_is_followed_after_seconds_of_training(stories_teacher, stories_text, tmp_path):
     recipe = apply_overrides(load_recipe("stories"), SMALL)
-    run = convert(str(stories_teacher), recipe, output=tmp_path / "run", resume="never", report=lambda line: None)
+    run = convert(str(stories_teacher), recipe, ConvertOptions(output=tmp_path / "run", resume="never"))
     results = run.results()
     stages = results["stages"]
     kl = {name: row["kl"] for name, row in stages.items()}

@@ -14,6 +14,7 @@ from mohawkify.errors import CheckpointError, MissingExtraError
 from mohawkify.files.atomic import read_lines
 from mohawkify.recipe.schema import apply_overrides, parse_recipe
 from mohawkify.train import tracking
+from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
 from tests.commands import make_teacher, run
@@ -53,10 +54,10 @@ def test_tensorboard_has_every_step_of_a_run_that_was_stopped(teacher, tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StageProgress, "update", update_and_stop)
-    arguments = {"output": tmp_path / "run", "resume": "auto", "report": print, "track": ("tensorboard",)}
+    options = ConvertOptions(output=tmp_path / "run", report=print, track=("tensorboard",))
     with pytest.raises(Interrupted):
-        convert(str(teacher), recipe, **arguments)
-    done = convert(str(teacher), recipe, **arguments)
+        convert(str(teacher), recipe, options)
+    done = convert(str(teacher), recipe, options)
     folders = list((done.tracking / "tensorboard").iterdir())
     assert [folder.name for folder in folders] == [f"teacher-mohawk-{tracking.tracking_id(done.tracking_file)}"]
     lines = {line["global_step"]: line["loss"] for line in read_lines(done.metrics_file)}

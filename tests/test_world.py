@@ -227,7 +227,7 @@ def test_an_engine_on_the_command_line_goes_with_every_recipe(monkeypatch, engin
     monkeypatch.setattr("mohawkify.cli.ranks.start_processes", lambda number: None)
     monkeypatch.setattr(
         "mohawkify.train.pipeline.convert",
-        lambda teacher, recipe, **more: chosen.append(recipe.compute) or SimpleNamespace(path="run"),
+        lambda teacher, recipe, *more: chosen.append(recipe.compute) or SimpleNamespace(path="run"),
     )
     result = CliRunner().invoke(main, ["convert", "x", "--recipe", "llamba-8b", "--engine", engine])
     assert result.exit_code == 0, result.output

@@ -29,13 +29,13 @@ from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
 from mohawkify.plan.planner import STAGES
+from mohawkify.plan.planning import plan
 from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe
 from mohawkify.student.build import build_student, design_student, mixers_of
 from mohawkify.teacher.capture import LayerCall, layer_hooks
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.locate import find_folder
-from mohawkify.train.pipeline import plan
 
 ROUNDS = 5
 OWN, DIRECT = "mohawkify", "direct"

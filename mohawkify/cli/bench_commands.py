@@ -107,7 +107,7 @@ def _bench(name: str, run: Callable[[Any], dict[str, Any]], output: Path | None,
         from mohawkify.bench.markdown import curves, markdown
         from mohawkify.bench.measure import machine
         from mohawkify.bench.plot import line_plot
-        from mohawkify.train.pipeline import choose_device
+        from mohawkify.distributed.device import choose_device
 
         device = choose_device("auto")
         found = {"bench": name, "machine": machine(device), **run(device)}

@@ -82,9 +82,9 @@ def teach(
 
         start_processes(processes)
         with joined(recipe.compute.device) as world:
+            from mohawkify.distributed.device import choose_device
             from mohawkify.teacher.locate import teacher_name
             from mohawkify.train.cache_logits import teach as ask
-            from mohawkify.train.pipeline import choose_device
 
             done = ask(
                 teacher,

@@ -130,9 +130,9 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     recipe = chosen_recipe(recipe_name, overrides)
     with working():
         from mohawkify.cli.plan_tables import plan_text
-        from mohawkify.train import pipeline
+        from mohawkify.plan import planning
 
-        planned = pipeline.plan(teacher, recipe, **wanted, count=True)
+        planned = planning.plan(teacher, recipe, planning.PlanOptions(**wanted, count=True))
     print_result(planned, plan_text, as_json)
 
 
@@ -237,20 +237,10 @@ def convert(
         start_processes(processes)
         with joined(recipe.compute.device) as world:
             from mohawkify.train import pipeline
+            from mohawkify.train.conversion import ConvertOptions
 
-            run = pipeline.convert(
-                teacher,
-                recipe,
-                output=output,
-                resume=resume,
-                report=say,
-                hang_timeout=hang_timeout,
-                disk_wait=disk_wait,
-                world=world,
-                prepared=prepared,
-                track=track,
-                track_project=track_project,
-            )
+            options = ConvertOptions(output, resume, hang_timeout, disk_wait, prepared, track, track_project, say)
+            run = pipeline.convert(teacher, recipe, options, world)
     if world.is_rank0:
         click.echo(str(run.path))
 
@@ -287,9 +277,9 @@ def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
 
     chosen = finished_run(run)
     with working():
+        from mohawkify.distributed.device import choose_device
         from mohawkify.evaluate.evaluation import evaluate_run
         from mohawkify.evaluate.report import console_table
-        from mohawkify.train.pipeline import choose_device
 
         device = choose_device(chosen.recipe().compute.device)
         found = evaluate_run(chosen, **wanted, device=device, report=say)
@@ -341,9 +331,9 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
     chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
     with working() as output:
+        from mohawkify.distributed.device import choose_device
         from mohawkify.evaluate.evaluation import load_run_models, teacher_folder
         from mohawkify.evaluate.generation import write_text
-        from mohawkify.train.pipeline import choose_device
 
         def show(text: str) -> None:
             click.echo(text, file=output, nl=False)

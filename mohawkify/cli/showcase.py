@@ -10,6 +10,7 @@ from mohawkify.cli.inspection import inspect_source
 from mohawkify.cli.plan_tables import plan_text
 from mohawkify.cli.tables import inspection_text, short_time
 from mohawkify.demo import split_stories
+from mohawkify.distributed.device import choose_device
 from mohawkify.errors import MissingExtraError
 from mohawkify.evaluate.evaluation import evaluate_run, load_run_models, teacher_folder
 from mohawkify.evaluate.generation import write_text
@@ -17,10 +18,12 @@ from mohawkify.evaluate.report import console_table
 from mohawkify.evaluate.speed import decode_speed
 from mohawkify.export.export import export_run
 from mohawkify.files import atomic
+from mohawkify.plan.planning import plan
 from mohawkify.recipe.schema import load_recipe
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import DEMO
-from mohawkify.train import pipeline
+from mohawkify.train.conversion import ConvertOptions
+from mohawkify.train.pipeline import convert
 
 Report = Callable[[str], None]
 TARGETS = ("hf", "mlx-q4")
@@ -46,10 +49,10 @@ def run_demo(output: Path, *, report: Report) -> str:
     report("\n[1/6] inspect: what the teacher is, and what becomes of it\n")
     report(inspection_text(inspect_source(DEMO)))
     report("\n[2/6] plan: what the conversion will take\n")
-    report(plan_text(pipeline.plan(DEMO, recipe)))
+    report(plan_text(plan(DEMO, recipe)))
     report("\n[3/6] convert: orient, align, distill\n")
-    run = pipeline.convert(DEMO, recipe, output=output, resume="auto", report=report)
-    device = pipeline.choose_device(recipe.compute.device)
+    run = convert(DEMO, recipe, ConvertOptions(output=output, report=report))
+    device = choose_device(recipe.compute.device)
 
     report("\n[4/6] evaluate: the finished student, loaded again\n")
     report(console_table(evaluate_run(run, device=device, report=report)))

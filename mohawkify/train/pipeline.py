@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,22 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.selection import TextReader, epochs_needed, stage_ranges
 from mohawkify.data.teacher_logits import TeacherLogits
+from mohawkify.distributed.device import choose_device
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
-from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
+from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.evaluate.report import markdown_report
 from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
 from mohawkify.objectives.objective import Pair
 from mohawkify.ops import dispatch
-from mohawkify.plan.activations import count_footprint
-from mohawkify.plan.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
-from mohawkify.plan.memory import Footprint
-from mohawkify.plan.planner import Machine, layout_of, make_plan
+from mohawkify.plan.planning import plan_run, student_of
 from mohawkify.recipe.schema import Recipe, comparable_text, dump_recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
-from mohawkify.student.build import build_student, checkpoint_activations, design_student, use_kernels
+from mohawkify.student.build import build_student, checkpoint_activations, use_kernels
 from mohawkify.student.save import save_student, weight_bytes
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.verify import prove_family
@@ -50,152 +46,25 @@ from mohawkify.teacher.second import (
 )
 from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.teacher.tokenizer_files import text_hashes
+from mohawkify.train.conversion import ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
     choose_engine,
     require_agreeing_settings,
     require_even_shares,
     unheeded_settings,
 )
-from mohawkify.train.tracking import PROJECT, Tracking, require_trackers, tracking_id
+from mohawkify.train.tracking import Tracking, require_trackers, tracking_id
 from mohawkify.train.trainer import Conversion, Report
 
 
-def student_name(source: str, recipe: Recipe) -> str:
-    """The student's name: the recipe's, or the teacher's with ``-mohawk``."""
-    return recipe.student.name or f"{teacher_name(source)}-mohawk"
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device of a recipe's ``compute.device``; raises UsageError when it is not there."""
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present[wanted]:
-        raise UsageError(f"compute.device is {wanted}, which this machine does not have", hint="use auto or cpu")
-    return torch.device(wanted)
-
-
-def plan(
-    source: str,
-    recipe: Recipe,
-    *,
-    flops_per_second: float | None = None,
-    gpu: str | None = None,
-    num_gpus: int = 1,
-    engine: str = "auto",
-    zero: int | None = None,
-    utilisation: float = UTILISATION,
-    price_per_hour: float | None = None,
-    output: Path | None = None,
-    count: bool = False,
-) -> dict[str, Any]:
-    """Plan a conversion from the teacher's config.json alone; no weights are read.
-
-    Args:
-        source: the teacher: a Hub id, a folder or a config.json.
-        recipe: the resolved recipe.
-        flops_per_second: the sustained speed of everything together; None assumes one.
-        gpu: the kind of GPU to plan for; None plans for the machine at hand.
-        num_gpus: how many share the work.
-        engine: ``auto``, ``single``, ``deepspeed`` or ``fsdp``.
-        zero: ZeRO's stage, with DeepSpeed; None for the recipe's, or 3.
-        utilisation: part of a GPU's peak arithmetic that is sustained.
-        price_per_hour: of one GPU; None plans no cost.
-        output: where the run will lie, to compare with its free space; None compares nothing.
-        count: whether to count activations with the family's own code, which takes seconds, or by a rule of thumb.
-
-    Raises:
-        UsageError: an unknown GPU, several without a kind on a machine that has none, or a batch that so many cannot
-            share.
-    """
-    inspection = inspect_teacher(source)
-    student = _design(source, inspection, recipe)
-    wanted = recipe.compute.device
-    device = "cuda" if gpu is not None else choose_device("auto").type if wanted == "auto" else wanted
-    layout = layout_of(recipe, engine=engine, zero=zero, num_gpus=num_gpus, on_gpu=device == "cuda")
-    if num_gpus > 1 and device != "cuda":
-        raise UsageError(
-            f"--gpus: found {num_gpus} on a plan for {device}, expected 1", hint="--gpu H100 says which GPU they are"
-        )
-    machine = Machine(
-        device=device,
-        gpu=_gpu_at_hand(device) if gpu is None else find_gpu(gpu),
-        flops_per_second=flops_per_second,
-        utilisation=utilisation,
-        price_per_hour=price_per_hour,
-        memory_bytes=_memory_bytes(),
-        free_bytes=None if output is None else disk.free_bytes(output),
-    )
-    footprint = _footprint(inspection, student, recipe) if count else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
-
-
-def _expected(
-    inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
-) -> dict[str, Any]:
-    """The plan that goes into a run; without a GPU, seconds of counting would be felt."""
-    machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
-    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
-    footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
-
-
-def _makes_whole_logits(inspection: Inspection) -> bool:
-    return inspection.adapter.logits.unknown is not None
-
-
-def _memory_bytes() -> int | None:
-    """The memory of this machine, where the system says."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _gpu_at_hand(device: str) -> Gpu | None:
-    if device != "cuda" or not torch.cuda.is_available():
-        return None
-    facts = torch.cuda.get_device_properties(0)
-    return gpu_at_hand(facts.name, facts.total_memory)
-
-
-def _footprint(inspection: Inspection, student: StudentSpec, recipe: Recipe) -> Footprint | None:
-    """Activations counted by the family's own code; None where it cannot run without numbers: routers need them."""
-    if inspection.spec.active_parameters < inspection.spec.num_parameters:
-        return None
-    return count_footprint(inspection.config, inspection.adapter, student, recipe)
-
-
-def convert(
-    source: str,
-    recipe: Recipe,
-    *,
-    output: Path | None,
-    resume: str,
-    report: Report,
-    hang_timeout: float = 0.0,
-    disk_wait: float = 0.0,
-    world: World | None = None,
-    prepared: Path | None = None,
-    track: Sequence[str] = (),
-    track_project: str = PROJECT,
-) -> RunFolder:
+def convert(teacher_source: str, recipe: Recipe, options: ConvertOptions, world: World | None = None) -> RunFolder:
     """Convert a teacher; where several processes work on it, each makes the same call.
 
     Args:
-        source: the teacher: a Hub id or a folder.
+        teacher_source: the teacher: a Hub id or a folder.
         recipe: the resolved recipe.
-        output: the run's folder; None for ``runs/<student name>``.
-        resume: ``auto`` continues a run of the same teacher and recipe; ``never`` wants a fresh folder.
-        report: receives a line for every step of the way.
-        hang_timeout: seconds without progress after which the process ends with exit code 75; 0 for never.
-        disk_wait: seconds to wait for space where the disk is full at a checkpoint.
+        options: how the conversion runs.
         world: the processes, which share a file system; None for this one alone.
-        prepared: where tokenised text may lie that `mohawkify data prepare` made.
-        track: trackers that get the metrics as well, by name.
-        track_project: the project that trackers show the run in.
 
     Returns:
         The finished run.
@@ -204,49 +73,26 @@ def convert(
         Interrupted: Ctrl-C or SIGTERM; the same call continues.
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
-    require_trackers(track)
+    require_trackers(options.track)
     world = world or World()
     with Shutdown() as stop:
         try:
-            return _convert(
-                source,
-                recipe,
-                output,
-                resume,
-                report,
-                hang_timeout,
-                disk_wait,
-                prepared,
-                track if world.is_rank0 else (),
-                track_project,
-                stop,
-                world,
-            )
+            return _convert(teacher_source, recipe, options, stop, world)
         except KeyboardInterrupt:
             stop.check("outside of training; nothing is half-written")
             raise
 
 
-def _convert(
-    source: str,
-    recipe: Recipe,
-    output: Path | None,
-    resume: str,
-    report: Report,
-    hang_timeout: float,
-    disk_wait: float,
-    prepared: Path | None,
-    track: Sequence[str],
-    track_project: str,
-    stop: Shutdown,
-    world: World,
-) -> RunFolder:
-    report = report if world.is_rank0 else lambda line: None
+def _convert(source: str, recipe: Recipe, options: ConvertOptions, stop: Shutdown, world: World) -> RunFolder:
+    output, resume, prepared = options.output, options.resume, options.prepared
+    hang_timeout, disk_wait, track_project = options.hang_timeout, options.disk_wait, options.track_project
+    track = options.track if world.is_rank0 else ()
+    report = options.report if world.is_rank0 else ignore
     require_even_shares(recipe, world)
     engine = choose_engine(recipe.compute, world)
     require_agreeing_settings(recipe, world)
     inspection = world.rank0_first(lambda: inspect_teacher(source))
-    student = _design(source, inspection, recipe)
+    student = student_of(source, inspection, recipe)
     device = choose_device(recipe.compute.device)
     dispatch.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
@@ -304,17 +150,6 @@ def _convert(
     return run
 
 
-def _design(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
-    distill = recipe.stages.distill
-    if inspection.spec.tie_word_embeddings and distill.num_steps and set(distill.train) == {"head"}:
-        raise RecipeError(
-            "stages.distill.train: found head alone, and this teacher's head is its embedding",
-            hint="name embedding too, and both learn as one",
-        )
-    name = student_name(source, recipe)
-    return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
-
-
 def _agreed(own: dict[str, str] | None, what: str, world: World) -> dict[str, str]:
     """Hashes of what every machine has to itself, and must be the same on all; None where another process looks."""
     agreed = world.on_rank0(lambda: own)
@@ -349,7 +184,7 @@ def _open(
     for folder in (run.path, run.checkpoints, run.corpora):
         atomic.sweep_temporaries(folder, alone=True)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-    planned = _expected(inspection, student, recipe, device.type, world.size)
+    planned = plan_run(inspection, student, recipe, device.type, world.size)
     atomic.write_json(run.plan_file, planned)
     atomic.write_json(run.teacher_file, teacher)
     atomic.write_json(run.student_file, student.to_json())

@@ -1,0 +1,21 @@
+"""The device of this process."""
+
+from __future__ import annotations
+
+import torch
+
+from mohawkify.errors import UsageError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for a recipe's ``compute.device``; ``auto`` prefers a GPU.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_present in present.items() if is_present)
+    if not present[name]:
+        raise UsageError(f"compute.device is {name}, which this machine does not have", hint="use auto or cpu")
+    return torch.device(name)

@@ -1,0 +1,142 @@
+"""The plan of a conversion, for a machine that is named or for the one at hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mohawkify.distributed.device import choose_device
+from mohawkify.errors import RecipeError, UsageError
+from mohawkify.files import disk
+from mohawkify.plan.activations import count_footprint
+from mohawkify.plan.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
+from mohawkify.plan.memory import Footprint
+from mohawkify.plan.planner import Machine, layout_of, make_plan
+from mohawkify.recipe.schema import Recipe
+from mohawkify.student.build import design_student
+from mohawkify.student.student_spec import StudentSpec
+from mohawkify.teacher.inspect import Inspection, inspect_teacher
+from mohawkify.teacher.locate import teacher_name
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The machine of a plan and its assumptions.
+
+    Args:
+        flops_per_second: the sustained speed of everything together; None assumes one.
+        gpu: the kind of GPU to plan for; None plans for the machine at hand.
+        num_gpus: how many share the work.
+        engine: ``auto``, ``single``, ``deepspeed`` or ``fsdp``.
+        zero: ZeRO's stage, with DeepSpeed; None for the recipe's, or 3.
+        utilisation: part of a GPU's peak arithmetic that is sustained.
+        price_per_hour: of one GPU; None plans no cost.
+        output: where the run will lie, to compare with its free space; None compares nothing.
+        count: whether to count activations with the family's own code, which takes seconds, or by a rule of thumb.
+    """
+
+    flops_per_second: float | None = None
+    gpu: str | None = None
+    num_gpus: int = 1
+    engine: str = "auto"
+    zero: int | None = None
+    utilisation: float = UTILISATION
+    price_per_hour: float | None = None
+    output: Path | None = None
+    count: bool = False
+
+
+def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> dict[str, Any]:
+    """Plan a conversion from the teacher's config.json alone; no weights are read.
+
+    Args:
+        source: the teacher: a Hub id, a folder or a config.json.
+        recipe: the resolved recipe.
+        options: the machine.
+
+    Raises:
+        UsageError: an unknown GPU, several without a kind on a machine that has none, or a batch that so many cannot
+            share.
+    """
+    inspection = inspect_teacher(source)
+    student = student_of(source, inspection, recipe)
+    device = recipe.compute.device
+    if options.gpu is not None:
+        device = "cuda"
+    elif device == "auto":
+        device = choose_device("auto").type  # type: ignore[assignment]
+    layout = layout_of(
+        recipe, engine=options.engine, zero=options.zero, num_gpus=options.num_gpus, on_gpu=device == "cuda"
+    )
+    if options.num_gpus > 1 and device != "cuda":
+        raise UsageError(
+            f"--gpus: found {options.num_gpus} on a plan for {device}, expected 1",
+            hint="--gpu H100 says which GPU they are",
+        )
+    machine = Machine(
+        device=device,
+        gpu=_gpu_at_hand(device) if options.gpu is None else find_gpu(options.gpu),
+        flops_per_second=options.flops_per_second,
+        utilisation=options.utilisation,
+        price_per_hour=options.price_per_hour,
+        memory_bytes=_memory_bytes(),
+        free_bytes=None if options.output is None else disk.free_bytes(options.output),
+    )
+    footprint = _footprint(inspection, student, recipe) if options.count else None
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+
+
+def plan_run(
+    inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
+) -> dict[str, Any]:
+    """The plan that a run's folder keeps; activations are counted on a GPU only, because counting takes seconds."""
+    machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
+    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
+    footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
+    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+
+
+def student_of(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
+    """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
+
+    Raises:
+        RecipeError: the teacher's head is its embedding, and stage 3 would train the head alone.
+    """
+    distill = recipe.stages.distill
+    if inspection.spec.tie_word_embeddings and distill.num_steps and set(distill.train) == {"head"}:
+        raise RecipeError(
+            "stages.distill.train: found head alone, and this teacher's head is its embedding",
+            hint="name embedding too, and both learn as one",
+        )
+    name = recipe.student.name or f"{teacher_name(source)}-mohawk"
+    return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
+
+
+def _makes_whole_logits(inspection: Inspection) -> bool:
+    return inspection.adapter.logits.unknown is not None
+
+
+def _memory_bytes() -> int | None:
+    """The memory of this machine, where the system reports it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _gpu_at_hand(device: str) -> Gpu | None:
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return gpu_at_hand(properties.name, properties.total_memory)
+
+
+def _footprint(inspection: Inspection, student: StudentSpec, recipe: Recipe) -> Footprint | None:
+    """Activations counted by the family's own code; None for routers of experts, which need real values to run."""
+    if inspection.spec.active_parameters < inspection.spec.num_parameters:
+        return None
+    return count_footprint(inspection.config, inspection.adapter, student, recipe)
