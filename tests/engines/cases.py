@@ -29,9 +29,9 @@ from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.train.checks import require_finite, require_gradients
 from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config
-from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine
+from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine, ZeroSettings
 from mohawkify.train.engines.engine import Engine, LocalEngine
-from mohawkify.train.engines.fsdp_engine import FsdpEngine
+from mohawkify.train.engines.fsdp_engine import FsdpEngine, FsdpSettings
 from mohawkify.train.engines.sharded_teacher import shard_teacher
 from mohawkify.train.watchdog import DeadWeightCheck
 from tests.tiny import packed, tiny_teacher
@@ -84,12 +84,12 @@ def make_engine(
         return LocalEngine(*args)
     layers = find_layers(pair.student, pair.spec.layers)
     if kind == "fsdp":
-        return FsdpEngine(*args, world, layers=layers)
+        return FsdpEngine(*args, FsdpSettings(world, layers))
     facts = EngineFacts(optimizer, RATE, precision, BATCH, 1, world.size, zero=int(kind[-1]), offload=offload)
     # Tiny parameters would otherwise all stay whole.
     config = engine_config(facts, {"zero_optimization": {"stage3_param_persistence_threshold": 0}})
     backwards = BATCH // world.size if stage.name == "distill" else None
-    return DeepSpeedEngine(*args, world, layers=layers, config=config, backwards_per_step=backwards)
+    return DeepSpeedEngine(*args, ZeroSettings(world, layers, config, backwards))
 
 
 def take_step(stage: Stage, engine: Engine, world: World, step: int) -> list[float]:
@@ -223,7 +223,7 @@ def lose_gradients(world: World, kind: str, family: str, folder: Path) -> str:
     require_gradients(engine, trained, world, "step 1")
     engine.step(RATE)
     if kind in ("zero-1", "zero-2"):
-        engine._gathering_gradients = nullcontext  # what DeepSpeed does by itself
+        engine._adding_gradients = nullcontext  # what DeepSpeed does by itself
     else:
         backward, layers = engine.backward, itertools.cycle((False, True))
         engine.backward = lambda loss: backward(loss) if next(layers) else None
@@ -239,7 +239,7 @@ def keep_gradients(world: World, kind: str, family: str, folder: Path) -> list[l
     """Stage 2 with ZeRO-3's buffer of gradients left as DeepSpeed leaves it: every layer moves, but wrongly."""
     stage = make_stage("align", make_pair(family, folder))
     engine: Any = make_engine(kind, stage, world)
-    engine._forget_gradients = lambda: None
+    engine._clear_gradients = lambda: None
     return [take_step(stage, engine, world, step) for step in range(3)]
 
 

@@ -87,15 +87,15 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
         return LocalEngine(*common)
     layers = find_layers(pair.student, pair.spec.layers)
     if name == "fsdp":
-        from mohawkify.train.engines.fsdp_engine import FsdpEngine
+        from mohawkify.train.engines.fsdp_engine import FsdpEngine, FsdpSettings
 
-        return FsdpEngine(*common, world, layers=layers, offload=compute.offload == "all")
-    from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine
+        return FsdpEngine(*common, FsdpSettings(world, layers, compute.offload == "all"))
+    from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine, ZeroSettings
 
     config = _deepspeed_settings(stage.name, recipe, micro_batch, world, read_settings(compute.deepspeed_config))
     num_passes = -(-stage_recipes(recipe)[stage.name].batch_sequences // world.size // micro_batch)
     backwards = num_passes if stage.name == "distill" else None
-    return DeepSpeedEngine(*common, world, layers=layers, config=config, backwards_per_step=backwards)
+    return DeepSpeedEngine(*common, ZeroSettings(world, layers, config, backwards))
 
 
 def require_agreeing_settings(recipe: Recipe, world: World) -> None:

@@ -1,24 +1,26 @@
 """DeepSpeed's ZeRO-0 to 3, called directly, behind the interface of `Engine`.
 
-Several backward passes per step are what DeepSpeed gets wrong unless it is told: docs/engine.md says how and why.
+By default DeepSpeed adds several backward passes per step up wrongly: docs/engine.md explains the settings used here.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mohawkify.distributed.process_group import World, require_group
-from mohawkify.errors import CheckpointError, MissingExtraError, UsageError
+from mohawkify.errors import MissingExtraError, UsageError
 from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train.engines.call_wrapper import Root
-from mohawkify.train.engines.engine import make_adamw
+from mohawkify.train.engines.engine import Engine
 from mohawkify.train.engines.unwrap import PlainModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +53,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def join_deepspeed(deepspeed: Any, world: World) -> None:
-    """Let DeepSpeed use the group of processes that is there; it reads some variables all the same."""
+    """Make DeepSpeed use the existing group of processes; it reads some environment variables too."""
     variables = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     for name, value in variables.items():
         os.environ.setdefault(name, str(value))
@@ -59,21 +61,26 @@ def join_deepspeed(deepspeed: Any, world: World) -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-class DeepSpeedEngine:
-    """A student under DeepSpeed: AdamW on float32 master weights, spread over the processes as the stage of ZeRO says.
+@dataclass(frozen=True)
+class ZeroSettings:
+    """How DeepSpeed is started.
 
     Args:
-        student: the student, whole in every process, with the same values in all.
-        trained: those of its parameters that the stage trains, by name.
-        optimizer: AdamW's settings and the gradient clip.
-        precision: ``fp32`` or ``bf16``: autocast, over float32 weights.
-        device: this process's device.
         world: the processes.
         layers: the student's decoder layers.
         config: DeepSpeed's settings, from `deepspeed_config.engine_config`.
         backwards_per_step: how often a step calls `backward`, where every call reaches all trained parameters, as in
             stage 3; None where a call reaches a layer, as in stages 1 and 2.
     """
+
+    world: World
+    layers: nn.ModuleList
+    config: Mapping[str, Any]
+    backwards_per_step: int | None = None
+
+
+class DeepSpeedEngine(Engine):
+    """A student under DeepSpeed: AdamW on float32 master weights, spread over the processes by the stage of ZeRO."""
 
     def __init__(
         self,
@@ -82,29 +89,22 @@ class DeepSpeedEngine:
         optimizer: OptimizerRecipe,
         precision: str,
         device: torch.device,
-        world: World,
-        *,
-        layers: nn.ModuleList,
-        config: Mapping[str, Any],
-        backwards_per_step: int | None = None,
+        settings: ZeroSettings,
     ) -> None:
-        self.precision, self.device, self.world = precision, device, world
-        self.zero: int = config["zero_optimization"]["stage"]
-        self.backwards_per_step = backwards_per_step
-        self._num_backwards = 0
         self._plain = PlainModel(student)
+        super().__init__(student, trained, optimizer, precision, device)
+        self.world, self.backwards_per_step = settings.world, settings.backwards_per_step
+        self.zero: int = settings.config["zero_optimization"]["stage"]
+        self._num_backwards = 0
         self._deepspeed = import_deepspeed(device)
         require_group()
-        join_deepspeed(self._deepspeed, world)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name in trained)
-        # Any: DeepSpeed puts attributes of its own on them.
-        self._parameters: dict[str, Any] = dict(student.named_parameters())
-        self._trained = {name: self._parameters[name] for name in trained}
-        self.adamw = make_adamw(self._trained, optimizer)
-        root = Root(student, layers)
+        join_deepspeed(self._deepspeed, self.world)
+        self._use_parameters()
         self.engine, _, _, _ = self._deepspeed.initialize(
-            model=root, optimizer=self.adamw, config=dict(config), dist_init_required=False
+            model=Root(student, settings.layers),
+            optimizer=self.adamw,
+            config=dict(settings.config),
+            dist_init_required=False,
         )
         # From ZeRO-1 on it holds the flat partitions; at ZeRO-0 it is AdamW itself.
         self.zero_optimizer = self.engine.optimizer
@@ -118,17 +118,17 @@ class DeepSpeedEngine:
     def accumulating(self) -> Iterator[None]:
         """Encloses the passes of one step; at its end the gradients of all processes are added up."""
         self._num_backwards = 0
-        self._forget_gradients()
-        with self._gathering_gradients():
+        self._clear_gradients()
+        with self._adding_gradients():
             yield
         if self.zero == 0:
             self.engine.allreduce_gradients()
 
-    def _forget_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         """Clear ZeRO-3's buffer of gradients, which DeepSpeed never does.
 
-        A step's first backward pass copies into it and later ones add to it: what only a later one reaches would be
-        added to the step before, and what none reaches would be that step's again.
+        A step's first backward pass copies into it and later ones add to it: gradients that only a later pass reaches
+        would be added to those of the step before, and parameters that no pass reaches would keep the old ones.
         """
         if self.zero == 3 and not self._offloads:
             self.zero_optimizer.grad_partitions_flat_buffer.zero_()
@@ -137,21 +137,15 @@ class DeepSpeedEngine:
     def _offloads(self) -> bool:
         return self.zero > 0 and bool(getattr(self.zero_optimizer, "offload_optimizer", False))
 
-    def _gathering_gradients(self) -> AbstractContextManager[object]:
+    def _adding_gradients(self) -> AbstractContextManager[object]:
         if self.zero == 0:
             return self.engine.no_sync()
         if self.backwards_per_step is None and (self.zero < 3 or self._offloads):
             return self.engine.coalesce_grad_reduction()
         return nullcontext()
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """bf16 autocast, or nothing; copies of weights are not kept, since those of all layers would be whole."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
-        return nullcontext()
-
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call it within DeepSpeed's forward pass, which gathers what the modules under way need."""
+        """Call a function within DeepSpeed's forward pass, which gathers the parameters of the modules it reaches."""
         return self.engine(function=function, args=args, kwargs=kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -162,24 +156,19 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear; returns the gradient norm before clipping, and updates nothing if it is not finite."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+        self._set_rate(learning_rate)
         if self.zero == 0:
             gradients = [p.grad for p in self._trained.values() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not torch.isfinite(torch.tensor(norm)):
+            if math.isfinite(norm):
+                self.engine.step()
+            else:
                 self.engine.zero_grad()
-                return norm
-            self.engine.step()
             return norm
         self.engine.step()
-        if self.zero_optimizer.overflow:
-            return float("nan")
-        return float(self.engine.get_global_grad_norm())
+        return math.nan if self.zero_optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def shard(self, name: str) -> Tensor:
-        """This process's part of the float32 weights."""
         parameter = self._parameters[name]
         if self.zero == 3:
             if name in self._trained:
@@ -191,7 +180,6 @@ class DeepSpeedEngine:
         return parameter.detach().flatten()[:0] if mapping is None else mapping.hp_fragment.detach()
 
     def gradient(self, name: str) -> Tensor | None:
-        """This process's part of a gradient."""
         parameter = self._trained[name]
         if self.zero == 3:
             return self._deepspeed.utils.safe_get_local_grad(parameter)
@@ -207,13 +195,15 @@ class DeepSpeedEngine:
         return fragment
 
     def parameters(self) -> dict[str, Tensor]:
-        """All parameters, gathered one at a time; whole on the CPU of the main process."""
-        gathered = {}
+        gathered: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             with self._whole(parameter):
-                if self.world.is_rank0:
-                    gathered[name] = parameter.detach().to("cpu", copy=True)
+                self._keep(gathered, name, parameter)
         return gathered
+
+    def _keep(self, gathered: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        if self.world.is_rank0:
+            gathered[name] = tensor.detach().to("cpu", copy=True)
 
     def _whole(self, parameter: Any, *, changes: bool = False) -> AbstractContextManager[object]:
         if self.zero < 3:
@@ -231,13 +221,10 @@ class DeepSpeedEngine:
             self.zero_optimizer.refresh_fp32_params()
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's moments, gathered one at a time; whole on the CPU of the main process."""
         gathered: dict[str, Tensor] = {}
         if self.zero == 0:
-            for name, parameter in self._trained.items():
-                for kind, value in self.adamw.state.get(parameter, {}).items():
-                    if self.world.is_rank0:
-                        gathered[f"{kind}/{name}"] = value.to("cpu", copy=True)
+            for key, value in self._moments().items():
+                self._keep(gathered, key, value)
             return gathered
         if not self.adamw.state:
             return gathered
@@ -246,43 +233,33 @@ class DeepSpeedEngine:
         for name, parameter in self._trained.items():
             for kind in MOMENTS:
                 whole = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
-                if self.world.is_rank0:
-                    gathered[f"{kind}/{name}"] = whole.to("cpu", copy=True)
-            if self.world.is_rank0:
-                gathered[f"step/{name}"] = step.to("cpu", copy=True)
+                self._keep(gathered, f"{kind}/{name}", whole)
+            self._keep(gathered, f"step/{name}", step)
         return gathered
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take moments back, one at a time; every one must belong to a parameter of this stage."""
-        for key in state:
-            name = key.partition("/")[2]
-            if name not in self._trained:
-                raise CheckpointError(f"the checkpoint has optimiser state for {name}, which this stage does not train")
+    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
         if self.zero == 0:
-            for key in state:
-                kind, _, name = key.partition("/")
-                device = torch.device("cpu") if kind == "step" else self._trained[name].device
-                self.adamw.state[self._trained[name]][kind] = state[key].to(device, copy=True)
+            super()._load_moments(state)
             return
-        steps = [state[key] for key in state if key.startswith("step/")]
+        steps = [value for key, value in state.items() if key.startswith("step/")]
         if not steps:
             return
         for partition in self._flat_partitions():
             self.adamw.state[partition] = {
-                "step": torch.stack([step.cpu() for step in steps]).max(),  # a partition counts for all that is in it
+                "step": torch.stack([step.cpu() for step in steps]).max(),  # one count for all parameters in it
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
         self._link_moments()
-        for key in state:
+        for key, value in state.items():
             kind, _, name = key.partition("/")
             if kind != "step":
-                self._load_moment(self._trained[name], kind, state[key])
+                self._load_moment(self._trained[name], kind, value)
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find each parameter's part of the flat moments.
+        """Link each parameter to its part of the flat moments.
 
-        It does so itself once, after the first group of its first update: the vectors, the second group, have none yet.
+        DeepSpeed does so once, after the first group of its first update: the vectors, the second group, have none yet.
         """
         if self.zero < 3:
             self.zero_optimizer._hp_optimizer_states_linked = False
@@ -299,12 +276,11 @@ class DeepSpeedEngine:
         # DeepSpeed's own setter of whole tensors fails where the last process's part is padded.
         size = parameter.ds_tensor.numel()
         part = torch.zeros(size, dtype=torch.float32, device=self.device)
-        mine = value.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
-        part[: mine.numel()] = mine
+        own = value.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
+        part[: own.numel()] = own
         self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, kind)
 
     def close(self) -> None:
-        """Gather every parameter in every process, and take DeepSpeed off the student."""
         tensors = {}
         for name, parameter in self._parameters.items():
             with self._whole(parameter):
