@@ -19,7 +19,7 @@ from mohawkify.cli.main import main
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.loader import SampleRange, batch_at
 from mohawkify.distributed.failures import FailureReporter, OtherProcessError, is_lost, lost
-from mohawkify.distributed.launch import _exit_code, find_place, first_host
+from mohawkify.distributed.launch import _exit_code, first_host, rank_from_environment
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
@@ -117,19 +117,21 @@ def test_the_gradient_of_all_parts_is_that_of_the_batch(ranges):
     torch.testing.assert_close(gradients[4], gradients[1])
 
 
-def test_places_are_read_from_what_launchers_say():
-    assert find_place({}) is None
-    place = find_place(TORCHRUN)
-    assert place is not None
-    assert (place.rank, place.size, place.local_rank, place.address) == (3, 8, 1, None)
-    place = find_place({**SRUN, "SLURM_JOB_ID": "1234567"})
-    assert place is not None
-    assert (place.rank, place.size, place.local_rank, place.address) == (3, 8, 1, "node07")
-    assert place.port == 15_000 + 1234567 % 20_000
-    place = find_place({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
-    assert place is not None
-    assert (place.address, place.port) == ("10.0.0.1", 29500)
-    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None, "a batch script without srun is one process"
+def test_ranks_are_read_from_the_variables_of_launchers():
+    assert rank_from_environment({}) is None
+    own = rank_from_environment(TORCHRUN)
+    assert own is not None
+    assert (own.rank, own.size, own.local_rank, own.address) == (3, 8, 1, None)
+    own = rank_from_environment({**SRUN, "SLURM_JOB_ID": "1234567"})
+    assert own is not None
+    assert (own.rank, own.size, own.local_rank, own.address) == (3, 8, 1, "node07")
+    assert own.port == 15_000 + 1234567 % 20_000
+    own = rank_from_environment({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert own is not None
+    assert (own.address, own.port) == ("10.0.0.1", 29500)
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None, (
+        "a batch script without srun is one process"
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_the_first_of_slurms_machines(hosts, first):
 )
 def test_variables_that_make_no_sense_are_refused(environment):
     with pytest.raises(UsageError, match="found"):
-        find_place(environment)
+        rank_from_environment(environment)
 
 
 def test_files_that_another_machine_has_otherwise_are_refused():
@@ -352,7 +354,7 @@ def test_a_store_that_gives_no_answer_keeps_nobody(monkeypatch):
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments: threading.Event().wait()
 
-    monkeypatch.setattr("mohawkify.distributed.failures._SECONDS_TO_AGREE", 0.3)
+    monkeypatch.setattr("mohawkify.distributed.failures._AGREE_SECONDS", 0.3)
     monkeypatch.setattr(FailureReporter, "_watch", lambda self: None)
     said: list[int] = []
     for rank in range(3):
@@ -379,8 +381,8 @@ def test_those_that_wait_for_the_main_process_get_on_only_as_it_does(store):
         assert len(beats) == 1
     finally:
         for world in (main, second):
-            assert world.alarm is not None
-            world.alarm.close()
+            assert world.failures is not None
+            world.failures.close()
 
 
 def test_what_a_dead_partner_leaves_behind_is_known():
@@ -437,7 +439,7 @@ def test_random_states_of_other_numbers_of_processes():
 
 def test_a_signal_between_two_looks_is_not_lost():
     class Slow(World):
-        def largest(self, number: float) -> float:
+        def max(self, number: float) -> float:
             stop.number = 15  # it comes while the processes agree that there was none
             return number
 

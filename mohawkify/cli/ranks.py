@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mohawkify.cli.error_lines import DEBUG_FLAG, LAUNCHED, describe, say_error
-from mohawkify.distributed.launch import find_place, launch
+from mohawkify.distributed.launch import launch, rank_from_environment
 from mohawkify.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def start_processes(num_processes: int | None) -> None:
     Raises:
         UsageError: a launcher has started another number of processes than the command asks for.
     """
-    place = find_place()
-    if place is not None:
-        if num_processes is not None and num_processes != place.size:
+    own = rank_from_environment()
+    if own is not None:
+        if num_processes is not None and num_processes != own.size:
             raise UsageError(
-                f"found --processes {num_processes} in one of {place.size} processes that a launcher has started",
+                f"found --processes {num_processes} in one of {own.size} processes that a launcher has started",
                 hint="leave --processes out under torchrun, accelerate launch, deepspeed or srun",
             )
         return
@@ -50,7 +50,7 @@ def joined(device: str) -> Iterator[World]:
     from mohawkify.distributed.process_group import join_world
 
     world = join_world(device)
-    if world.alarm is None:
+    if world.failures is None:
         yield world
         return
     try:
@@ -76,8 +76,8 @@ def _leave(world: World, error: BaseException) -> None:
             traceback.print_exception(error, file=sys.stderr)
         say_error(message, hint)
 
-    assert world.alarm is not None
-    code = world.alarm.report(code, say)
+    assert world.failures is not None
+    code = world.failures.report(code, say)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine through torchrun, and knowing what another launcher has started.
+"""Starts the processes of a run on this machine through torchrun, and reads the variables of other launchers.
 
 Importing this module loads no torch.
 """
@@ -28,15 +28,15 @@ _RUN_NAME = "mohawkify"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of how many processes this one is.
+class Rank:
+    """The number of this process among those of the run.
 
     Args:
         rank: its number, from 0.
         size: how many there are.
         local_rank: its number among those of its machine.
-        address: the machine of process 0; None where the launcher's variables say it.
-        port: where process 0 is reached.
+        address: the machine of process 0; None if the launcher's variables name it.
+        port: of process 0.
     """
 
     rank: int
@@ -46,26 +46,26 @@ class Place:
     port: int | None = None
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """What a launcher says in the environment: torchrun, accelerate launch, deepspeed or srun; None without one.
+def rank_from_environment(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """Read the variables of a launcher: torchrun, accelerate launch, deepspeed or srun; None without one.
 
     Raises:
         UsageError: the variables are incomplete or contradict each other.
     """
     if any(name in environment for name in VARIABLES):
-        rank, size, local_rank = _numbers(environment, VARIABLES)
-        place = Place(rank, size, local_rank)
+        rank, size, local_rank = _read_counts(environment, VARIABLES)
+        found = Rank(rank, size, local_rank)
     elif "SLURM_STEP_NUM_TASKS" in environment:  # set by srun alone; a plain batch script is one process
-        rank, size, local_rank = _numbers(environment, _SLURM[:3])
+        rank, size, local_rank = _read_counts(environment, _SLURM[:3])
         first, count = _SLURM_PORTS
         port = environment.get("MASTER_PORT") or str(first + int(environment.get("SLURM_JOB_ID", "0")) % count)
         address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        place = Place(rank, size, local_rank, address, int(port))
+        found = Rank(rank, size, local_rank, address, int(port))
     else:
         return None
-    if not (place.rank < place.size and place.local_rank < place.size):
-        raise UsageError(f"found process {place.rank} of {place.size} in the environment, expected one below its size")
-    return place
+    if not (found.rank < found.size and found.local_rank < found.size):
+        raise UsageError(f"found process {found.rank} of {found.size} in the environment, expected one below its size")
+    return found
 
 
 def first_host(hosts: str) -> str:
@@ -76,16 +76,16 @@ def first_host(hosts: str) -> str:
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
-def launch(num_processes: int, arguments: Sequence[str], say: Callable[[str, str], None]) -> int:
+def launch(num_processes: int, arguments: Sequence[str], print_error: Callable[[str, str], None]) -> int:
     """Run this command line in several processes on this machine, started by torchrun's own library.
 
-    Ctrl-C and SIGTERM are handed to all of them, once each: they agree on where to stop and save themselves. torchrun
-    alone would kill them after thirty seconds, whatever is being saved.
+    Ctrl-C and SIGTERM are forwarded to all of them, once each: they agree on a step to stop at and save a checkpoint.
+    torchrun alone would kill them after thirty seconds, also during a save.
 
     Args:
         num_processes: how many.
-        arguments: what stands after ``mohawkify``.
-        say: receives an error and a hint where none of the processes was left to say it.
+        arguments: those after ``mohawkify``.
+        print_error: prints an error and a hint where all processes were killed before they could.
 
     Returns:
         The exit code: that of the first process to end with another one than 0.
@@ -93,12 +93,12 @@ def launch(num_processes: int, arguments: Sequence[str], say: Callable[[str, str
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say what went wrong themselves
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes print their errors themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sent: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: _hand_on(number, sent))
+        signal.signal(number, lambda number, frame: _forward(number, sent))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -110,40 +110,40 @@ def launch(num_processes: int, arguments: Sequence[str], say: Callable[[str, str
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=_no_logs(),
-        signals_to_handle="SIGQUIT",  # the others are ours
+        signals_to_handle="SIGQUIT",  # the others are handled here
     )
     try:
-        # -P: nothing in the working directory may pass for a module.
+        # -P: no file of the working directory is imported.
         elastic_launch(config, sys.executable)("-P", "-m", _RUN_NAME, *arguments)
     except ChildFailedError as error:
-        return _exit_code(list(error.failures.values()), num_processes, sent, say)
+        return _exit_code(list(error.failures.values()), num_processes, sent, print_error)
     return 0
 
 
 def _free_port() -> int:
-    """A port that nobody listens at, for now."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _exit_code(
-    failures: Sequence[ProcessFailure], num_processes: int, sent: Sequence[int], say: Callable[[str, str], None]
+    failures: Sequence[ProcessFailure], num_processes: int, sent: Sequence[int], print_error: Callable[[str, str], None]
 ) -> int:
-    """The exit code of a run whose processes failed in this order; what signals killed has said nothing itself."""
+    """The exit code of a run whose processes failed in this order; killed ones have printed no error."""
     first = failures[0]
     if first.exitcode > 0:
         return first.exitcode
     if all(failure.exitcode < 0 for failure in failures):
         name = signal.Signals(-first.exitcode).name
-        say(
+        print_error(
             f"stopped by {name}" if sent else f"process {first.local_rank + 1} of {num_processes} was killed by {name}",
             "the newest checkpoint is intact and the same command continues",
         )
     return 128 + sent[-1] if sent else HANG
 
 
-def _hand_on(number: int, sent: list[int]) -> None:
+def _forward(number: int, sent: list[int]) -> None:
     import psutil
 
     sent.append(number)
@@ -153,7 +153,7 @@ def _hand_on(number: int, sent: list[int]) -> None:
 
 
 def _no_logs() -> Any:
-    """Tell torchrun to leave the processes' output alone; by default it makes folders for logs and leaves them."""
+    """Settings under which torchrun does not redirect output; its default leaves folders of logs behind."""
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
     class NoLogs(LogsSpecs):
@@ -168,7 +168,7 @@ def _no_logs() -> Any:
     return NoLogs()
 
 
-def _numbers(environment: Mapping[str, str], names: Sequence[str]) -> list[int]:
+def _read_counts(environment: Mapping[str, str], names: Sequence[str]) -> list[int]:
     found = {name: environment[name] for name in names if name in environment}
     if len(found) < len(names) or not all(re.fullmatch("[0-9]{1,9}", value) for value in found.values()):
         raise UsageError(

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(MohawkifyError):
-    """The run was asked to stop, saved itself and left; the exit code is 128 + the signal."""
+    """A signal stopped the run, after a checkpoint; the exit code is 128 + the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, hint="the same command continues it")
@@ -22,9 +22,9 @@ class Interrupted(MohawkifyError):
 class Shutdown:
     """Within the block, remembers the first signal; a second one ends the process at once.
 
-    While ``at_once`` is set the first one also raises KeyboardInterrupt; should a library that catches everything
-    swallow it, the request is obeyed at the next place that looks. The handler is set where a shell has told its
-    background jobs to ignore Ctrl-C, too: Python would not take it there (found by killing).
+    While ``at_once`` is set the first one also raises KeyboardInterrupt; if a library catches that, the next `check`
+    raises Interrupted. The handler is also installed where a shell makes its background jobs ignore Ctrl-C: Python
+    installs none there.
     """
 
     def __init__(self) -> None:
@@ -43,20 +43,24 @@ class Shutdown:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def check(self, place: str) -> None:
-        """Raise Interrupted if a stop was requested; ``place`` says where the run stands."""
-        if self.number is not None:
-            raise Interrupted(f"stopped {place}", self.number)
+    def check(self, position: str) -> None:
+        """Raise Interrupted if a stop was requested.
 
-    def end_at_once(self, place: str) -> None:
-        """From here on let a signal end the process at once; obey one that has come."""
+        Args:
+            position: of the run, for the message, such as ``after step 3``.
+        """
+        if self.number is not None:
+            raise Interrupted(f"stopped {position}", self.number)
+
+    def end_at_once(self, position: str) -> None:
+        """Let later signals end the process at once; raise Interrupted for an earlier one."""
         self.at_once = True
-        self.check(place)
+        self.check(position)
 
     def any_rank(self, world: World) -> bool:
-        """Whether any process was asked to stop; all of them are then."""
-        agreed = int(world.largest(float(self.number or 0)))
-        if agreed:  # a signal that came in the meantime waits for the next time
+        """Whether any process has received a signal; if so, all of them will stop."""
+        agreed = int(world.max(float(self.number or 0)))
+        if agreed:  # a signal that arrived during the call counts at the next one
             self.number = agreed
         return bool(agreed)
 

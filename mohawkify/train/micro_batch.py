@@ -99,7 +99,7 @@ def largest_that_fits(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         while True:
             error = _try(stage, Batch(*(tensor[:micro_batch] for tensor in batch)), device, make_engine(micro_batch))
-            if not world.largest(float(error is not None)):
+            if not world.max(float(error is not None)):
                 return micro_batch
             if micro_batch == 1:
                 raise error or torch.OutOfMemoryError("a sequence does not fit in another process")

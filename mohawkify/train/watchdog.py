@@ -207,10 +207,10 @@ class Watchdog:
 
     def _end(self, silent: float) -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        if self.world.alarm is None:
+        if self.world.failures is None:
             self._say(silent)
         else:
-            self.world.alarm.report(HANG, lambda: self._say(silent), "hang")
+            self.world.failures.report(HANG, lambda: self._say(silent), "hang")
         os._exit(HANG)  # nothing else would end a thread that hangs
 
     def _say(self, silent: float) -> None:
