@@ -1,7 +1,7 @@
 """The table of SECURITY.md, proved: strangers' files are read while every file, import and process is written down.
 
 Python reports what it opens; what the Rust of safetensors and tokenizers opens it does not see. That no path leads them
-out of a folder is the business of test_teacher_claims.py.
+out of a folder is the business of teacher/test_validate.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mohawkify.errors import INPUT, RECIPE, USAGE
 from tests.commands import RECIPE as RECIPE_TEXT
 from tests.commands import copy_of, make_recipe, make_teacher, run_well
 from tests.conftest import ROOT
-from tests.teacher_damage import INDEX, WEIGHTS, edit_json
+from tests.teacher.damage import INDEX, WEIGHTS, edit_json
 
 SHORT = ("--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=64", "--set", "stages.orient.tokens=64")
 HAS_TASKS = find_spec("lm_eval") is not None

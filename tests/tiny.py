@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-# Families that tests of the parts run through; tests/test_adapters.py runs through all of them.
+# Families that tests of the parts run through; tests/families/test_adapters.py runs through all of them.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 

@@ -30,7 +30,7 @@ from mohawkify.errors import StorageError, UsageError
 from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
 from mohawkify.run.checkpoint import list_checkpoints, load_tensors, newest_valid, rotate, save_checkpoint
-from tests.faults import fault_at, killed_at, raise_error
+from tests.files.faults import fault_at, killed_at, raise_error
 from tests.fuzz import profile
 from tests.fuzz.campaign import counted
 from tests.fuzz.conftest import MEMORY

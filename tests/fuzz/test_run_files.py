@@ -23,7 +23,7 @@ from mohawkify.files import atomic
 from mohawkify.files.manifest import sealed
 from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.run.folder import RunFolder, finished_run
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, mutate_lines, odd_value, render, render_twice

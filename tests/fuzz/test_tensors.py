@@ -20,7 +20,7 @@ from mohawkify.files import atomic
 from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.teacher.load import load_teacher, weight_files
 from mohawkify.teacher.validate import INDEX_FILE
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import NUMBERS, PATHS, mutate_bytes, mutate_json, odd_value, render, render_twice

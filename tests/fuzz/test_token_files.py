@@ -25,7 +25,7 @@ from mohawkify.ops.losses import TopK
 from mohawkify.recipe.schema import Source
 from mohawkify.train.prepare_text import inspect_text
 from tests.bytes_tokenizer import bytes_tokenizer
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, render

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests import faults
+from tests.files import faults
 
 Operation = tuple[str, Path, Any]
 Tree = dict[str, bytes | None]  # relative names; None for a folder

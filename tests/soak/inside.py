@@ -21,7 +21,7 @@ import torch
 from mohawkify.cli.main import main
 from mohawkify.train import loop, trainer
 from mohawkify.train.engines.engine import LocalEngine
-from tests import faults
+from tests.files import faults
 
 # Moments of a conversion by the function that begins them, as the caller finds it.
 EVENTS = {

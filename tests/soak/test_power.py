@@ -20,7 +20,7 @@ from mohawkify.train import trainer
 from mohawkify.train.loop import StepReport
 from mohawkify.train.watchdog import Watchdog
 from tests.commands import RECIPE
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.soak import SEED, chooser, trials
 from tests.soak.disk import Disk, hash_of, recorded, write_out
 from tests.soak.runs import Tally

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.soak import SEED, chooser, trials
 from tests.soak.inside import EVENTS
 from tests.soak.runs import KILLED, Tally, compare_runs, figures_of, require_checkpoints, require_one_line

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mohawkify.files import atomic
-from tests.faults import content_of
+from tests.files.faults import content_of
 from tests.soak import IS_SOAK, SEED, chooser, trials
 from tests.soak.runs import KILLED, Tally, copy_run, require_checkpoints, require_one_line
 

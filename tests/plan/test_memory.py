@@ -1,0 +1,194 @@
+"""Planned memory beside measured memory, on small models that really train, and the rules of the planner itself."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mohawkify.errors import UsageError
+from mohawkify.ops.matrix_distance import orient_loss
+from mohawkify.ops.mixing_matrices import MixingMatrix
+from mohawkify.plan.gpus import GPUS, find_gpu, gpu_at_hand
+from mohawkify.plan.memory import (
+    STAGES,
+    Layout,
+    band_rows,
+    largest_micro_batch,
+    memory_parts,
+    remedies,
+    rule_of_thumb,
+    sizes_of,
+)
+from mohawkify.plan.planner import longest, trained_parameters
+from mohawkify.plan.planning import PlanOptions, plan
+from mohawkify.recipe.schema import load_recipe
+from mohawkify.student.build import design_student
+from mohawkify.teacher.inspect import inspect_teacher
+from tests.plan.peaks import allocated_peak, planned_parts
+from tests.tiny import save_teacher, tiny_teacher
+
+TOLERANCE = 0.15
+
+
+def dominating(parts):
+    """The part that takes most; weights, gradients and moments count as one."""
+    together = {"models": sum(parts[name] for name in ("teacher", "weights", "gradients", "optimizer", "buffers"))}
+    together |= {name: parts[name] for name in ("activations", "loss")}
+    return max(together, key=together.get)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "checkpointing", "most"),
+    [
+        ("weights", "orient", False, "models"),
+        ("weights", "align", False, "models"),
+        ("weights", "distill", False, "models"),
+        ("activations", "align", False, "activations"),
+        ("activations", "distill", False, "activations"),
+        ("activations", "distill", True, "activations"),
+        ("activations in bf16", "align", False, "activations"),
+        ("activations in bf16", "distill", False, "activations"),
+        ("activations in bf16", "distill", True, "activations"),
+        ("activations of another family", "align", False, "models"),
+        ("activations of another family", "distill", False, "activations"),
+        ("logits", "distill", False, "loss"),
+        ("bands", "orient", False, "activations"),
+        ("bands in bf16", "orient", False, "loss"),
+    ],
+)
+def test_planned_memory_is_what_the_allocator_measures(name, stage, checkpointing, most):
+    parts = planned_parts(name, stage, checkpointing)
+    measured = allocated_peak(name, stage, checkpointing)
+    assert dominating(parts) == most
+    assert sum(parts.values()) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's peak is read from /proc")
+def test_planned_memory_is_what_the_system_gives_the_process():
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.plan.peaks", "large"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for stage, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert sum(found["planned"].values()) == pytest.approx(found["measured"], rel=TOLERANCE), stage
+
+
+# The planner's own rules, on the sizes of a real conversion
+
+
+@pytest.fixture(scope="module")
+def llamba(teacher_configs):
+    """Sizes of Llamba-1B's stages, and what a sequence takes by the rule of thumb."""
+    inspection = inspect_teacher(str(teacher_configs / "Llama-3.2-1B-Instruct.json"))
+    recipe = load_recipe("llamba-1b")
+    student = design_student("s", inspection.spec, inspection.config, inspection.adapter, recipe.student)
+    lengths = {stage: longest(getattr(recipe.stages, stage)) for stage in STAGES}
+    sizes = {}
+    for stage in STAGES:
+        trained = trained_parameters(stage, getattr(recipe.stages, stage), inspection.spec, student)
+        sizes[stage] = sizes_of(stage, lengths[stage], inspection.spec, student, trained)
+    return sizes, rule_of_thumb(inspection.spec, student, "bf16", lengths)
+
+
+def total(sizes, layout, footprint):
+    return sum(memory_parts(sizes, layout, footprint).values())
+
+
+def test_one_gpu_holds_everything_of_the_models(llamba):
+    sizes, footprint = llamba
+    parts = memory_parts(sizes["distill"], Layout(micro_batch=1), footprint)
+    student, teacher = 1_405_159_936, 1_235_814_400
+    assert parts["teacher"] == 2 * teacher
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * student, 4 * student, 8 * student)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_shards_ever_more(llamba, stage):
+    sizes, footprint = llamba
+    zeros = [memory_parts(sizes[stage], Layout("deepspeed", zero=zero, num_gpus=8), footprint) for zero in range(4)]
+    student, trained = sizes[stage].student, sizes[stage].trained
+    assert [parts["weights"] for parts in zeros] == [4 * student] * 3 + [student // 2]
+    assert [parts["optimizer"] for parts in zeros] == [8 * trained] + [pytest.approx(12 * trained / 8, abs=1)] * 3
+    whole, shared = 4 * trained, pytest.approx(trained / 2, abs=1)
+    gradients = [parts["gradients"] for parts in zeros]
+    # Stages 1 and 2 sum up the gradients of all layers in every process before any is reduced, but at ZeRO-3.
+    assert gradients == [whole, whole, shared if stage == "distill" else whole, shared]
+
+
+def test_fsdp_shards_everything(llamba):
+    sizes, footprint = llamba
+    parts = memory_parts(sizes["align"], Layout("fsdp", num_gpus=4), footprint)
+    assert parts["weights"] == sizes["align"].student
+    assert parts["gradients"] == sizes["align"].trained
+    assert parts["optimizer"] == 2 * sizes["align"].trained
+
+
+def test_a_spread_teacher_keeps_its_embedding(llamba):
+    sizes, footprint = llamba
+    parts = memory_parts(sizes["align"], Layout("deepspeed", zero=3, num_gpus=4, shard_teacher=True), footprint)
+    embedding = 128256 * 2048
+    assert parts["teacher"] == (1_235_814_400 - embedding) // 2 + 2 * embedding
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_largest_micro_batch_is_the_largest_that_fits(llamba, stage):
+    sizes, footprint = llamba
+    layout = Layout(checkpointing=True)
+    usable = GPUS["H100"].usable_bytes
+    found = largest_micro_batch(sizes[stage], layout, footprint, usable, 128)
+    assert found > 1
+    assert 128 % found == 0
+    assert total(sizes[stage], replace(layout, micro_batch=found), footprint) <= usable
+    assert total(sizes[stage], replace(layout, micro_batch=2 * found), footprint) > usable
+    assert largest_micro_batch(sizes[stage], layout, footprint, 10**9, 128) == 0
+    assert largest_micro_batch(sizes[stage], layout, footprint, 10**15, 128) == 128
+    assert largest_micro_batch(sizes[stage], replace(layout, num_gpus=8), footprint, 10**15, 128) == 16
+
+
+@pytest.mark.parametrize("layout", [Layout(micro_batch=8), Layout("deepspeed", num_gpus=2, micro_batch=8)])
+def test_every_remedy_needs_less_in_the_fullest_stage(llamba, layout):
+    sizes, footprint = llamba
+    found = list(remedies(layout))
+    shared = {"teacher"} if layout.num_gpus > 1 else set()
+    assert {each.kind for each in found} >= {"checkpointing", "micro", "gpus", "offload"} | shared
+    for each in found:
+        assert total(sizes["distill"], each.layout, footprint) < total(sizes["distill"], layout, footprint), each.words
+        assert replace(layout, **each.fields(layout)) == each.layout
+
+
+def test_rows_of_a_band_are_those_of_the_operator():
+    """`orient_tiles` asks its attention for bands of rows: here it is watched doing so."""
+    asked = []
+
+    class Attention:
+        def band(self, begin, end, dtype):
+            asked.append(end - begin)
+            raise StopIteration
+
+    shapes = ((1, 2, 300), (4, 4, 512), (2, 8, 2048))
+    for batch, heads, length in shapes:
+        parts = [torch.zeros(batch, length, heads, 4)] * 2
+        mixing = MixingMatrix(*parts, torch.zeros(batch, length, heads), torch.zeros(heads))
+        with pytest.raises(StopIteration):
+            orient_loss(mixing, Attention(), None)
+    assert asked == [band_rows(*shape) for shape in shapes]
+
+
+def test_gpus_are_found_by_name_and_by_what_the_driver_calls_them():
+    assert find_gpu("h100") is GPUS["H100"]
+    with pytest.raises(UsageError, match="found T1000, expected one of H100, H200, A100, 4090"):
+        find_gpu("T1000")
+    mine = gpu_at_hand("NVIDIA GeForce RTX 4090", 25_000_000_000)
+    assert (mine.memory_bytes, mine.flops_per_second) == (25_000_000_000, GPUS["4090"].flops_per_second)
+    assert gpu_at_hand("NVIDIA H100 80GB HBM3", 1).bytes_per_second == GPUS["H100"].bytes_per_second
+    assert gpu_at_hand("NVIDIA T1000", 4_000_000_000).flops_per_second is None
+
+
+def test_a_router_of_experts_leaves_the_rule_of_thumb(tmp_path):
+    folder = save_teacher(tiny_teacher("mixtral"), tmp_path / "teacher")
+    planned = plan(str(folder), load_recipe("demo"), PlanOptions(count=True))
+    assert planned["activations_counted"] is False
+    assert planned["peak_memory_bytes"] > 0
