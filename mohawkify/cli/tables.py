@@ -84,8 +84,9 @@ def inspection_text(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{teacher['source']}: {found['family']}, {count_parameters(teacher)}",
-            f"{teacher['num_layers']} layers of width {teacher['hidden_size']:,}; {teacher['num_heads']} query heads "
-            f"of {teacher['head_dim']} over {teacher['num_key_value_heads']} key heads{window}",
+            f"{teacher['num_hidden_layers']} layers of width {teacher['hidden_size']:,}; "
+            f"{teacher['num_attention_heads']} query heads of {teacher['head_dim']} "
+            f"over {teacher['num_key_value_heads']} key heads{window}",
             f"vocabulary {teacher['vocab_size']:,}, made for up to {teacher['max_position_embeddings']:,} tokens"
             + (f"; biases on {', '.join(teacher['attention_biases'])}" if teacher["attention_biases"] else ""),
             "",

@@ -142,7 +142,7 @@ def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, le
     tokens = {stage: float(lengths[stage]) for stage in STAGES}
     features = student.num_heads * (student.head_dim + 2 * student.state_size)
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
-    mlp = (teacher.active_parameters - ends - teacher.attention_parameters) / teacher.num_layers
+    mlp = (teacher.active_parameters - ends - teacher.attention_parameters) / teacher.num_hidden_layers
     wide = mlp / (3 * teacher.hidden_size)
     scan = 4.0 * features * FP32
     layer = 5 * teacher.hidden_size * FP32 + 4 * features * number + scan + 4 * wide * number
@@ -371,9 +371,13 @@ def sizes_of(
         whole_logits: whether stage 3 makes all logits at once.
     """
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
-    num_layers = teacher.num_layers if stage == "distill" else len(student.grafted_layers)
+    num_layers = teacher.num_hidden_layers if stage == "distill" else len(student.grafted_layers)
     blocks = student.num_parameters - ends
-    mixing = {"orient": sum(trained.values()), "align": blocks * num_layers // teacher.num_layers, "distill": blocks}
+    mixing = {
+        "orient": sum(trained.values()),
+        "align": blocks * num_layers // teacher.num_hidden_layers,
+        "distill": blocks,
+    }
     if stage == "align" and set(trained) == {"mixer"}:
         mixing["align"] = student.mixer_parameters
     trained_ends = trained.get("head", 0) + (trained.get("embedding", 0) if teacher.tie_word_embeddings else 0)
@@ -386,7 +390,7 @@ def sizes_of(
         trained=sum(trained.values()),
         trained_ends=trained_ends,
         matrices=mixing[stage],
-        layer=blocks // teacher.num_layers,
+        layer=blocks // teacher.num_hidden_layers,
         mixer=student.mixer_parameters // len(student.grafted_layers),
         ends=ends,
         num_layers=num_layers,

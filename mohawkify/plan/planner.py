@@ -210,7 +210,7 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
         parts = MIXER_ONLY
     blocks = student.num_parameters - teacher.embedding_parameters - head - student.mixer_parameters
     if name == "align":
-        blocks = blocks * len(student.grafted_layers) // teacher.num_layers
+        blocks = blocks * len(student.grafted_layers) // teacher.num_hidden_layers
     sizes = {
         "mixer": student.mixer_parameters,
         "mlp": blocks,
@@ -363,7 +363,7 @@ def _work(
     if name == "align" and getattr(stage, "target", None) == "mixer":
         mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted
         return _Work(trunk, mixers + scan + mixers + outputs + 2 * scan)
-    share = num_grafted / teacher.num_layers if name == "align" else 1.0
+    share = num_grafted / teacher.num_hidden_layers if name == "align" else 1.0
     body = 2.0 * (student.num_parameters - idle - ends) * share
     learning = sum(size for part, size in trained.items() if part not in ("embedding", "head"))
     weights = 2.0 * (learning - (idle * share if "mlp" in trained else 0))

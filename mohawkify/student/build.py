@@ -81,15 +81,15 @@ def design_student(
     Raises:
         RecipeError: a layer to keep does not exist, or none is left to graft.
     """
-    wrong = [index for index in recipe.keep_attention if index >= teacher.num_layers]
+    wrong = [index for index in recipe.keep_attention if index >= teacher.num_hidden_layers]
     if wrong:
         raise RecipeError(
-            f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {teacher.num_layers - 1}"
+            f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {teacher.num_hidden_layers - 1}"
         )
-    grafted = tuple(index for index in range(teacher.num_layers) if index not in recipe.keep_attention)
+    grafted = tuple(index for index in range(teacher.num_hidden_layers) if index not in recipe.keep_attention)
     if not grafted:
         raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
-    heads, width, state = teacher.num_heads, teacher.head_dim, recipe.state_size
+    heads, width, state = teacher.num_attention_heads, teacher.head_dim, recipe.state_size
     sizes: dict[str, Any] = {
         "layers": adapter.layers,
         "attention": adapter.attention,

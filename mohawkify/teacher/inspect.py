@@ -115,9 +115,9 @@ def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherS
     return TeacherSpec(
         source=source,
         model_type=adapter.model_type,
-        num_layers=len(layers),
+        num_hidden_layers=len(layers),
         hidden_size=hidden_size,
-        num_heads=num_heads,
+        num_attention_heads=num_heads,
         num_key_value_heads=weights[0].k_gpd.shape[0],
         head_dim=head_dim,
         vocab_size=embedding.weight.shape[0],

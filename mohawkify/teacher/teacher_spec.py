@@ -13,9 +13,9 @@ class TeacherSpec:
     Args:
         source: the folder, file or Hub id as the user gave it.
         model_type: transformers' key of the family.
-        num_layers: decoder layers.
+        num_hidden_layers: decoder layers.
         hidden_size: model width.
-        num_heads: query heads per layer.
+        num_attention_heads: query heads per layer.
         num_key_value_heads: key and value heads per layer.
         head_dim: width of a query head.
         vocab_size: rows of the embedding.
@@ -33,9 +33,9 @@ class TeacherSpec:
 
     source: str
     model_type: str
-    num_layers: int
+    num_hidden_layers: int
     hidden_size: int
-    num_heads: int
+    num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     vocab_size: int

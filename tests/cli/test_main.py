@@ -167,7 +167,7 @@ def test_inspect_accounts_for_every_parameter(teacher_configs, name):
     assert sum(part["replaced"] + part["copied"] for part in parts) == PARAMETERS[name]
     assert sum(part["mixer"] + part["copied"] for part in parts) == found["student"]["num_parameters"]
     layers = [part for part in parts if part["part"].startswith("layer ")]
-    assert len(layers) == found["teacher"]["num_layers"]
+    assert len(layers) == found["teacher"]["num_hidden_layers"]
     assert all(part["attention"] == "full_attention" for part in layers)
     text = run_well("inspect", config).stdout
     assert f"{PARAMETERS[name]:,}" in text

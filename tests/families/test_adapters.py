@@ -72,7 +72,11 @@ def case(request, tmp_path_factory) -> Case:
 def test_inspected_facts_are_the_configurations(case):
     spec, config = case.found.spec, case.found.config
     assert spec.model_type == case.name == config.model_type
-    assert (spec.num_layers, spec.num_heads, spec.hidden_size) == (LAYERS, config.num_attention_heads, 32)
+    assert (spec.num_hidden_layers, spec.num_attention_heads, spec.hidden_size) == (
+        LAYERS,
+        config.num_attention_heads,
+        32,
+    )
     assert spec.vocab_size == config.vocab_size
     assert spec.max_position_embeddings == 128
     with torch.device("meta"):
@@ -87,7 +91,7 @@ def test_captured_attention_has_the_inspected_heads_and_windows(case):
     spec = case.found.spec
     for call in case.heard(packed(borders=(0,))):
         q_bhlp, k_bgsp = call.attention.q_bhlp, call.attention.k_bgsp
-        assert q_bhlp.shape[1::2] == (spec.num_heads, spec.head_dim)
+        assert q_bhlp.shape[1::2] == (spec.num_attention_heads, spec.head_dim)
         assert k_bgsp.shape[1::2] == (spec.num_key_value_heads, spec.head_dim)
         row = call.attention.probabilities()[0, :, 20]
         sees = spec.sliding_window if spec.layer_types[call.layer] == "sliding_attention" else 21

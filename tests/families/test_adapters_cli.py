@@ -63,7 +63,7 @@ def test_the_whole_way(teacher):
     inspected = json.loads(run_well("inspect", "teacher", "--json").stdout)
     parts = {part["part"]: part for part in inspected["parts"]}
     facts = inspected["teacher"]
-    assert (facts["model_type"], facts["num_layers"]) == (family, 2)
+    assert (facts["model_type"], facts["num_hidden_layers"]) == (family, 2)
     assert sum(part["replaced"] + part["copied"] for part in parts.values()) == facts["num_parameters"]
     assert sum(part["mixer"] + part["copied"] for part in parts.values()) == inspected["student"]["num_parameters"]
     assert parts["embedding"]["copied"] == facts["embedding_parameters"]

@@ -41,7 +41,7 @@ RESULTS = {
     "stages": {"init": {"tokens": 0, "perplexity": 90.5, "kl": 3.0, "top1": 0.25, "seconds": 0.0}},
     "evaluation_tokens": 200,
 }
-FACTS = {"source": "demo", "folder": "/nowhere/teacher", "files": {"config.json": "2" * 64}, "num_layers": 3}
+FACTS = {"source": "demo", "folder": "/nowhere/teacher", "files": {"config.json": "2" * 64}, "num_hidden_layers": 3}
 RECIPE = """\
 name: tiny
 description: a few steps of every stage
