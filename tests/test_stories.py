@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mohawkify.recipe.schema import apply_overrides, load_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
 

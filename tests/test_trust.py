@@ -442,8 +442,8 @@ def test_nothing_was_unpickled_and_no_process_started(outcome: Outcome) -> None:
 
 
 def test_nothing_was_reached(outcome: Outcome) -> None:
-    sample_spans = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
-    assert_none([f"{name}: {event}" for name, event in outcome.all(*sample_spans)])
+    events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
+    assert_none([f"{name}: {event}" for name, event in outcome.all(*events)])
 
 
 def test_only_their_folders_were_read(outcome: Outcome) -> None:

@@ -30,7 +30,8 @@ from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
 from mohawkify.plan.planner import STAGES
 from mohawkify.plan.planning import plan
-from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe
+from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import build_student, design_student, mixers_of
 from mohawkify.teacher.capture import LayerCall, layer_hooks
 from mohawkify.teacher.inspect import inspect_teacher

@@ -382,7 +382,7 @@ def recipes(context: click.Context) -> None:
 def recipes_ls(as_json: bool) -> None:
     """List the bundled recipes."""
     from mohawkify.recipe.bundled import recipe_names
-    from mohawkify.recipe.schema import load_recipe
+    from mohawkify.recipe.loading import load_recipe
 
     found = [
         {"name": name, "description": load_recipe(name).description, "teacher": load_recipe(name).teacher}

@@ -64,7 +64,7 @@ class FiniteRange(click.FloatRange):
 
 def chosen_recipe(name: str, overrides: tuple[str, ...]) -> Recipe:
     """The recipe that --recipe and --set mean."""
-    from mohawkify.recipe.schema import apply_overrides, load_recipe
+    from mohawkify.recipe.loading import apply_overrides, load_recipe
 
     return apply_overrides(load_recipe(name), overrides)
 

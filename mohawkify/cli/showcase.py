@@ -19,7 +19,7 @@ from mohawkify.evaluate.speed import decode_speed
 from mohawkify.export.export import export_run
 from mohawkify.files import atomic
 from mohawkify.plan.planning import plan
-from mohawkify.recipe.schema import load_recipe
+from mohawkify.recipe.loading import load_recipe
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import DEMO
 from mohawkify.train.conversion import ConvertOptions

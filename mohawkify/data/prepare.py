@@ -45,7 +45,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass
-class ShardProgress:
+class SourceProgress:
     """What a corpus has of a source so far.
 
     Args:
@@ -179,7 +179,7 @@ class _Work:
 
     def __init__(self, wanted: CorpusRequest, folder: Path, report: Report, progress: Progress) -> None:
         self.wanted, self.folder, self.report, self.progress = wanted, folder, report, progress
-        self.taken = [ShardProgress() for _ in wanted.sources]
+        self.taken = [SourceProgress() for _ in wanted.sources]
         self.tokens_of = [0 for _ in wanted.sources]
         self.shards: list[str] = []
         self.borders = array("q", [0])
@@ -239,7 +239,7 @@ class _Work:
         for number, path in enumerate(present):
             try:
                 values = atomic.verify_directory(path)["facts"]["taken"]
-                found = [ShardProgress(**each) for each in values]
+                found = [SourceProgress(**each) for each in values]
             except (CheckpointError, KeyError, TypeError):
                 found = []
             if len(found) != len(self.taken) or path.name != shard_name(number):

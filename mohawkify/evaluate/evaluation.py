@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify.data.selection import TextReader
+from mohawkify.data.stage_text import TextReader
 from mohawkify.data.validation import evaluation_batches
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import TeacherError, UsageError

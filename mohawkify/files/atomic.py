@@ -24,10 +24,10 @@ from mohawkify.errors import CheckpointError, StorageError
 from mohawkify.files.disk import clear_errors, require_space
 from mohawkify.files.manifest import (
     MANIFEST_NAME,
-    Beat,
+    Heartbeat,
     files_below,
     manifest_of,
-    no_beat,
+    no_heartbeat,
     raise_error,
     read_manifest,
     require_listed_files,
@@ -152,7 +152,7 @@ def atomic_directory(
     facts: Mapping[str, Any] | None = None,
     manifest: bool = True,
     needed: int | None = None,
-    beat: Beat = no_beat,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[Path]:
     """Write a folder that appears complete or not at all.
 
@@ -165,7 +165,7 @@ def atomic_directory(
         facts: what the manifest says beside the files: any JSON object; read when the block ends.
         manifest: whether to write `manifest.json`, which `verify_directory` needs.
         needed: bytes that the block will write, where that is known: refused at once where the disk has less.
-        beat: called whenever a part of a file has been hashed, or a file flushed.
+        heartbeat: called whenever a part of a file has been hashed, or a file flushed.
 
     Raises:
         DiskFullError: the disk has no room, or has none left.
@@ -183,8 +183,8 @@ def atomic_directory(
             temporary.mkdir()
             yield temporary
             if manifest:
-                _write_manifest(temporary, facts or {}, beat)
-            _sync_tree(temporary, beat)
+                _write_manifest(temporary, facts or {}, heartbeat)
+            _sync_tree(temporary, heartbeat)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -192,8 +192,8 @@ def atomic_directory(
         _sync_directory(target.parent)
 
 
-def verify_directory(path: Path, beat: Beat = no_beat) -> dict[str, Any]:
-    """Hash every file of a folder again and compare with its manifest; `beat` is called on the way.
+def verify_directory(path: Path, heartbeat: Heartbeat = no_heartbeat) -> dict[str, Any]:
+    """Hash every file of a folder again and compare with its manifest; `heartbeat` is called on the way.
 
     Returns:
         The manifest: "facts" as given to `atomic_directory`, "files" with the size and hash of each.
@@ -205,7 +205,7 @@ def verify_directory(path: Path, beat: Beat = no_beat) -> dict[str, Any]:
     try:
         with clear_errors("read", path):
             manifest = read_manifest(path / MANIFEST_NAME)
-            require_listed_files(path, manifest["files"], beat)
+            require_listed_files(path, manifest["files"], heartbeat)
     except StorageError as error:  # for the caller a file that cannot be read is as bad as a changed one
         raise CheckpointError(error.message) from error
     return manifest
@@ -308,8 +308,8 @@ def _end_of_whole_lines(file: FileIO) -> int:
     return file.readall().rfind(b"\n") + 1
 
 
-def _write_manifest(directory: Path, facts: Mapping[str, Any], beat: Beat = no_beat) -> None:
-    _write_new_file(directory / MANIFEST_NAME, manifest_of(directory, facts, beat))
+def _write_manifest(directory: Path, facts: Mapping[str, Any], heartbeat: Heartbeat = no_heartbeat) -> None:
+    _write_new_file(directory / MANIFEST_NAME, manifest_of(directory, facts, heartbeat))
 
 
 def _write_new_file(path: Path, data: bytes) -> None:
@@ -345,7 +345,7 @@ def _remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(directory: Path, beat: Beat) -> None:
+def _sync_tree(directory: Path, heartbeat: Heartbeat) -> None:
     """Flush all files and folders to the disk, and give the files the permissions of the folder.
 
     The permissions because safetensors 0.8 creates files that only their owner can read (measured).
@@ -358,7 +358,7 @@ def _sync_tree(directory: Path, beat: Beat) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-        beat()
+        heartbeat()
     for folder, _, _ in os.walk(directory, topdown=False, onerror=raise_error):
         _sync_directory(Path(folder))
 

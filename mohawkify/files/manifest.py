@@ -17,26 +17,26 @@ from mohawkify.errors import CheckpointError, NumericsError, UsageError
 from mohawkify.files.strict_json import parse_json, render_json
 
 MANIFEST_NAME = "manifest.json"
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 _FORMAT = "mohawkify-manifest"
 _VERSION = 1
 _PART_BYTES = 1 << 20
 
 
-def no_beat() -> None:
-    """Nobody waits for a sign of life."""
+def no_heartbeat() -> None:
+    """Do nothing: no watchdog is running."""
 
 
-def sha256_of(path: Path, beat: Beat = no_beat) -> str:
-    """Hash the content of a file: 64 hexadecimal digits; `beat` is called after every part of it."""
+def sha256_of(path: Path, heartbeat: Heartbeat = no_heartbeat) -> str:
+    """Hash the content of a file: 64 hexadecimal digits; `heartbeat` is called after every part of it."""
     digest = hashlib.sha256()
     try:
         require_plain(path)
         with path.open("rb") as file:
             while part := file.read(_PART_BYTES):
                 digest.update(part)
-                beat()
+                heartbeat()
     except OSError as error:
         error.filename = error.filename or str(path)  # reading, unlike opening, does not say of what
         raise
@@ -53,15 +53,15 @@ def require_plain(path: Path) -> None:
         raise OSError(errno.EINVAL, "not a plain file", str(path))
 
 
-def manifest_of(directory: Path, facts: Mapping[str, Any], beat: Beat) -> bytes:
+def manifest_of(directory: Path, facts: Mapping[str, Any], heartbeat: Heartbeat) -> bytes:
     """The manifest of a folder as it is now.
 
     Args:
         directory: the folder.
         facts: what the manifest says beside the files.
-        beat: called after every part of a file.
+        heartbeat: called after every part of a file.
     """
-    files = {name: _describe(directory / name, beat) for name in sorted(files_below(directory))}
+    files = {name: _describe(directory / name, heartbeat) for name in sorted(files_below(directory))}
     body = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
     return sealed(body, directory / MANIFEST_NAME)
 
@@ -95,14 +95,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def require_listed_files(directory: Path, listed: dict[str, Any], beat: Beat) -> None:
+def require_listed_files(directory: Path, listed: dict[str, Any], heartbeat: Heartbeat) -> None:
     """Raise CheckpointError for the first file that is missing, extra or changed."""
     present = files_below(directory) - {MANIFEST_NAME}
     for name in sorted(listed.keys() ^ present):
         problem = "is not in the manifest" if name in present else "is missing"
         raise CheckpointError(f"{directory / name} {problem}")
     for name in sorted(listed):
-        found = _describe(directory / name, beat)
+        found = _describe(directory / name, heartbeat)
         if found != listed[name]:
             content = f"{found['bytes']:,} bytes with sha256 {found['sha256'][:12]}..."
             raise CheckpointError(f"{directory / name} has changed: it now holds {content}")
@@ -128,8 +128,8 @@ def sealed(body: dict[str, Any], path: Path) -> bytes:
     return render_json({**body, "sha256": seal}, path).encode()
 
 
-def _describe(path: Path, beat: Beat) -> dict[str, Any]:
+def _describe(path: Path, heartbeat: Heartbeat) -> dict[str, Any]:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a plain file", str(path))
-    return {"bytes": status.st_size, "sha256": sha256_of(path, beat)}
+    return {"bytes": status.st_size, "sha256": sha256_of(path, heartbeat)}

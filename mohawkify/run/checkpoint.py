@@ -23,7 +23,7 @@ from mohawkify.files.atomic import (
     verify_directory,
     write_json,
 )
-from mohawkify.files.manifest import Beat, no_beat
+from mohawkify.files.manifest import Heartbeat, no_heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def save_checkpoint(
     optimizer_tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     random_tensors: Mapping[str, Tensor] | None = None,
-    beat: Beat = no_beat,
+    heartbeat: Heartbeat = no_heartbeat,
 ) -> Path:
     """Write a checkpoint, complete or not at all.
 
@@ -73,7 +73,7 @@ def save_checkpoint(
         optimizer_tensors: the optimiser's tensors by name.
         state: a JSON object: where the run stands, and the hashes of what it started from.
         random_tensors: the state of the random generators of all processes; None for that of this one.
-        beat: called after every file that is written or flushed, and every part of one that is hashed.
+        heartbeat: called after every file that is written or flushed, and every part of one that is hashed.
 
     Returns:
         The checkpoint's folder.
@@ -87,17 +87,17 @@ def save_checkpoint(
         _require_finite(kind, tensors)
     target = directory / f"step-{global_step:08d}"
     if target.is_dir():
-        if _is_valid(target, beat):
+        if _is_valid(target, heartbeat):
             return target
         remove_directory(target)
     random_tensors = rng_tensors() if random_tensors is None else random_tensors
     groups = {"model": model_tensors, "optimizer": optimizer_tensors, "rng": random_tensors}
     needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
     facts = {"checkpoint_format": _FORMAT, "global_step": global_step}
-    with atomic_directory(target, facts=facts, needed=needed, beat=beat) as folder:
+    with atomic_directory(target, facts=facts, needed=needed, heartbeat=heartbeat) as folder:
         for name, tensors in groups.items():
             save_tensors(folder / f"{name}.safetensors", tensors)
-            beat()
+            heartbeat()
         write_json(folder / _STATE_NAME, dict(state))
     return target
 
@@ -197,13 +197,13 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def rotate(directory: Path, keep: int, beat: Beat = no_beat) -> None:
+def rotate(directory: Path, keep: int, heartbeat: Heartbeat = no_heartbeat) -> None:
     """Delete the checkpoints older than the newest `keep` valid ones, which are verified first.
 
     Args:
         directory: the run's folder of checkpoints.
         keep: how many stay.
-        beat: called after every part of a file that is hashed, and every folder that is removed.
+        heartbeat: called after every part of a file that is hashed, and every folder that is removed.
 
     Raises:
         ValueError: `keep` is less than one.
@@ -218,8 +218,8 @@ def rotate(directory: Path, keep: int, beat: Beat = no_beat) -> None:
     for path in reversed(paths):
         if num_valid == keep:
             remove_directory(path)
-            beat()
-        elif _is_valid(path, beat):
+            heartbeat()
+        elif _is_valid(path, heartbeat):
             num_valid += 1
 
 
@@ -264,18 +264,18 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
         _logger.warning("the random state of %s starts anew: the checkpoint was written without it", name)
 
 
-def open_checkpoint(path: Path, beat: Beat = no_beat) -> Checkpoint:
+def open_checkpoint(path: Path, heartbeat: Heartbeat = no_heartbeat) -> Checkpoint:
     """Verify a checkpoint and read its state.
 
     Args:
         path: its folder.
-        beat: called whenever a part of a file has been hashed.
+        heartbeat: called whenever a part of a file has been hashed.
 
     Raises:
         CheckpointError: a file is missing, extra or changed, or it is the checkpoint of another step.
         UsageError: another version of mohawkify wrote it.
     """
-    manifest = verify_directory(path, beat)
+    manifest = verify_directory(path, heartbeat)
     facts = manifest["facts"]
     if facts.get("checkpoint_format") != _FORMAT:
         raise UsageError(
@@ -290,9 +290,9 @@ def open_checkpoint(path: Path, beat: Beat = no_beat) -> Checkpoint:
     return Checkpoint(path=path, global_step=_step_of(path), state=state)
 
 
-def _is_valid(path: Path, beat: Beat) -> bool:
+def _is_valid(path: Path, heartbeat: Heartbeat) -> bool:
     try:
-        open_checkpoint(path, beat)
+        open_checkpoint(path, heartbeat)
     except CheckpointError:
         return False
     return True

@@ -11,7 +11,8 @@ from typing import Any
 
 from mohawkify.errors import CheckpointError, UsageError
 from mohawkify.files.atomic import read_json, verify_directory, write_json
-from mohawkify.recipe.schema import Recipe, comparable_text, load_recipe
+from mohawkify.recipe.loading import comparable_text, load_recipe
+from mohawkify.recipe.schema import Recipe
 
 RUNS = Path("runs")
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.loader import sequences_of
 from mohawkify.data.packing import packed_batch
-from mohawkify.data.selection import TextReader, epochs_of, sample_range_of, tokens_wanted
+from mohawkify.data.stage_text import TextReader, epochs_of, sample_range_of, tokens_needed
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.distributed.process_group import World
@@ -155,7 +155,7 @@ def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Pa
     recipe, needed = text.recipe, text.bytes_to_write(segment.data)
     if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
         most = segment.num_steps * recipe.stages.distill.batch_sequences
-        most = min(most, tokens_wanted(recipe, segment.data) // segment.sequence_length)
+        most = min(most, tokens_needed(recipe, segment.data) // segment.sequence_length)
         needed += max(0, most - _num_written(output, layout)) * layout.record_bytes
     disk.require_space(output, needed)
 

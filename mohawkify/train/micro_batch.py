@@ -9,7 +9,7 @@ import torch
 
 from mohawkify.data.loader import SampleRange, batch_at
 from mohawkify.data.packing import Batch
-from mohawkify.data.selection import stage_recipes
+from mohawkify.data.stage_text import stage_recipes
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import MemoryShortageError, is_out_of_memory
 from mohawkify.objectives.objective import Runner, Stage

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.data.prepare import UNFINISHED
-from mohawkify.data.selection import TextReader, epochs_needed, stage_ranges
+from mohawkify.data.stage_text import TextReader, epochs_needed, stage_ranges
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.distributed.device import choose_device
 from mohawkify.distributed.process_group import World
@@ -25,7 +25,8 @@ from mohawkify.files.lock import run_lock
 from mohawkify.objectives.objective import Pair
 from mohawkify.ops import dispatch
 from mohawkify.plan.planning import plan_run, student_of
-from mohawkify.recipe.schema import Recipe, comparable_text, dump_recipe
+from mohawkify.recipe.loading import comparable_text, dump_recipe
+from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.student.build import build_student, checkpoint_activations, use_kernels

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mohawkify.data.corpus import Corpus, load_corpus, read_note
 from mohawkify.data.corpus_files import LARGEST_ID, checked_facts
-from mohawkify.data.selection import TextReader
+from mohawkify.data.stage_text import TextReader
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.files import atomic, disk

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.loader import SampleRange
-from mohawkify.data.selection import stage_ranges, stage_recipes
+from mohawkify.data.stage_text import stage_ranges, stage_recipes
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.distributed.process_group import World
@@ -367,7 +367,7 @@ class Conversion:
                     optimizer_tensors=optimizer,
                     random_tensors=random,
                     state={"identity": self.identity, "text": self._fingerprints(), "position": asdict(position)},
-                    beat=hang.beat,
+                    heartbeat=hang.beat,
                 )
                 break
             except DiskFullError as error:

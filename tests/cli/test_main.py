@@ -23,7 +23,7 @@ from mohawkify.export.export import TARGETS
 from mohawkify.families.registry import adapter_names
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.bundled import recipe_names
-from mohawkify.recipe.schema import apply_overrides, load_recipe, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 from tools.cli_docs import with_reference

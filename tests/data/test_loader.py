@@ -16,9 +16,10 @@ from mohawkify.data import loader
 from mohawkify.data.corpus import Corpus, Joined
 from mohawkify.data.loader import SampleRange, batch_at, read_batches
 from mohawkify.data.packing import Batch
-from mohawkify.data.selection import epochs_needed, sample_spans, stage_ranges, tokens_wanted
+from mohawkify.data.stage_text import epochs_needed, planned_ranges, stage_ranges, tokens_needed
 from mohawkify.errors import RecipeError
-from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, parse_recipe
+from mohawkify.recipe.schema import Recipe
 
 RECIPE = """
 name: tiny
@@ -56,8 +57,8 @@ def corpus(num_tokens: int, seed: int, is_masked: bool) -> Corpus:
 def make_corpora(recipe: Recipe) -> dict[str, Corpus]:
     """Exactly the tokens that the epochs need, so that every epoch's border is crossed."""
     return {
-        "train": corpus(tokens_wanted(recipe, "train"), 1, is_masked=False),
-        "final_phase": corpus(tokens_wanted(recipe, "final_phase"), 2, is_masked=True),
+        "train": corpus(tokens_needed(recipe, "train"), 1, is_masked=False),
+        "final_phase": corpus(tokens_needed(recipe, "final_phase"), 2, is_masked=True),
     }
 
 
@@ -149,15 +150,15 @@ def test_lengths_that_share_no_order_are_refused_where_text_is_read_so_often(rec
     with pytest.raises(RecipeError, match=r"stages.align.sequence_length: found 12 beside 16 on the same text"):
         apply_overrides(recipe, odd)
     allowed = apply_overrides(recipe, [*odd, "data.epochs=null"])
-    assert [span.sequences_per_block for found in sample_spans(allowed).values() for span in found] == [2, 1, 1, 1]
+    assert [span.sequences_per_block for found in planned_ranges(allowed).values() for span in found] == [2, 1, 1, 1]
 
 
 def test_tokens_wanted_are_just_enough(recipe: Recipe) -> None:
     for data, epochs in (("train", 3), ("final_phase", 4)):
-        enough = tokens_wanted(recipe, data)
+        enough = tokens_needed(recipe, data)
         assert epochs_needed(recipe, data, enough) == epochs
         assert epochs_needed(recipe, data, enough - 1) == epochs + 1
-    first = {name: [(span.first, span.end) for span in found] for name, found in sample_spans(recipe).items()}
+    first = {name: [(span.first, span.end) for span in found] for name, found in planned_ranges(recipe).items()}
     assert first == {"orient": [(0, 248)], "align": [(124, 308)], "distill": [(308, 524), (0, 80)]}
 
 

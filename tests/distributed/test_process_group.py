@@ -23,7 +23,8 @@ from mohawkify.distributed.launch import _exit_code, first_host, rank_from_envir
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
-from mohawkify.recipe.schema import OptimizerRecipe, apply_overrides, comparable_text, load_recipe, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, comparable_text, load_recipe, parse_recipe
+from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train import loop, pipeline
 from mohawkify.train.engines.choice import (
     choose_engine,

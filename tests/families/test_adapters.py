@@ -24,7 +24,8 @@ from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
 from mohawkify.plan.planning import plan
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, load_recipe
+from mohawkify.recipe.loading import load_recipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head

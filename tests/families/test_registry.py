@@ -127,7 +127,7 @@ def test_nearest(name: str, candidates: list[str], guess: str | None) -> None:
 
 def test_recipes_and_shelf_come_without_torch() -> None:
     code = (
-        "import sys; from mohawkify.recipe.schema import load_recipe;"
+        "import sys; from mohawkify.recipe.loading import load_recipe;"
         "from mohawkify.families.registry import load_adapter;"
         "load_recipe('demo'); load_adapter('llama');"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"

@@ -13,8 +13,9 @@ from pydantic.fields import FieldInfo
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe.bundled import recipe_names, recipe_text
+from mohawkify.recipe.loading import apply_overrides, dump_recipe, parse_recipe
 from mohawkify.recipe.messages import keys
-from mohawkify.recipe.schema import Condition, Recipe, Source, StageRecipe, apply_overrides, dump_recipe, parse_recipe
+from mohawkify.recipe.schema import Condition, Recipe, Source, StageRecipe
 from mohawkify.recipe.strict_yaml import dump_yaml
 from mohawkify.recipe.types import COUNT, Name
 from tests.fuzz.campaign import require_message, run_campaign

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mohawkify.recipe.loading import dump_recipe, parse_recipe
 from mohawkify.recipe.messages import keys
-from mohawkify.recipe.schema import Recipe, dump_recipe, parse_recipe
+from mohawkify.recipe.schema import Recipe
 from tests.commands import run
 
 EVERY_KEY = """\

@@ -13,7 +13,7 @@ import torch
 from mohawkify.errors import MissingExtraError, UsageError
 from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.ops import dispatch, libraries, scan
-from mohawkify.recipe.schema import apply_overrides, load_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.student.build import use_kernels
 from tests.commands import run, run_well
 from tests.tiny import tiny_pair

@@ -24,7 +24,8 @@ from mohawkify.objectives.objective import Pair, Runner, Stage
 from mohawkify.plan.activations import count_footprint
 from mohawkify.plan.memory import Layout, memory_parts, sizes_of
 from mohawkify.plan.planner import trained_parameters
-from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe
+from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.train.engines.engine import LocalEngine

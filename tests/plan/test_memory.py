@@ -25,7 +25,7 @@ from mohawkify.plan.memory import (
 )
 from mohawkify.plan.planner import longest, trained_parameters
 from mohawkify.plan.planning import PlanOptions, plan
-from mohawkify.recipe.schema import load_recipe
+from mohawkify.recipe.loading import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.inspect import inspect_teacher
 from tests.plan.peaks import allocated_peak, planned_parts

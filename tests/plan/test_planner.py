@@ -16,7 +16,7 @@ from mohawkify.objectives.objective import Runner
 from mohawkify.plan.memory import Layout, remedies
 from mohawkify.plan.planner import _work, layout_of, trained_parameters
 from mohawkify.plan.planning import PlanOptions, plan
-from mohawkify.recipe.schema import apply_overrides, load_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.train.schedule import learning_rate

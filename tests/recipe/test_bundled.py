@@ -3,7 +3,7 @@
 import pytest
 
 from mohawkify.recipe.bundled import recipe_names, recipe_text
-from mohawkify.recipe.schema import dump_recipe, load_recipe, parse_recipe
+from mohawkify.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from tests.conftest import ROOT
 from tools import recipe_docs
 

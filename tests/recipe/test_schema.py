@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 
 from mohawkify.errors import RecipeError
 from mohawkify.recipe import strict_yaml
-from mohawkify.recipe.schema import (
-    AlignRecipe,
-    OrientRecipe,
-    Recipe,
-    Segment,
-    apply_overrides,
-    dump_recipe,
-    load_recipe,
-    parse_recipe,
-)
+from mohawkify.recipe.loading import apply_overrides, dump_recipe, load_recipe, parse_recipe
+from mohawkify.recipe.schema import AlignRecipe, OrientRecipe, Recipe, Segment
 from mohawkify.recipe.types import format_count, parse_count
 
 SMALL = """\

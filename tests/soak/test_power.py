@@ -13,7 +13,7 @@ from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError
 from mohawkify.files import atomic
-from mohawkify.recipe.schema import parse_recipe
+from mohawkify.recipe.loading import parse_recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.train import trainer

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mohawkify.data.selection import tokens_wanted
+from mohawkify.data.stage_text import tokens_needed
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeError, UsageError
 from mohawkify.files import disk
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.files.lock import run_lock
 from mohawkify.plan.planning import plan
-from mohawkify.recipe.schema import Recipe, apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, parse_recipe
+from mohawkify.recipe.schema import Recipe
 from mohawkify.train import pipeline
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
@@ -212,7 +213,7 @@ def begin(*args: object, **kwargs: object) -> None:
 def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whole_run, tmp_path, monkeypatch):
     expected = read_json(whole_run.plan_file)["disk_bytes"]
     kept = expected["checkpoints"] + expected["final"]
-    text = 4 * (tokens_wanted(recipe, "train") + recipe.evaluation.tokens)
+    text = 4 * (tokens_needed(recipe, "train") + recipe.evaluation.tokens)
     prepare_text(str(teacher_folder), recipe, tmp_path / "prepared", num_workers=0, report=lambda line: None)
 
     def start(free: int, **more: Any) -> None:

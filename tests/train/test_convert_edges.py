@@ -92,9 +92,9 @@ def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
     watched: list[bool] = []
     write, sha256_of = Conversion._write, manifest.sha256_of
 
-    def hash_watched(path: Path, beat: Any = manifest.no_beat) -> str:
-        watched.append(isinstance(getattr(beat, "__self__", None), Watchdog))
-        return sha256_of(path, beat)
+    def hash_watched(path: Path, heartbeat: Any = manifest.no_heartbeat) -> str:
+        watched.append(isinstance(getattr(heartbeat, "__self__", None), Watchdog))
+        return sha256_of(path, heartbeat)
 
     def write_watched(*arguments: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:

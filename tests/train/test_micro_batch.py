@@ -7,7 +7,7 @@ import torch
 
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import MEMORY, MemoryShortageError, is_out_of_memory
-from mohawkify.recipe.schema import apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.train.micro_batch import naming_what_to_try
 from tests.commands import RECIPE
 

@@ -10,7 +10,8 @@ import pytest
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.files.atomic import read_lines
 from mohawkify.plan.planning import plan
-from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe, apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, parse_recipe
+from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert
 from mohawkify.train.plateau import Phases, PlateauDetector

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, DataError, TeacherError, UsageError
 from mohawkify.files.atomic import read_lines
-from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
+from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.second import SecondTeacher

@@ -12,7 +12,7 @@ import pytest
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, MissingExtraError
 from mohawkify.files.atomic import read_lines
-from mohawkify.recipe.schema import apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.train import tracking
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.pipeline import convert

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mohawkify.data.selection import stage_recipes
+from mohawkify.data.stage_text import stage_recipes
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import UsageError
 from mohawkify.families.decoder_layers import find_layers

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify.data.selection import TextReader, epochs_needed, tokens_wanted
+from mohawkify.data.stage_text import TextReader, epochs_needed, tokens_needed
 from mohawkify.errors import DataError, RecipeError
 from mohawkify.files import atomic
-from mohawkify.recipe.schema import Recipe, apply_overrides, load_recipe, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
+from mohawkify.recipe.schema import Recipe
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
 
@@ -48,7 +49,7 @@ NEEDED = 448  # tokens of the recipe's three stages
 def test_as_many_tokens_are_taken_as_the_epochs_need(tmp_path: Path, epochs: int) -> None:
     recipe = recipe_for(write(tmp_path / "a.jsonl", 100), f"data.epochs={epochs}")
     corpus = reader(recipe, tmp_path).training()["train"]
-    assert corpus.num_tokens == tokens_wanted(recipe, "train") == -(-NEEDED // 16 // epochs) * 16
+    assert corpus.num_tokens == tokens_needed(recipe, "train") == -(-NEEDED // 16 // epochs) * 16
     assert epochs_needed(recipe, "train", corpus.num_tokens) == epochs
 
 
@@ -108,7 +109,7 @@ def test_the_published_tail_is_four_epochs_of_200_million_tokens(name: str) -> N
     recipe = load_recipe(name)
     assert recipe.data.final_phase_epochs == 4
     # In whole batches: half a batch more or less.
-    assert abs(tokens_wanted(recipe, "final_phase") - 200e6) < 128 * 4096
+    assert abs(tokens_needed(recipe, "final_phase") - 200e6) < 128 * 4096
     assert recipe.data.epochs == 1
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class SampleSpan(NamedTuple):
+class PlannedRange(NamedTuple):
     """How far a stage reads into a corpus's global order, in samples of one length.
 
     Args:
@@ -52,21 +52,21 @@ def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
     return {name: getattr(recipe.stages, name) for name in StagesRecipe.model_fields}
 
 
-def sample_spans(recipe: Recipe) -> dict[str, list[SampleSpan]]:
+def planned_ranges(recipe: Recipe) -> dict[str, list[PlannedRange]]:
     """What each stage's segments read; stages share a corpus's order, each going on where the one before ended.
 
     What is shuffled is as long as the longest sequence that is read of a corpus, so that shorter ones are cut out of
     the same order. A length that does not divide it has an order of its own, and reads some text again.
     """
     used = {"train": 0, "final_phase": 0}
-    found: dict[str, list[SampleSpan]] = {}
+    found: dict[str, list[PlannedRange]] = {}
     for name, stage in stage_recipes(recipe).items():
         found[name] = []
         for segment in stage.segments():
             length, longest = segment.sequence_length, recipe.longest_sequence(segment.data)
             first = -(-used[segment.data] // length)
             count = segment.num_steps * stage.batch_sequences
-            found[name].append(SampleSpan(length, first, first + count, 1 if longest % length else longest // length))
+            found[name].append(PlannedRange(length, first, first + count, 1 if longest % length else longest // length))
             used[segment.data] += count * length
     return found
 
@@ -84,13 +84,13 @@ def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[S
 
 def sample_range_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> SampleRange:
     """What one of a stage's segments reads of its corpus."""
-    segment, span = getattr(recipe.stages, stage).segments()[place], sample_spans(recipe)[stage][place]
+    segment, span = getattr(recipe.stages, stage).segments()[place], planned_ranges(recipe)[stage][place]
     return SampleRange(corpus, segment.num_steps, segment.sequence_length, span.first, span.sequences_per_block)
 
 
-def spans_into(recipe: Recipe, data: str) -> list[SampleSpan]:
+def ranges_into(recipe: Recipe, data: str) -> list[PlannedRange]:
     """What all stages together read of ``train`` or ``final_phase``."""
-    found = sample_spans(recipe)
+    found = planned_ranges(recipe)
     return [
         span
         for name, stage in stage_recipes(recipe).items()
@@ -104,11 +104,11 @@ def epochs_of(recipe: Recipe, data: str) -> int | None:
     return recipe.data.epochs if data == "train" else recipe.data.final_phase_epochs
 
 
-def tokens_wanted(recipe: Recipe, data: str) -> int:
+def tokens_needed(recipe: Recipe, data: str) -> int:
     """How many tokens of ``train`` or ``final_phase`` are enough for the epochs the recipe allows."""
     epochs = epochs_of(recipe, data) or 1
     return max(
-        (-(-span.end // (epochs * span.sequences_per_block)) * span.block_length for span in spans_into(recipe, data)),
+        (-(-span.end // (epochs * span.sequences_per_block)) * span.block_length for span in ranges_into(recipe, data)),
         default=0,
     )
 
@@ -118,7 +118,7 @@ def epochs_needed(recipe: Recipe, data: str, num_tokens: int) -> int:
     return max(
         (
             -(-span.end // (max(1, num_tokens // span.block_length) * span.sequences_per_block))
-            for span in spans_into(recipe, data)
+            for span in ranges_into(recipe, data)
         ),
         default=0,
     )
@@ -188,7 +188,7 @@ class TextReader:
     def wanted(self) -> dict[str, CorpusRequest]:
         """What is tokenised for the recipe: ``train``, and ``validation`` and ``final_phase`` where it has them."""
         data, held = self.recipe.data, self.recipe.evaluation.tokens
-        train, final_phase = (tokens_wanted(self.recipe, name) for name in ("train", "final_phase"))
+        train, final_phase = (tokens_needed(self.recipe, name) for name in ("train", "final_phase"))
         found = {"train": self._wanted(data.train, max(train, 1) if data.validation else train + held)}
         if data.validation:
             found["validation"] = self._wanted(data.validation, held)
@@ -231,7 +231,7 @@ class TextReader:
         return hold_out(self.corpus("train"), self.recipe.evaluation.tokens)
 
     def _require_enough(self, data: str, corpus: Corpus) -> None:
-        for span in spans_into(self.recipe, data):
+        for span in ranges_into(self.recipe, data):
             num_sequences(corpus, span.block_length)  # refuses text that is shorter than a single one
         completion = corpus.completion.parts if isinstance(corpus.completion, Joined) else [corpus.completion]
         if corpus.completion is not None and not any(np.any(part) for part in completion):
@@ -245,7 +245,7 @@ class TextReader:
             return
         key = "data.epochs" if data == "train" else "data.final_phase_epochs"
         raise DataError(
-            f"the text of data.{data} has {corpus.num_tokens:,} tokens, but {tokens_wanted(self.recipe, data):,} are"
+            f"the text of data.{data} has {corpus.num_tokens:,} tokens, but {tokens_needed(self.recipe, data):,} are"
             f" needed where it is read {'once' if epochs == 1 else f'{epochs} times'}; it would have to be read"
             f" {needed} times",
             hint=f"give more text or fewer tokens to the stages, or allow it with {key}: {needed} (null: no limit)",
