@@ -50,9 +50,9 @@ from mohawkify.teacher.tokenizer_files import text_hashes
 from mohawkify.train.conversion import ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
     choose_engine,
+    ignored_settings,
     require_agreeing_settings,
     require_even_shares,
-    unheeded_settings,
 )
 from mohawkify.train.tracking import Tracking, require_trackers, tracking_id
 from mohawkify.train.trainer import Conversion, Report
@@ -129,7 +129,7 @@ def _convert(source: str, recipe: Recipe, options: ConvertOptions, stop: Shutdow
             raise
         if world.size > 1:
             report(f"training in {world.size} processes, engine {engine}")
-        for key, value in unheeded_settings(recipe.compute, engine).items():
+        for key, value in ignored_settings(recipe.compute, engine).items():
             report(f"compute.{key} {value} has no effect on the engine {engine}, which --engine auto chose here")
         conversion.hang_timeout, conversion.disk_wait = hang_timeout, disk_wait
         if track:

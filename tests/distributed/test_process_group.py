@@ -28,9 +28,9 @@ from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train import loop, pipeline
 from mohawkify.train.engines.choice import (
     choose_engine,
+    ignored_settings,
     require_agreeing_settings,
     require_even_shares,
-    unheeded_settings,
 )
 from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.micro_batch import largest_that_fits, micro_batch_of
@@ -206,10 +206,10 @@ def test_the_engine_is_the_recipes_and_single_in_one_process():
     assert engine("compute.engine=deepspeed", "compute.zero=0") == "deepspeed"
     with pytest.raises(UsageError, match="works in one process, found 2"):
         engine("compute.engine=single")
-    with pytest.raises(UsageError, match="zero 2, which the engine fsdp does not heed"):
+    with pytest.raises(UsageError, match="zero 2, which the engine fsdp ignores"):
         engine("compute.engine=fsdp", "compute.zero=2")
     offloading = apply_overrides(recipe, ["compute.engine=single", "compute.offload=all"]).compute
-    with pytest.raises(UsageError, match="offload all, which the engine single does not heed"):
+    with pytest.raises(UsageError, match="offload all, which the engine single ignores"):
         choose_engine(offloading, World())
     with pytest.raises(UsageError, match="none or all"):
         engine("compute.engine=fsdp", "compute.offload=optimizer")
@@ -218,10 +218,10 @@ def test_the_engine_is_the_recipes_and_single_in_one_process():
 def test_settings_that_the_chosen_engine_does_not_heed_are_named():
     recipe = parse_recipe(RECIPE, "tiny.yaml")
     compute = apply_overrides(recipe, ["compute.zero=2", "compute.offload=all"]).compute
-    assert unheeded_settings(compute, "single") == {"zero": 2, "offload": "all"}
-    assert unheeded_settings(compute, "fsdp") == {"zero": 2}
-    assert unheeded_settings(compute, "deepspeed") == {}
-    assert unheeded_settings(apply_overrides(recipe, ["compute.offload=none"]).compute, "single") == {}
+    assert ignored_settings(compute, "single") == {"zero": 2, "offload": "all"}
+    assert ignored_settings(compute, "fsdp") == {"zero": 2}
+    assert ignored_settings(compute, "deepspeed") == {}
+    assert ignored_settings(apply_overrides(recipe, ["compute.offload=none"]).compute, "single") == {}
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "single", "deepspeed"])

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 
-class Ends(nn.Module):
+class OutsideLayers(nn.Module):
     """The student beside its layers: embedding, final norm and head.
 
     It owns the head's weight and bias a second time, as its own parameters: a function that reads them directly, as a
-    loss without logits does, finds them whole under ZeRO-3 too, which gathers what the modules under way own.
+    loss without logits does, finds them whole under ZeRO-3 too, which gathers the parameters of running modules.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -27,8 +27,8 @@ class Ends(nn.Module):
         return function(*args, **kwargs)
 
 
-class Root(nn.Module):
-    """The student under one roof: its forward pass is whatever function it is given.
+class CallWrapper(nn.Module):
+    """A module whose forward pass is any function of the student.
 
     A function of one layer, which stages 1 and 2 call, gathers that layer alone. Any other may use the whole student,
     so the parts beside the layers are gathered too.
@@ -40,7 +40,7 @@ class Root(nn.Module):
 
     def __init__(self, student: nn.Module, layers: nn.ModuleList) -> None:
         super().__init__()
-        self.ends = Ends(student)
+        self.outside_layers = OutsideLayers(student)
         self._inside_layers = {id(module) for layer in layers for module in layer.modules()}
 
     def forward(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,7 +50,7 @@ class Root(nn.Module):
                 return function(*args, **kwargs)
         elif id(getattr(function, "__self__", None)) in self._inside_layers:
             return call_as_forward(function, *args, **kwargs)
-        return self.ends(function=function, args=args, kwargs=kwargs)
+        return self.outside_layers(function=function, args=args, kwargs=kwargs)
 
 
 def call_as_forward(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

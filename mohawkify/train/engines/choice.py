@@ -23,7 +23,7 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
     """``single``, ``deepspeed`` or ``fsdp``.
 
     Raises:
-        MohawkifyError: the engine does not work in so many processes, or settings are given that it would not heed.
+        MohawkifyError: the engine does not work in so many processes, or it would ignore some of the settings.
     """
     engine: str = compute.engine
     if engine == "auto":
@@ -34,9 +34,9 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
             f"the engine single works in one process, found {world.size}", hint="choose --engine deepspeed or fsdp"
         )
     else:
-        for key, value in unheeded_settings(compute, engine).items():
+        for key, value in ignored_settings(compute, engine).items():
             raise UsageError(
-                f"found compute.{key} {value}, which the engine {engine} does not heed",
+                f"found compute.{key} {value}, which the engine {engine} ignores",
                 hint=f"choose --engine deepspeed, or leave it out with --set compute.{key}=null",
             )
     if engine == "fsdp" and compute.offload == "optimizer":
@@ -46,15 +46,15 @@ def choose_engine(compute: ComputeRecipe, world: World) -> str:
     return engine
 
 
-def unheeded_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | str]:
-    """The settings of engines that are given and that this engine does not heed, by their keys."""
-    heeded = {"single": (), "fsdp": ("offload",), "deepspeed": ("zero", "deepspeed_config", "offload")}[engine]
+def ignored_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | str]:
+    """The settings of engines that are given and that this engine ignores, by their keys."""
+    used = {"single": (), "fsdp": ("offload",), "deepspeed": ("zero", "deepspeed_config", "offload")}[engine]
     given = {"zero": compute.zero, "deepspeed_config": compute.deepspeed_config, "offload": compute.offload}
-    return {key: value for key, value in given.items() if value not in (None, "none") and key not in heeded}
+    return {key: value for key, value in given.items() if value not in (None, "none") and key not in used}
 
 
 def require_even_shares(recipe: Recipe, world: World) -> None:
-    """Raise UsageError where the processes cannot share a stage's batch evenly: the batch is the recipe's, exactly."""
+    """Raise UsageError if the processes cannot share a stage's batch evenly: its size is never changed."""
     batches = {name: stage.batch_sequences for name, stage in stage_recipes(recipe).items() if stage.num_steps}
     common = math.gcd(*batches.values())
     for name, batch_sequences in batches.items():
@@ -71,7 +71,7 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
     """Put the student of a stage into the recipe's engine.
 
     Args:
-        stage: knows the student and which of its parameters train.
+        stage: has the student and names the parameters that train.
         recipe: engine, optimiser and precision.
         micro_batch: sequences per forward pass in one process.
         device: where this process computes.
@@ -99,24 +99,24 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
 
 
 def require_agreeing_settings(recipe: Recipe, world: World) -> None:
-    """Raise RecipeError where a user's DeepSpeed settings contradict a stage: before any work, not when it begins."""
+    """Raise RecipeError if a user's DeepSpeed settings contradict any stage, before the first one begins."""
     if recipe.compute.deepspeed_config is None or choose_engine(recipe.compute, world) != "deepspeed":
         return
     settings = read_settings(recipe.compute.deepspeed_config)
-    wanted = recipe.compute.micro_batch_sequences
-    if wanted == "auto":  # what fits is found when a stage begins, and compared then
+    requested = recipe.compute.micro_batch_sequences
+    if requested == "auto":  # the size is found when a stage begins, and compared then
         settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
     for name, stage in stage_recipes(recipe).items():
         share = stage.batch_sequences // world.size
         if stage.num_steps:
-            micro_batch = min(wanted, share) if isinstance(wanted, int) else share
+            micro_batch = min(requested, share) if isinstance(requested, int) else share
             _deepspeed_settings(name, recipe, micro_batch, world, settings)
 
 
 def _deepspeed_settings(
     name: str, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
 ) -> dict[str, object]:
-    """What DeepSpeed is started with for a stage."""
+    """The settings that DeepSpeed is started with for a stage."""
     compute, stage = recipe.compute, stage_recipes(recipe)[name]
     facts = EngineFacts(
         optimizer=recipe.optimizer,

@@ -11,43 +11,36 @@ from mohawkify.errors import CheckpointError, RecipeError
 from mohawkify.files.atomic import read_json
 from mohawkify.recipe.schema import OptimizerRecipe
 
-AUTO = "auto"  # Hugging Face's word in such files for "as the trainer has it"
-# Keys that change what is computed in ways the recipe does not know.
-REFUSED = {
-    "scheduler": "the recipe's schedule sets the learning rate",
-    "amp": "weights are float32 under autocast",
-    "fp16": "precision is fp32 or bf16",
-    "bf16": "weights stay float32; torch_autocast is the setting for bf16",
-    "data_types": "gradients are summed in float32",
-    "prescale_gradients": "losses are weighted by the recipe",
-    "gradient_predivide_factor": "losses are weighted by the recipe",
-    "communication_data_type": "gradients are summed in float32",
-    "sparse_gradients": "gradients are dense",
-    "managed_gradient_accumulation": "the engine says when a step ends",
-    "compression_training": "the student is trained as it is",
-    "quantize_training": "the student is trained as it is",
-    "progressive_layer_drop": "every layer is trained in every step",
-    "curriculum_learning": "the recipe says what is read when",
-    "data_efficiency": "the recipe says what is read when",
-    "elasticity": "a run continues on any number of processes by itself",
-    "autotuning": "the recipe says how large a batch is",
-    "pipeline": "layers are not spread over processes",
-    "tensor_parallel": "layers are not spread over processes",
-    "hybrid_engine": "the student is not served while it learns",
-    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), "the run writes its own metrics"),
-    **dict.fromkeys(("flops_profiler", "comms_logger"), "nothing is written outside the run"),
-    **dict.fromkeys(("aio", "checkpoint"), "nothing is read or written by DeepSpeed itself"),
-    "activation_checkpointing": "compute.activation_checkpointing is the setting",
-    "compile": "the student is not compiled",
+AUTO = "auto"  # Hugging Face's word in such files for "as in the trainer"
+# Keys that change the computation in ways that the recipe does not describe, by the reason for refusing them.
+_REASONS = {
+    "the recipe's schedule sets the learning rate": ("scheduler",),
+    "weights are float32 under autocast": ("amp",),
+    "precision is fp32 or bf16": ("fp16",),
+    "weights stay float32; torch_autocast is the setting for bf16": ("bf16",),
+    "gradients are summed in float32": ("data_types", "communication_data_type"),
+    "losses are weighted by the recipe": ("prescale_gradients", "gradient_predivide_factor"),
+    "gradients are dense": ("sparse_gradients",),
+    "the engine counts the passes of a step": ("managed_gradient_accumulation",),
+    "the student is trained as it is": ("compression_training", "quantize_training", "hybrid_engine", "compile"),
+    "every layer is trained in every step": ("progressive_layer_drop",),
+    "the recipe sets the order of the text": ("curriculum_learning", "data_efficiency"),
+    "a run continues on any number of processes": ("elasticity",),
+    "the recipe sets the batch size": ("autotuning",),
+    "layers are not spread over processes": ("pipeline", "tensor_parallel"),
+    "the run writes its own metrics": ("tensorboard", "wandb", "comet", "csv_monitor"),
+    "no file is read or written outside the run": ("flops_profiler", "comms_logger", "aio", "checkpoint"),
+    "compute.activation_checkpointing is the setting": ("activation_checkpointing",),
 }
-REFUSED_ZERO = {
-    "zero_quantized_weights": "weights are gathered as they are",
-    "zero_quantized_nontrainable_weights": "weights are gathered as they are",
-    "zero_quantized_gradients": "gradients are summed in float32",
-    "zenflow": "every weight is updated in every step",
+_ZERO_REASONS = {
+    "weights are gathered as they are": ("zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+    "gradients are summed in float32": ("zero_quantized_gradients",),
+    "every weight is updated in every step": ("zenflow",),
 }
+REFUSED = {key: reason for reason, keys in _REASONS.items() for key in keys}
+REFUSED_ZERO = {key: reason for reason, keys in _ZERO_REASONS.items() for key in keys}
 _SWITCH, _SIZE, _COUNT = "true or false", "a whole number from 0", "a whole number from 1"
-# What a user's file may say beyond the recipe. DeepSpeed's other keys name files to write and modules to import.
+# Keys that a user's file may set beyond the recipe. DeepSpeed's other keys name files to write and modules to import.
 PASSED_ON = dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), _SWITCH)
 PASSED_ON_ZERO = {
     **dict.fromkeys(("allgather_partitions", "contiguous_gradients", "overlap_comm"), _SWITCH),
@@ -60,21 +53,21 @@ PASSED_ON_ZERO = {
     **dict.fromkeys(("reduce_bucket_size", "zero_hpz_partition_size"), _COUNT),
 }
 PASSED_ON_OFFLOAD = {"pin_memory": _SWITCH, "buffer_count": _COUNT}
-SAFE_MODULES = ("torch.nn.Linear", "torch.nn.Embedding", "torch.nn.Conv1d")  # DeepSpeed imports what is named
+SAFE_MODULES = ("torch.nn.Linear", "torch.nn.Embedding", "torch.nn.Conv1d")  # DeepSpeed imports these names
 _OFFLOADS = ("offload_optimizer", "offload_param")
-# What the recipe or the engine decides: compared where the two can differ, and never passed on.
+# Keys that the recipe or the engine sets: compared if the two can differ, and never passed on.
 _DECIDED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "torch_autocast", "zero_optimization", "steps_per_print"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
 }
 
-LEAST_ZERO = {"none": 0, "optimizer": 1, "all": 3}  # at which DeepSpeed heeds what is to be offloaded
+LEAST_ZERO = {"none": 0, "optimizer": 1, "all": 3}  # the first stage of ZeRO that can offload so
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the recipe and the command line have decided, and a user's settings may not contradict.
+    """Settings of the recipe and the command line that a user's file may not contradict.
 
     Args:
         optimizer: AdamW's settings and the gradient clip.
@@ -83,8 +76,8 @@ class EngineFacts:
         batch_sequences: the global batch.
         micro_batch_sequences: sequences per forward pass in one process.
         num_processes: processes of the run.
-        zero: ZeRO's stage, or None where the settings may say it.
-        offload: ``none``, ``optimizer`` or ``all``, or None where the settings may say it.
+        zero: ZeRO's stage, or None for the file's.
+        offload: ``none``, ``optimizer`` or ``all``, or None for the file's.
     """
 
     optimizer: OptimizerRecipe
@@ -98,10 +91,10 @@ class EngineFacts:
 
 
 def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, source: str = "") -> dict[str, Any]:
-    """The settings DeepSpeed is started with.
+    """The settings that DeepSpeed is started with.
 
     Args:
-        facts: what is decided already.
+        facts: of the recipe and the command line.
         user: a user's own settings, as `read_settings` gave them.
         source: the file they come from, for messages.
 
@@ -137,10 +130,10 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
 
 
 def zero_and_offload(zero: int | None, offload: str | None, settings: Mapping[str, Any]) -> tuple[int, str]:
-    """ZeRO's stage and what is offloaded: as asked for, else as a user's settings say, else ZeRO-3 and nothing.
+    """ZeRO's stage and the offloading: the arguments, else those of a user's settings, else ZeRO-3 without offloading.
 
     Raises:
-        RecipeError: DeepSpeed would not heed the offloading at that stage, and say nothing.
+        RecipeError: DeepSpeed would ignore the offloading at that stage without an error.
     """
     own = settings.get("zero_optimization", {})
     own = own if isinstance(own, Mapping) else {}
@@ -159,7 +152,7 @@ def read_settings(path: str | None) -> dict[str, Any]:
     """A user's DeepSpeed settings, a JSON object; none without a file.
 
     Raises:
-        RecipeError: there is no such file, it holds something else, or keys that are not passed on to DeepSpeed.
+        RecipeError: there is no such file, it is no JSON object, or it has keys that are not passed on to DeepSpeed.
     """
     if path is None:
         return {}
@@ -175,14 +168,14 @@ def read_settings(path: str | None) -> dict[str, Any]:
     problems = list(_unfit(settings))
     if problems:
         raise RecipeError(
-            f"{path} holds what is not passed on to DeepSpeed: {'; '.join(problems)}",
+            f"{path} has settings that are not passed on to DeepSpeed: {'; '.join(problems)}",
             hint="docs/engine.md lists the keys that a file may have: take the others out",
         )
     return settings
 
 
 def _unfit(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed is not to be told, each with its key."""
+    """The settings that are not passed on to DeepSpeed, each with its key."""
     yield from _unfit_keys(settings, PASSED_ON, {*_DECIDED, *REFUSED})
     zero = settings.get("zero_optimization")
     if isinstance(zero, Mapping):
@@ -246,7 +239,7 @@ def _contradictions(facts: EngineFacts, user: dict[str, Any], zero: dict[str, An
 
 
 def _pairs(facts: EngineFacts, user: dict[str, Any], zero: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, found, expected) of everything that the recipe says too."""
+    """(key, found, expected) of all settings that the recipe has too."""
     yield "train_batch_size", user.get("train_batch_size"), facts.batch_sequences
     micro = facts.micro_batch_sequences
     yield "train_micro_batch_size_per_gpu", user.get("train_micro_batch_size_per_gpu"), micro
@@ -289,7 +282,7 @@ def _equal(found: Any, expected: Any) -> bool:
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a setting changes anything: files often switch off in words what they do not want."""
+    """Whether a setting changes anything: files often list features only to switch them off."""
     if isinstance(value, Mapping):
         return value.get("enabled", True) not in (False, AUTO)
     return value not in (None, False, AUTO)
@@ -307,7 +300,7 @@ def _offload(zero: Mapping[str, Any]) -> str:
 
 
 def _offload_settings(offload: str, zero: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes to the CPU, with a user's own pinning and buffers."""
+    """The parts that are offloaded to the CPU, with a user's own pinning and buffers."""
     settings = {}
     for key, kinds in (("offload_optimizer", ("optimizer", "all")), ("offload_param", ("all",))):
         if offload in kinds:

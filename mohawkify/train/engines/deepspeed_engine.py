@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mohawkify.distributed.process_group import World, require_group
 from mohawkify.errors import MissingExtraError, UsageError
 from mohawkify.recipe.schema import OptimizerRecipe
-from mohawkify.train.engines.call_wrapper import Root
+from mohawkify.train.engines.call_wrapper import CallWrapper
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.engines.unwrap import PlainModel
 
@@ -101,7 +101,7 @@ class DeepSpeedEngine(Engine):
         join_deepspeed(self._deepspeed, self.world)
         self._use_parameters()
         self.engine, _, _, _ = self._deepspeed.initialize(
-            model=Root(student, settings.layers),
+            model=CallWrapper(student, settings.layers),
             optimizer=self.adamw,
             config=dict(settings.config),
             dist_init_required=False,

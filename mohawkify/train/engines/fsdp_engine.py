@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mohawkify.distributed.process_group import World, require_group
 from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.recipe.schema import OptimizerRecipe
-from mohawkify.train.engines.call_wrapper import Root
+from mohawkify.train.engines.call_wrapper import CallWrapper
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.engines.unwrap import PlainModel
 
@@ -66,13 +66,13 @@ class FsdpEngine(Engine):
         }
         # Mixers keep float32: their decays, convolutions and skips need it. Embeddings too: the residual stream does.
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self.root = Root(student, fsdp.layers)
+        self.root = CallWrapper(student, fsdp.layers)
         for layer in fsdp.layers:
             for module in layer.modules():
                 if isinstance(module, DiscreteMamba2):
                     fully_shard(module, **settings)
             fully_shard(layer, **settings, mp_policy=half if precision == "bf16" else MixedPrecisionPolicy())
-        fully_shard(self.root.ends, **settings)
+        fully_shard(self.root.outside_layers, **settings)
         fully_shard(self.root, **settings)
         for module in self.root.modules():
             if isinstance(module, FSDPModule):

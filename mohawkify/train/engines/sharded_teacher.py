@@ -1,4 +1,4 @@
-"""A teacher spread over the processes, for those that do not fit on one device."""
+"""Spreads a teacher over the processes, if it does not fit on one device."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def _shard_by_fsdp(
         fully_shard(layer, **settings)
     fully_shard(trunk, **settings)
 
-    def forget(*_: Any) -> None:
-        # FSDP2 notes the order of all forward passes for a backward pass, which a teacher never has.
+    def reset_order(*_: Any) -> None:
+        # FSDP2 records the order of all forward passes for a backward pass, which a teacher never has.
         if hasattr(trunk, "reset_iter_state"):
             trunk.reset_iter_state()
 
-    trunk.register_forward_hook(forget)
+    trunk.register_forward_hook(reset_order)
 
 
 def _shard_by_deepspeed(teacher: PreTrainedModel, whole: set[nn.Parameter], device: torch.device, world: World) -> None:
@@ -73,12 +73,12 @@ def _shard_by_deepspeed(teacher: PreTrainedModel, whole: set[nn.Parameter], devi
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     trunk = teacher.base_model
-    with _out_of_sight(trunk, whole):
+    with _hidden_from_deepspeed(trunk, whole):
         deepspeed.initialize(model=trunk, config=config, dist_init_required=False)
 
 
 @contextmanager
-def _out_of_sight(trunk: nn.Module, whole: set[nn.Parameter]) -> Iterator[None]:
+def _hidden_from_deepspeed(trunk: nn.Module, whole: set[nn.Parameter]) -> Iterator[None]:
     """Within the block the trunk is without the modules that own these parameters, so that they are left alone."""
     hidden = [
         (parent, name, child)

@@ -1,4 +1,4 @@
-"""Remembers what a model's modules were before an engine wrapped them, and makes them that again."""
+"""Restores a model's modules to their state before an engine wrapped them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOOKS = (
 class PlainModel:
     """A model's modules before DeepSpeed or FSDP2 changed their classes, hooks, attributes and parameters.
 
-    Neither library can be taken off a model, but the next stage wraps the same one again.
+    Neither library can unwrap a model, but the next stage wraps the same one again.
 
     Args:
         model: the model, not yet wrapped.
@@ -34,7 +34,7 @@ class PlainModel:
         return self._devices[name]
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take everything off again and give the model these values, whole.
+        """Remove all wrapping and give the model these whole values.
 
         Args:
             tensors: all parameters by name; they become the parameters' memory.
@@ -63,7 +63,7 @@ class _PlainModule:
             hooks = getattr(module, name)
             for number in set(hooks) - before:
                 del hooks[number]
-        # DeepSpeed puts a dictionary of its own kind here.
+        # DeepSpeed replaces this dictionary by one of its own class.
         module.__dict__["_parameters"] = {
             own: None if name is None else parameters[name] for own, name in self.parameters.items()
         }

@@ -120,7 +120,7 @@ def test_all_contradictions_are_named_at_once():
 def test_what_no_file_may_say_is_refused_by_its_key(tmp_path: Path, user, key):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(user))
-    with pytest.raises(RecipeError, match=r"ds\.json holds what is not passed on to DeepSpeed") as caught:
+    with pytest.raises(RecipeError, match=r"ds\.json has settings that are not passed on to DeepSpeed") as caught:
         read_settings(str(file))
     assert key in caught.value.message
 
