@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mohawkify.cli.error_lines import Verbs
+from mohawkify.cli.error_lines import CommandGroup
 from mohawkify.files.atomic import ensure_writable, write_json, write_text
 
 Options = Callable[[Callable[..., None]], Callable[..., None]]
@@ -32,7 +32,7 @@ def _shared(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.group(cls=Verbs, invoke_without_command=True)
+@click.group(cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def bench(context: click.Context) -> None:
     """Measure speed and memory: ops, train, decode.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mohawkify.cli.error_lines import Verbs
+from mohawkify.cli.error_lines import CommandGroup
 from mohawkify.cli.options import (
     FOLDER,
     as_json,
@@ -32,7 +32,7 @@ prepared_option = click.option(
 )
 
 
-@click.group(cls=Verbs, invoke_without_command=True)
+@click.group(cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def data(context: click.Context) -> None:
     """Text: tokenise it ahead, look at it."""

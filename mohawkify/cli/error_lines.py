@@ -47,7 +47,7 @@ class Invocation:
     is_one_of_several: bool = False
 
 
-class Verbs(click.Group):
+class CommandGroup(click.Group):
     """A group that lists its verbs in the order they are written and reports every error the same way."""
 
     group_class = type  # click's way to say: groups inside are of this class too
@@ -62,7 +62,7 @@ class Verbs(click.Group):
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Register a verb; ``--debug`` may stand before it and after it."""
-        if not isinstance(cmd, Verbs):
+        if not isinstance(cmd, CommandGroup):
             cmd.params.append(debug_option())
         super().add_command(cmd, name)
 

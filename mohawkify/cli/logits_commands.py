@@ -22,7 +22,7 @@ from mohawkify.cli.options import (
 )
 
 
-@click.command()
+@click.command("cache-logits")
 @click.argument("teacher")
 @recipe_option
 @click.option(
@@ -53,7 +53,7 @@ from mohawkify.cli.options import (
 @processes_option
 @set_option
 @as_json
-def teach(
+def cache_logits(
     teacher: str,
     recipe_name: str,
     for_source: str | None,
@@ -84,9 +84,9 @@ def teach(
         with joined(recipe.compute.device) as world:
             from mohawkify.distributed.device import choose_device
             from mohawkify.teacher.locate import teacher_name
-            from mohawkify.train.cache_logits import teach as ask
+            from mohawkify.train.cache_logits import cache_logits as write_logits
 
-            done = ask(
+            done = write_logits(
                 teacher,
                 recipe,
                 phase=stage_phase,

@@ -18,8 +18,8 @@ from mohawkify.cli import tables
 from mohawkify.cli.bench_commands import bench
 from mohawkify.cli.data_commands import data as data_verbs
 from mohawkify.cli.data_commands import prepared_option
-from mohawkify.cli.error_lines import Verbs
-from mohawkify.cli.logits_commands import teach
+from mohawkify.cli.error_lines import CommandGroup
+from mohawkify.cli.logits_commands import cache_logits
 from mohawkify.cli.options import (
     FOLDER,
     FiniteRange,
@@ -48,7 +48,7 @@ teacher_moved = click.option(
 )
 
 
-@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", prog_name=NAME)
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -245,7 +245,7 @@ def convert(
         click.echo(str(run.path))
 
 
-main.add_command(teach)
+main.add_command(cache_logits)
 
 
 @main.command("eval")
@@ -333,7 +333,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
     with working() as output:
         from mohawkify.distributed.device import choose_device
         from mohawkify.evaluate.evaluation import load_run_models, teacher_folder
-        from mohawkify.evaluate.generation import write_text
+        from mohawkify.evaluate.generation import generate_text
 
         def show(text: str) -> None:
             click.echo(text, file=output, nl=False)
@@ -343,7 +343,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
         models, tokenizer = load_run_models(chosen, teacher, device)
         for name, model in models.items():
             show(f"{name}: {words[-1]}" if with_teacher else words[-1])
-            write_text(
+            generate_text(
                 model, tokenizer, words[-1], max_tokens=max_tokens, temperature=temperature, seed=seed, on_text=show
             )
             show("\n")

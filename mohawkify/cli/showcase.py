@@ -13,7 +13,7 @@ from mohawkify.demo import split_stories
 from mohawkify.distributed.device import choose_device
 from mohawkify.errors import MissingExtraError
 from mohawkify.evaluate.evaluation import evaluate_run, load_run_models, teacher_folder
-from mohawkify.evaluate.generation import write_text
+from mohawkify.evaluate.generation import generate_text
 from mohawkify.evaluate.report import console_table
 from mohawkify.evaluate.speed import decode_speed
 from mohawkify.export.export import export_run
@@ -74,7 +74,7 @@ def run_demo(output: Path, *, report: Report) -> str:
     prompt = " ".join(split_stories("validation")[0].split()[:PROMPT_WORDS])
     speeds = {}
     for name, model in models.items():
-        text = write_text(
+        text = generate_text(
             model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=0, on_text=lambda piece: None
         )
         report(f"{name}: {prompt} [...]{text}\n")

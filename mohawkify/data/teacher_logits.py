@@ -132,7 +132,7 @@ class TeacherLogits:
         except CheckpointError as error:
             raise DataError(
                 f"{folder} holds no teacher logits: {error.message}",
-                hint="expected a folder written by `mohawkify teach`",
+                hint="expected a folder written by `mohawkify cache-logits`",
             ) from error
         self.facts = _checked(manifest["facts"], folder)
         self.layout = Layout(**{key: self.facts[key] for key in _SIZES})
@@ -217,7 +217,7 @@ class TeacherLogits:
         if missing:
             raise DataError(
                 f"{self.folder} lacks {len(missing)} of {self.num_shards} shards of teacher logits",
-                hint="the same `mohawkify teach` command continues it",
+                hint="the same `mohawkify cache-logits` command continues it",
             )
 
     def require_sequences(self, wanted: np.ndarray) -> None:
@@ -226,7 +226,7 @@ class TeacherLogits:
         if len(lacking):
             raise DataError(
                 f"{self.folder} has no teacher logits for sequence {lacking[0]} and {len(lacking) - 1} more",
-                hint="write them with the recipe that reads them: `mohawkify teach TEACHER --recipe ...`",
+                hint="write them with the recipe that reads them: `mohawkify cache-logits TEACHER --recipe ...`",
             )
 
     def identity(self) -> str:
@@ -291,13 +291,13 @@ class TeacherLogits:
         except CheckpointError as error:
             raise DataError(
                 f"teacher logits are damaged: {error.message}",
-                hint=f"remove {shard}; the same `mohawkify teach` command writes it again",
+                hint=f"remove {shard}; the same `mohawkify cache-logits` command writes it again",
             ) from error
         records = shard / _RECORDS_FILE
         size = records.stat().st_size if records.is_file() else None
         expected = len(self.shard_sequences(number)) * self.layout.record_bytes
         if facts.get("shard") != number or facts.get("about") != self._seal or size != expected:
-            raise DataError(f"{shard} belongs to other teacher logits", hint=f"remove {shard} and teach again")
+            raise DataError(f"{shard} belongs to other teacher logits", hint=f"remove {shard} and cache the logits again")
         self._verified.add(number)
 
     def _shard(self, number: int) -> Path:

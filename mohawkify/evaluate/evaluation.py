@@ -16,7 +16,7 @@ from mohawkify.data.validation import evaluation_batches
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import TeacherError, UsageError
 from mohawkify.evaluate.answer_cache import Answers
-from mohawkify.evaluate.fidelity import measure_agreement, measure_teacher
+from mohawkify.evaluate.fidelity import measure_fidelity, measure_perplexity
 from mohawkify.evaluate.harness import ask_models
 from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
 from mohawkify.evaluate.provenance import provenance, text_sha256
@@ -172,9 +172,9 @@ def _measure(
         )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
     if teacher is None:
-        found["student"] = {"perplexity": measure_teacher(student, batches)}
+        found["student"] = {"perplexity": measure_perplexity(student, batches)}
     else:
-        agreement = measure_agreement(student, teacher, batches, device=device)
+        agreement = measure_fidelity(student, teacher, batches, device=device)
         found["teacher"] = {"perplexity": agreement.teacher_perplexity}
         found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
         found["evaluation_tokens"] = agreement.tokens

@@ -40,7 +40,7 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Fidelity:
     """A student against its teacher, over the same predicted tokens.
 
     Args:
@@ -85,7 +85,7 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def measure_agreement(
+def measure_fidelity(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Iterable[Batch],
@@ -93,7 +93,7 @@ def measure_agreement(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
     add_up: Callable[[dict[str, float]], dict[str, float]] = dict,
-) -> Agreement:
+) -> Fidelity:
     """Compare a student with its teacher in one pass over held-out text.
 
     A position counts where its next token is real. Losses are computed in float32 and added in float64.
@@ -121,7 +121,7 @@ def measure_agreement(
                 progress(int(sums.tokens))
     sums = _Sums(**add_up({name: float(value) for name, value in asdict(sums).items()}))
     _require_tokens(sums)
-    return Agreement(
+    return Fidelity(
         tokens=int(sums.tokens),
         perplexity=_perplexity("student", sums.student_loss, sums.tokens),
         teacher_perplexity=_perplexity("teacher", sums.teacher_loss, sums.tokens),
@@ -131,8 +131,8 @@ def measure_agreement(
     )
 
 
-def measure_teacher(teacher: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """The perplexity of one model, over the tokens that `measure_agreement` counts; raises what it raises."""
+def measure_perplexity(teacher: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """The perplexity of one model, over the tokens that `measure_fidelity` counts; raises what it raises."""
     sums, reader = _Sums(), _Reader(teacher)
     with evaluating(teacher):
         for batch in batches:

@@ -18,7 +18,7 @@ CHANGES_PROBABILITIES = (
 )  # fmt: skip
 
 
-def write_text(
+def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,

@@ -37,7 +37,7 @@ class DistillFinalPhase(FinalPhase):
         default=None, description="bits of that teacher's weights, by bitsandbytes; null: as the precision says"
     )
     logits: Text | None = Field(
-        default=None, description="folder that `mohawkify teach` wrote: that teacher's logits, instead of running it"
+        default=None, description="folder that `mohawkify cache-logits` wrote: that teacher's logits, instead of running it"
     )
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ class Task:
     batch_sequences: int
 
 
-def teach(
+def cache_logits(
     source: str,
     recipe: Recipe,
     *,

@@ -22,7 +22,7 @@ from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, DiskFullError
-from mohawkify.evaluate.fidelity import measure_agreement
+from mohawkify.evaluate.fidelity import measure_fidelity
 from mohawkify.objectives.hidden_state import Align
 from mohawkify.objectives.logits import Distill
 from mohawkify.objectives.matrix import Orient
@@ -412,7 +412,7 @@ class Conversion:
                 hang.beat()
                 stop.check(f"while measuring after {name}")
 
-            found = measure_agreement(
+            found = measure_fidelity(
                 self.pair.student,
                 self.pair.teacher,
                 batches[self.world.rank :: self.world.size],

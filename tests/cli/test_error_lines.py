@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawkify.cli.error_lines import Verbs, describe
+from mohawkify.cli.error_lines import CommandGroup, describe
 from mohawkify.cli.main import main
 from mohawkify.errors import is_out_of_memory
 from mohawkify.files.lock import run_lock
@@ -307,13 +307,13 @@ def test_a_bug_is_one_line_too_and_its_traceback_comes_when_asked_for(monkeypatc
 
 
 def test_every_verb_takes_debug_after_its_name():
-    def verbs(group, *path):
+    def commands(group, *path):
         for name, each in group.commands.items():
             yield (*path, name), each
             if hasattr(each, "commands"):
-                yield from verbs(each, *path, name)
+                yield from commands(each, *path, name)
 
-    found = dict(verbs(main))
+    found = dict(commands(main))
     assert ("data", "inspect") in found
     lacking = [path for path, each in found.items() if "--debug" not in {o for p in each.params for o in p.opts}]
     assert lacking == []
@@ -398,9 +398,9 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_a_process_of_several_ends_past_pythons_own_end(monkeypatch, capsys):
-    @click.group(cls=Verbs)
+    @click.group(cls=CommandGroup)
     def group() -> None:
-        """Verbs."""
+        """Commands."""
 
     @group.command()
     @click.pass_context

@@ -46,16 +46,16 @@ PARAMETERS = {
 }
 
 
-def verbs(group: click.Group = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def commands_of(group: click.Group = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every command, with the groups it stands in."""
     found = [path]
     for name, command in group.commands.items():
-        found += verbs(command, (*path, name)) if isinstance(command, click.Group) else [(*path, name)]
+        found += commands_of(command, (*path, name)) if isinstance(command, click.Group) else [(*path, name)]
     return found
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]]:
-    """Parse a line as a shell and click would, without running it: the verb and its parameters."""
+    """Parse a line as a shell and click would, without running it: the command and its parameters."""
     program, *arguments = shlex.split(line, comments=True)
     assert program == "mohawkify"
     context = main.make_context(program, arguments)
@@ -75,11 +75,11 @@ def lines_of(page: str) -> list[str]:
     return [re.split(r" {2,}(?=[a-z])", line)[0].strip() for line in lines]  # some have words of explanation behind
 
 
-@pytest.mark.parametrize("verb", verbs(), ids=" ".join)
-def test_every_command_and_option_has_help(verb):
-    text = run_well(*verb, "--help").stdout
+@pytest.mark.parametrize("command_path", commands_of(), ids=" ".join)
+def test_every_command_and_option_has_help(command_path):
+    text = run_well(*command_path, "--help").stdout
     command: click.Command = main
-    for name in verb:
+    for name in command_path:
         command = command.commands[name]
     assert command.help
     assert command.help.splitlines()[0] in " ".join(text.split())
@@ -89,7 +89,7 @@ def test_every_command_and_option_has_help(verb):
 
 
 def test_help_and_light_commands_load_nothing_heavy():
-    light = [[*verb, "--help"] for verb in verbs()] + [["families"], ["recipes", "ls"], ["recipes", "show", "demo"]]
+    light = [[*command_path, "--help"] for command_path in commands_of()] + [["families"], ["recipes", "ls"], ["recipes", "show", "demo"]]
     code = f"""
 import sys
 from mohawkify.cli.main import main
@@ -118,8 +118,8 @@ def test_the_commands_on_a_page_parse(page):
     lines = lines_of(page)
     assert lines
     for line in lines:
-        verb, _ = parse(line)
-        assert verb, line
+        name, _ = parse(line)
+        assert name, line
 
 
 def test_the_promised_lines_mean_what_they_say():
@@ -216,7 +216,7 @@ def test_completion_scripts_name_the_program(shell):
     assert "_MOHAWKIFY_COMPLETE" in run_well("completion", shell).stdout
 
 
-def test_completion_knows_verbs_and_recipes():
+def test_completion_knows_commands_and_recipes():
     for words, expected in (("mohawkify in", "inspect"), ("mohawkify plan x --recipe stor", "stories")):
         environment = {"_MOHAWKIFY_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True, check=False)

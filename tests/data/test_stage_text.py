@@ -1,4 +1,4 @@
-"""Which text a recipe means: epochs, text that ends too early, text prepared ahead, and the verbs around it."""
+"""Which text a recipe means: epochs, text that ends too early, text prepared ahead, and the commands around it."""
 
 from __future__ import annotations
 

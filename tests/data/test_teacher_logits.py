@@ -185,7 +185,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_teach_killed_at_any_time_continues_to_the_same_bytes(teacher, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_logits, "SHARD_BYTES", 2000)
-    arguments = ["teach", str(teacher), "--recipe", str(recipe), "--top-k", "9", "--output"]
+    arguments = ["cache-logits", str(teacher), "--recipe", str(recipe), "--top-k", "9", "--output"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_well(*arguments, whole)
     num_shards = len(list(whole.glob("shard-*")))
@@ -212,20 +212,20 @@ main({[*arguments, str(killed)]!r})
 
 def test_teach_says_what_it_takes_before_it_takes_it(teacher, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "free_bytes", lambda directory: 10_000)
-    result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "logits")
+    result = run("cache-logits", teacher, "--recipe", recipe, "--output", tmp_path / "logits")
     assert result.exit_code == DiskFullError.exit_code
     assert "10,000 are free" in result.stderr
     assert not list((tmp_path / "logits").glob("shard-*"))
     once = ("--set", "data.final_phase_epochs=1", "--set", "stages.distill.tokens=100k")
     once += ("--set", "stages.distill.final_phase.tokens=50k")
-    result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "large", *once)
+    result = run("cache-logits", teacher, "--recipe", recipe, "--output", tmp_path / "large", *once)
     assert result.exit_code == DiskFullError.exit_code
     assert not (tmp_path / "large" / "corpora").exists(), "refused before any text is read"
 
 
 def test_only_the_text_of_the_phase_is_read(teacher, recipe, tmp_path):
     missing = ("--set", "data.train=[{path: nowhere.txt}]")
-    run_well("teach", teacher, "--recipe", recipe, "--output", tmp_path / "logits", *missing)
+    run_well("cache-logits", teacher, "--recipe", recipe, "--output", tmp_path / "logits", *missing)
     assert len([path for path in (tmp_path / "logits" / "corpora").iterdir() if path.is_dir()]) == 1
 
 
@@ -237,7 +237,7 @@ def test_only_the_text_of_the_phase_is_read(teacher, recipe, tmp_path):
     ],
 )
 def test_what_cannot_be_taught_is_refused(teacher, recipe, tmp_path, arguments, says):
-    result = run("teach", teacher, "--recipe", recipe, "--output", tmp_path / "logits", *arguments)
+    result = run("cache-logits", teacher, "--recipe", recipe, "--output", tmp_path / "logits", *arguments)
     assert result.exit_code == UsageError.exit_code
     assert says in result.stderr
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_taught_is_refused(teacher, recipe, tmp_path, arguments, 
 def test_the_text_is_that_of_the_teacher_that_is_converted(teacher, recipe, tmp_path):
     larger = make_teacher(tmp_path / "larger", vocab_size=264, hidden_size=48)
     done = run_well(
-        "teach", larger, "--for", teacher, "--recipe", recipe, "--output", tmp_path / "logits", "--stage-phase", "train"
+        "cache-logits", larger, "--for", teacher, "--recipe", recipe, "--output", tmp_path / "logits", "--stage-phase", "train"
     )
     found = TeacherLogits(Path(done.stdout.strip()))
     assert found.layout.vocab_size == 258

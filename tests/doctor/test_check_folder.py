@@ -1,4 +1,4 @@
-"""`mohawkify doctor FOLDER`: sound folders pass, every damage is named, and torch is never loaded."""
+"""`mohawkify doctor FOLDER`: valid folders pass, every damage is named, and torch is never loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify.data import corpus_files
-from mohawkify.doctor.check_folder import judge
+from mohawkify.doctor.check_folder import check_folder
 from mohawkify.files import atomic
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.teacher.damage import edit_json
@@ -30,7 +30,7 @@ def work(tmp_path_factory) -> Path:
     run_well("export", folder / "run", "--target", "hf", "--output", folder / "export")
     arguments = (folder / "teacher", "--recipe", recipe, "--output")
     run_well("data", "prepare", *arguments, folder / "text")
-    run_well("teach", *arguments, folder / "logits", "--stage-phase", "train", "--top-k", "3")
+    run_well("cache-logits", *arguments, folder / "logits", "--stage-phase", "train", "--top-k", "3")
     return folder
 
 
@@ -56,13 +56,13 @@ MODELS = ("teacher", "run", "checkpoint", "student", "export")
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_what_is_as_it_was_written_is_sound(work, part):
+def test_what_is_as_it_was_written_is_valid(work, part):
     kind, place = PARTS[part]
     found = json.loads(run_well("doctor", place(work), "--json").stdout)
     assert found["kind"] == kind
-    assert found["sound"]
-    assert found["findings"]
-    assert "sound" in run_well("doctor", place(work)).stdout
+    assert found["valid"]
+    assert found["checks"]
+    assert "valid" in run_well("doctor", place(work)).stdout
 
 
 @pytest.mark.parametrize("part", MODELS)
@@ -82,9 +82,9 @@ def test_damaged_weights_are_named(work, tmp_path, part, damage):
         weights.unlink()
     refused = run("doctor", folder)
     assert refused.exit_code == 66
-    assert "REFUSED" in refused.stdout
+    assert "INVALID" in refused.stdout
     assert "model.safetensors" in refused.stdout
-    assert not judge(folder)["sound"]
+    assert not check_folder(folder)["valid"]
 
 
 def content_below(folder: Path, pattern: str) -> Path:
@@ -128,8 +128,8 @@ def test_text_that_was_noted_as_checked_is_hashed_all_the_same(work, tmp_path):
     note = {"files": corpus_files._stamps(folder), corpus_files.LARGEST_ID: 0}
     atomic.write_json(folder.parent / f".checked-{folder.name}.json", note)
     corpus_files.checked_facts(folder)  # as a conversion would, which trusts the note
-    assert not judge(folder)["sound"]
-    assert not judge(folder.parent)["sound"]
+    assert not check_folder(folder)["valid"]
+    assert not check_folder(folder.parent)["valid"]
 
 
 def test_text_elsewhere_that_a_run_notes_is_judged(work, tmp_path):
@@ -138,14 +138,14 @@ def test_text_elsewhere_that_a_run_notes_is_judged(work, tmp_path):
     note = corpora / f"{text.name}.json"
     facts = atomic.read_json(text / atomic.MANIFEST_NAME)["facts"]
     atomic.write_json(note, {"folder": str(text), "fingerprint": facts["fingerprint"]})
-    assert judge(tmp_path / "work" / "run")["sound"]
+    assert check_folder(tmp_path / "work" / "run")["valid"]
     atomic.write_json(note, {"folder": str(text), "fingerprint": "0" * 64})
     assert said(tmp_path / "work" / "run") == [f"{text} holds other text than when the run began"]
     atomic.write_json(note, {"folder": str(tmp_path / "gone"), "fingerprint": "0" * 64})
     assert "which is not there" in said(tmp_path / "work" / "run")[0]
 
 
-def test_logits_that_lack_a_shard_are_not_sound(work, tmp_path):
+def test_logits_that_lack_a_shard_are_not_valid(work, tmp_path):
     folder = copy_of(work / "logits", tmp_path / "logits")
     shutil.rmtree(min(folder.glob("shard-*")))
     assert said(folder) == [f"{folder} lacks 1 of 1 shards of teacher logits"]
@@ -183,8 +183,8 @@ def test_nothing_in_a_folder_steers_the_terminal(work, tmp_path):
 
 
 def said(folder: Path) -> list[str]:
-    """What the doctor says of a folder that is not sound."""
-    return [finding["says"] for finding in judge(folder)["findings"] if not finding["sound"]]
+    """What the doctor says of a folder that is not valid."""
+    return [check["error"] for check in check_folder(folder)["checks"] if not check["passed"]]
 
 
 def seal(folder: Path, **facts: object) -> None:
@@ -216,7 +216,7 @@ def with_a_list_as_state(checkpoint: Path) -> None:
         (with_a_list_as_state, "state.json is not a JSON object"),
     ],
 )
-def test_a_checkpoint_that_no_run_continues_from_is_not_sound(work, tmp_path, damage, says):
+def test_a_checkpoint_that_no_run_continues_from_is_not_valid(work, tmp_path, damage, says):
     checkpoint = checkpoint_of(copy_of(work, tmp_path / "work"))
     damage(checkpoint)
     for folder in (checkpoint, tmp_path / "work" / "run"):
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_no_run_continues_from_is_not_sound(work, tmp_path, da
 
 
 @pytest.mark.parametrize("name", ["plan.json", "student.json", "eval.json", "results.json", "teacher.json"])
-def test_a_file_of_a_run_that_holds_a_list_is_not_sound(work, tmp_path, name):
+def test_a_file_of_a_run_that_holds_a_list_is_not_valid(work, tmp_path, name):
     folder = copy_of(work / "run", tmp_path / "run")
     (folder / name).write_text("[]")
     assert any(name in line for line in said(folder))
@@ -256,11 +256,11 @@ def test_numbers_that_are_not_finite_are_found_in_every_type(work, tmp_path, dty
     file = folder / "model.safetensors"
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    assert judge(folder)["sound"]
+    assert check_folder(folder)["valid"]
     tensors["model.norm.weight"][3] = value
     save_file(tensors, file, metadata={"format": "pt"})
-    bad = [finding for finding in judge(folder)["findings"] if not finding["sound"]]
-    assert [finding["says"] for finding in bad] == [
+    bad = [check for check in check_folder(folder)["checks"] if not check["passed"]]
+    assert [check["error"] for check in bad] == [
         "model.norm.weight in model.safetensors holds a value that is not finite"
     ]
 
@@ -269,8 +269,8 @@ def test_what_is_never_read_is_listed(work, tmp_path):
     folder = copy_of(work / "teacher", tmp_path / "teacher")
     for name in ("pytorch_model.bin", "modeling_evil.py", "rng_state.pth"):
         (folder / name).write_text("raise SystemExit")
-    found = judge(folder)
-    assert found["sound"]
+    found = check_folder(folder)
+    assert found["valid"]
     assert found["never_read"] == ["modeling_evil.py", "pytorch_model.bin", "rng_state.pth"]
     assert "never read or run: modeling_evil.py" in run_well("doctor", folder).stdout
 
@@ -281,7 +281,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     assert "no such folder" in refused.stderr
 
 
-def test_what_mohawkify_neither_writes_nor_reads_is_not_sound(work, tmp_path):
+def test_what_mohawkify_neither_writes_nor_reads_is_not_valid(work, tmp_path):
     for folder in (tmp_path, work / "run" / "checkpoints"):
         refused = run("doctor", folder)
         assert refused.exit_code == 66
@@ -309,7 +309,7 @@ def edit_teacher(folder: Path) -> None:
         (lambda folder: (folder / "run" / "metrics.jsonl").unlink(), "metrics.jsonl is missing or empty"),
     ],
 )
-def test_a_run_that_a_command_would_refuse_is_not_sound(work, tmp_path, damage, says):
+def test_a_run_that_a_command_would_refuse_is_not_valid(work, tmp_path, damage, says):
     copy_of(work, tmp_path / "work")
     damage(tmp_path / "work")
     refused = run("doctor", tmp_path / "work" / "run")

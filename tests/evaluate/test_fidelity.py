@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.errors import DataError, NumericsError, UsageError
 from mohawkify.evaluate import fidelity, speed
-from mohawkify.evaluate.fidelity import Agreement, evaluating, measure_agreement, measure_teacher
+from mohawkify.evaluate.fidelity import Fidelity, evaluating, measure_fidelity, measure_perplexity
 from mohawkify.evaluate.report import console_table, markdown_report
 from mohawkify.evaluate.speed import decode_speed
 from mohawkify.families.registry import adapter_names
@@ -84,14 +84,14 @@ def naive_figures(student: PreTrainedModel, teacher: PreTrainedModel, rows: list
     }
 
 
-def assert_figures(found: Agreement, expected: dict[str, float], tolerance: float) -> None:
+def assert_figures(found: Fidelity, expected: dict[str, float], tolerance: float) -> None:
     assert found.tokens == expected["tokens"]
     for name in ("perplexity", "teacher_perplexity", "kl", "top1"):
         assert getattr(found, name) == pytest.approx(expected[name], rel=0, abs=tolerance), name
 
 
 def test_teacher_against_itself_gives_the_known_perplexity(teacher: PreTrainedModel, rows: list[np.ndarray]) -> None:
-    found = measure_agreement(teacher, teacher, evaluation_batches(rows, 8), device=CPU)
+    found = measure_fidelity(teacher, teacher, evaluation_batches(rows, 8), device=CPU)
     assert found.tokens == 70_407
     assert found.kl == pytest.approx(0.0, abs=1e-7)
     assert found.top1 == 1.0
@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_definitions(
     assert expected["kl"] > 0.05
     assert expected["top1"] < 0.95
     for batch_size in (1, 8):  # 8: rows of many lengths, padded
-        found = measure_agreement(student, teacher, evaluation_batches(rows, batch_size), device=CPU)
+        found = measure_fidelity(student, teacher, evaluation_batches(rows, batch_size), device=CPU)
         assert_figures(found, expected, tolerance=1e-6 * expected["perplexity"])
         assert found.kl == pytest.approx(expected["kl"], rel=0, abs=1e-6)
 
@@ -117,24 +117,24 @@ def test_padding_and_chunks_change_nothing(
     student: PreTrainedModel, teacher: PreTrainedModel, rows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows[12:24]
-    alone = measure_agreement(student, teacher, evaluation_batches(rows, 1), device=CPU)
-    together = measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU)
+    alone = measure_fidelity(student, teacher, evaluation_batches(rows, 1), device=CPU)
+    together = measure_fidelity(student, teacher, evaluation_batches(rows, 8), device=CPU)
     assert_figures(together, vars(alone), tolerance=1e-6)
     vocab_size = teacher.config.vocab_size
     monkeypatch.setattr(fidelity, "MAX_COPY_BYTES", 7 * 4 * vocab_size * 5)  # five tokens at a time
-    assert_figures(measure_agreement(student, teacher, evaluation_batches(rows, 8), device=CPU), vars(alone), 1e-6)
+    assert_figures(measure_fidelity(student, teacher, evaluation_batches(rows, 8), device=CPU), vars(alone), 1e-6)
 
 
 def test_kl_is_from_teacher_to_student(student: PreTrainedModel, teacher: PreTrainedModel, rows: list[Any]) -> None:
-    forward = measure_agreement(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
-    backward = measure_agreement(teacher, student, evaluation_batches(rows[:4], 4), device=CPU)
+    forward = measure_fidelity(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
+    backward = measure_fidelity(teacher, student, evaluation_batches(rows[:4], 4), device=CPU)
     assert forward.perplexity == pytest.approx(backward.teacher_perplexity, rel=1e-9)
     assert abs(forward.kl - backward.kl) > 1e-4
 
 
 def test_teacher_alone(teacher: PreTrainedModel, student: PreTrainedModel, rows: list[np.ndarray]) -> None:
-    both = measure_agreement(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
-    assert measure_teacher(teacher, evaluation_batches(rows[:4], 4)) == pytest.approx(both.teacher_perplexity, rel=1e-9)
+    both = measure_fidelity(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
+    assert measure_perplexity(teacher, evaluation_batches(rows[:4], 4)) == pytest.approx(both.teacher_perplexity, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "granitemoeshared"])
@@ -150,7 +150,7 @@ def test_figures_with_heads_of_every_kind(family: str, tmp_path: Path) -> None:
         with torch.no_grad():
             student.lm_head.weight.mul_(-1.0)
     rows = random_rows(9, 5, 12)
-    found = measure_agreement(student, teacher, evaluation_batches(rows, 2), device=CPU)
+    found = measure_fidelity(student, teacher, evaluation_batches(rows, 2), device=CPU)
     expected = naive_figures(student, teacher, rows)
     assert expected["kl"] > 0.05
     assert_figures(found, expected, 1e-5 * expected["perplexity"])
@@ -163,7 +163,7 @@ def random_rows(*lengths: int) -> list[np.ndarray]:
 def test_progress_counts_predicted_tokens() -> None:
     model = tiny_teacher("llama")
     seen: list[int] = []
-    measure_agreement(model, model, evaluation_batches(random_rows(9, 5, 4), 2), device=CPU, progress=seen.append)
+    measure_fidelity(model, model, evaluation_batches(random_rows(9, 5, 4), 2), device=CPU, progress=seen.append)
     assert seen == [8 + 4, 8 + 4 + 3]
 
 
@@ -186,7 +186,7 @@ def test_a_number_that_is_none_is_an_error(whose: str) -> None:
     with torch.no_grad():
         models[whose].model.norm.weight[0] = float("nan")
     with pytest.raises(NumericsError, match=whose):
-        measure_agreement(**models, batches=evaluation_batches(random_rows(6), 1), device=CPU)
+        measure_fidelity(**models, batches=evaluation_batches(random_rows(6), 1), device=CPU)
 
 
 def test_text_without_a_prediction_is_an_error() -> None:
@@ -194,7 +194,7 @@ def test_text_without_a_prediction_is_an_error() -> None:
     single = EvaluationBatch(torch.tensor([[5, 0]]), torch.tensor([[True, False]]))
     for batches in ([], [single]):
         with pytest.raises(DataError, match="no token to predict"):
-            measure_agreement(model, model, batches, device=CPU)
+            measure_fidelity(model, model, batches, device=CPU)
 
 
 def test_speed_generates_all_tokens_one_by_one() -> None:

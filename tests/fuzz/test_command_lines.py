@@ -66,13 +66,13 @@ KEYS = [key.name.replace("N", "0") for key in keys(Recipe)]
 
 
 def draw(rng: Random) -> bytes:
-    """A command line made from what click declares; heavy verbs are only given what they must refuse."""
+    """A command line made from what click declares; heavy commands are only given what they must refuse."""
     arguments: list[str] = []
     command: click.Command = main
     while isinstance(command, click.Group):
         if rng.random() < 0.02:
             break
-        name = rng.choice([*command.commands, *(verb for verb in command.commands if verb in CHEAP)] * 5 + [*NAMES[:3]])
+        name = rng.choice([*command.commands, *(name for name in command.commands if name in CHEAP)] * 5 + [*NAMES[:3]])
         arguments.append(name)
         if name not in command.commands:
             break
@@ -94,15 +94,15 @@ def draw(rng: Random) -> bytes:
     return json.dumps(arguments).encode()
 
 
-def _option(rng: Random, verb: str, parameter: click.Parameter) -> list[str]:
+def _option(rng: Random, name: str, parameter: click.Parameter) -> list[str]:
     flag = rng.choice(parameter.opts)
     if getattr(parameter, "is_flag", False):
         return [flag] if rng.random() < 0.9 else [f"{flag}=x"]
-    values = [_value(rng, verb, parameter) for _ in range(rng.choice((1, 1, 2)) if parameter.multiple else 1)]
+    values = [_value(rng, name, parameter) for _ in range(rng.choice((1, 1, 2)) if parameter.multiple else 1)]
     return [part for value in values for part in ([f"{flag}={value}"] if rng.random() < 0.3 else [flag, value])]
 
 
-def _value(rng: Random, verb: str, parameter: click.Parameter) -> str:
+def _value(rng: Random, name: str, parameter: click.Parameter) -> str:
     if parameter.name == "processes":  # real ones speak for themselves, past the runner that collects what is said
         text = rng.choice([number for number in NUMBERS if number not in SEVERAL])
     elif rng.random() < 0.1:
@@ -113,14 +113,14 @@ def _value(rng: Random, verb: str, parameter: click.Parameter) -> str:
         text = rng.choice(NUMBERS)
     elif parameter.name == "recipe_name":
         # A plan of the published recipes is four seconds of honest work: the memory of 4,096 tokens is counted.
-        shipped = ("demo", "stories") if verb == "plan" else ("demo", "stories", "llamba-1b")
+        shipped = ("demo", "stories") if name == "plan" else ("demo", "stories", "llamba-1b")
         text = rng.choice((*shipped, f"{HOME}/r.yaml", f"{HOME}/r.yaml", *PLACES, *NAMES))
     elif parameter.name == "overrides":
         value = rng.choice((rng.choice(WORDS), render(odd_value(rng)), rng.choice(NUMBERS), "null"))
         text = f"{rng.choice(KEYS)}={value}"
-    elif parameter.name == "name" and verb == "recipes":
+    elif parameter.name == "name" and name == "recipes":
         text = rng.choice(("demo", "stories", *NAMES))
-    elif verb in CHEAP and parameter.name == "teacher":
+    elif name in CHEAP and parameter.name == "teacher":
         text = rng.choice((f"{HOME}/config.json", f"{HOME}/config.json", "demo", *PLACES, *NAMES))
     else:
         text = rng.choice((f"{HOME}/empty", f"{HOME}/broken.json", "nowhere", f"{HOME}/new", *NAMES))

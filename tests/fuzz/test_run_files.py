@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mohawkify.doctor.check_folder import judge
+from mohawkify.doctor.check_folder import check_folder
 from mohawkify.errors import CheckpointError, MohawkifyError
 from mohawkify.files import atomic
 from mohawkify.files.manifest import sealed
@@ -29,7 +29,7 @@ from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, mutate_lines, odd_value, render, render_twice
 
 STEP = "checkpoints/step-00000004"
-JUDGED = 0.25  # of the inputs are shown to the doctor too, who reads all of the run
+CHECKED = 0.25  # of the inputs are shown to the doctor too, who reads all of the run
 BYTES = "every byte as it was written"
 STATE = {
     "identity": "0" * 64,
@@ -101,7 +101,7 @@ def draw(rng: Random) -> bytes:
         value = _mutated_manifest(rng, data) if name.endswith("manifest.json") else mutate_json(rng, json.loads(data))
         data = (render_twice(rng, value) if rng.random() < 0.05 else render(value)).encode("utf-8", "surrogatepass")
     is_sealed = name.startswith(STEP) and rng.random() < 0.5
-    return encode({name: data}, sealed=is_sealed, judged=rng.random() < JUDGED)
+    return encode({name: data}, sealed=is_sealed, checked=rng.random() < CHECKED)
 
 
 def _mutated_manifest(rng: Random, data: bytes) -> Any:
@@ -172,18 +172,18 @@ def test_any_small_file(run_folder: Path) -> None:
                 _seal(run_folder, name)
             # What was made up may name a teacher anywhere, which the doctor reads.
             with inside(run_folder, only_written=True):
-                findings = judge(run_folder)["findings"] if facts.get("judged", True) else []
+                checks = check_folder(run_folder)["checks"] if facts.get("checked", True) else []
             part = f"{STEP}: {BYTES}" if name.startswith(STEP) else name
-            is_sound = {finding["what"]: finding["sound"] for finding in findings}.get(part)
+            is_valid = {check["name"]: check["passed"] for check in checks}.get(part)
             with inside(run_folder):
                 try:
                     found = read_all(run_folder, name)
                 except MohawkifyError as error:
                     require_message(error)
-                    assert not is_sound, "the doctor calls sound what is refused"
+                    assert not is_valid, "the doctor calls valid what is refused"
                     return
         if name.startswith(STEP):
-            assert is_sound in (None, found is not None)
+            assert is_valid in (None, found is not None)
             same = changes[name] == originals()[name]
             assert is_sealed or found == (expected if same else None)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohawkify.doctor.check_folder import judge
+from mohawkify.doctor.check_folder import check_folder
 from mohawkify.errors import CheckpointError, TeacherError, UsageError
 from mohawkify.files import atomic
 from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
@@ -29,7 +29,7 @@ from tests.tiny import tiny_teacher
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U16", "f32", "", 3, None)
 STEP = "step-00000004"
 GROUPS = ("model", "optimizer", "rng")
-JUDGED = 0.25  # of the inputs are shown to the doctor too
+CHECKED = 0.25  # of the inputs are shown to the doctor too
 WEIGHTS = ("weights are plain safetensors", "shards, index and headers agree")
 MODEL = {"a.weight": (4, 3), "a.bias": (3,), "b.weight": (2, 2)}
 FACTS = {"checkpoint_format": 1, "global_step": 4}
@@ -196,7 +196,7 @@ def draw_teacher(rng: Random) -> bytes:
         changes[name] = mutate_bytes(rng, files[name])
     else:
         changes = dict(zip(shards, [files[name] for name in reversed(shards)], strict=True))
-    return encode(changes, judged=rng.random() < JUDGED)
+    return encode(changes, checked=rng.random() < CHECKED)
 
 
 @pytest.mark.parametrize(("name", "number"), [("files", 2500), ("loaded", 40)])
@@ -209,12 +209,12 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
     def check(case: bytes) -> None:
         changes, facts = decode(case)
         with changed(folder, original, changes), inside(folder):
-            findings = judge(folder)["findings"] if facts.get("judged", True) else []
-            is_sound = all(each["sound"] for each in findings if each["what"] in WEIGHTS)
+            checks = check_folder(folder)["checks"] if facts.get("checked", True) else []
+            is_valid = all(each["passed"] for each in checks if each["name"] in WEIGHTS)
             try:
                 files = weight_files(folder)
                 assert all(file.parent == folder and file.is_file() for file in files)
-                assert is_sound, "the doctor refuses weights that are read"
+                assert is_valid, "the doctor refuses weights that are read"
                 if name == "loaded":
                     found = _state(folder)
                     assert found.keys() == wanted.keys()

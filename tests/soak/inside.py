@@ -28,7 +28,7 @@ EVENTS = {
     "loading": ("mohawkify.train.pipeline", "load_teacher"),
     "tokenising": ("mohawkify.data.tokenize_workers", "encode_documents"),
     "building": ("mohawkify.train.pipeline", "build_student"),
-    "measuring": ("mohawkify.train.trainer", "measure_agreement"),
+    "measuring": ("mohawkify.train.trainer", "measure_fidelity"),
     "measuring a batch": ("mohawkify.evaluate.fidelity", "_add_batch"),
     "reading": ("mohawkify.data.loader", "packed_batch"),
     "micro-batch": ("mohawkify.train.loop", "Runner"),

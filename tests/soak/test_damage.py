@@ -146,16 +146,16 @@ def test_p5_a_damaged_student_is_noticed(workshop, tmp_path):
                     atomic.verify_directory(run / "final")
 
 
-@pytest.mark.parametrize("verb", [("generate", "RUN", "once"), ("eval", "RUN"), ("export", "RUN", "--target", "hf")])
-def test_p5_a_damaged_student_is_not_used(workshop, tmp_path, verb):
+@pytest.mark.parametrize("command", [("generate", "RUN", "once"), ("eval", "RUN"), ("export", "RUN", "--target", "hf")])
+def test_p5_a_damaged_student_is_not_used(workshop, tmp_path, command):
     run = copy_run(workshop.whole, tmp_path / "run")
-    with Tally("P5", f"a flipped bit in the student's weights, then {verb[0]}") as tally:
+    with Tally("P5", f"a flipped bit in the student's weights, then {command[0]}") as tally:
         for trial in range(trials(1, 5)):
-            file, draw = run / "final" / "model.safetensors", chooser(f"P5 {verb[0]}", trial)
+            file, draw = run / "final" / "model.safetensors", chooser(f"P5 {command[0]}", trial)
             with tally.trial(f"trial {trial} of seed {SEED}"), kept(file) as data:
                 # In the numbers, which safetensors itself would load.
                 file.write_bytes(data[: len(data) // 2] + flip(data[len(data) // 2 :], draw))
-                arguments = [str(run) if argument == "RUN" else argument for argument in verb]
+                arguments = [str(run) if argument == "RUN" else argument for argument in command]
                 ended = workshop.server.run(workshop.folder, *arguments)
                 assert ended.code == 66, f"ended with {ended.code}: {ended.output}"
                 require_one_line(ended)

@@ -28,7 +28,7 @@ def test_two_processes_write_the_shards_of_one(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "small_shards.py").write_text(SMALL_SHARDS)
     arguments = [
-        *("teach", str(tmp_path / "teacher"), "--recipe", str(tmp_path / "r.yaml")),
+        *("cache-logits", str(tmp_path / "teacher"), "--recipe", str(tmp_path / "r.yaml")),
         *("--top-k", "9", "--output"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

@@ -90,7 +90,7 @@ def test_other_ways_to_convert_run_on_a_device(folder, tmp_path, options):
 
 
 def test_a_teacher_is_asked_on_a_device(folder, tmp_path):
-    asked = ["teach", str(folder / "teacher"), "--recipe", str(folder / "tiny.yaml"), "--stage-phase", "train"]
+    asked = ["cache-logits", str(folder / "teacher"), "--recipe", str(folder / "tiny.yaml"), "--stage-phase", "train"]
     run_on_device(*asked, "--top-k", "8", "--output", str(tmp_path / "device"))
     run_well(*asked, "--top-k", "8", "--output", tmp_path / "cpu")
     ours, theirs = (TeacherLogits(tmp_path / name) for name in ("device", "cpu"))

@@ -87,7 +87,7 @@ def online(first, second, tmp_path_factory) -> RunFolder:
 def all_logits(first, second, recipe_file, tmp_path_factory) -> Path:
     """The second teacher's logits of the whole vocabulary."""
     folder = tmp_path_factory.mktemp("logits") / "all"
-    run_well("teach", second, "--for", first, "--recipe", recipe_file, "--top-k", "258", "--output", folder)
+    run_well("cache-logits", second, "--for", first, "--recipe", recipe_file, "--top-k", "258", "--output", folder)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_kept_logits_of_the_whole_vocabulary_teach_what_the_teacher_teaches(onli
 
 
 def test_a_few_kept_tokens_give_a_lower_bound_of_the_divergence(first, second, recipe_file, online, tmp_path):
-    run_well("teach", second, "--for", first, "--recipe", recipe_file, "--top-k", "8", "--output", tmp_path / "logits")
+    run_well("cache-logits", second, "--for", first, "--recipe", recipe_file, "--top-k", "8", "--output", tmp_path / "logits")
     run = start(first, with_finish(logits=str(tmp_path / "logits")), tmp_path / "run")
     first_step = slice(NUM_TRAIN_STEPS, NUM_TRAIN_STEPS + 1)
     few, whole = metrics(run, "kl")[first_step], metrics(online, "kl")[first_step]
@@ -269,7 +269,7 @@ def test_offline_equals_online_finishing_on_a_real_teacher(stories_teacher, tmp_
     save_file(weights, noisy / "model.safetensors", {"format": "pt"})
     recipe = apply_overrides(load_recipe("stories"), STORIES)
     settings = [part for setting in STORIES for part in ("--set", setting)]
-    teach = ("teach", noisy, "--for", stories_teacher, "--recipe", "stories", *settings)
+    teach = ("cache-logits", noisy, "--for", stories_teacher, "--recipe", "stories", *settings)
     runs = {"first": [], "online": [f"stages.distill.final_phase.teacher={noisy}"]}
     runs["another order"] = [*runs["online"], "seed=1"]
     for top_k in (64, 512):
