@@ -437,23 +437,23 @@ main.add_command(bench)
 @as_json
 @click.argument("folder", required=False, type=FOLDER)
 def doctor(folder: Path | None, as_json: bool) -> None:
-    """Say what is installed and what is missing, or whether a folder is sound.
+    """Check the installation, or check a folder.
 
     Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher, a run,
     a checkpoint, an export, prepared text or teacher logits as FOLDER: whether every byte is as it was written and what
-    a command would refuse; nothing in it is run. The exit code is then 0 where it is sound and 66 where not.
+    a command would refuse; nothing in it is run. The exit code is then 0 if it is valid and 66 if not.
     """
     if folder is not None:
-        from mohawkify.doctor.check_folder import judge
+        from mohawkify.doctor.check_folder import check_folder
 
-        found = judge(folder)
-        print_result(found, tables.verdict_text, as_json)
-        if not found["sound"]:
+        checked = check_folder(folder)
+        print_result(checked, tables.folder_text, as_json)
+        if not checked["valid"]:
             raise SystemExit(INPUT)
         return
-    from mohawkify.doctor.installed import examine
+    from mohawkify.doctor.installed import check_installation
 
-    print_result(examine(), tables.doctor_text, as_json)
+    print_result(check_installation(), tables.doctor_text, as_json)
 
 
 @main.command()

@@ -119,7 +119,7 @@ def _count(number: int) -> str:
 def doctor_text(found: dict[str, Any]) -> str:
     """The tables of `mohawkify doctor`."""
     packages = [
-        (package["name"], package["installed"] or "missing", package["wanted"] or "any") for package in found["base"]
+        (package["name"], package["installed"] or "missing", package["required"] or "any") for package in found["base"]
     ]
     extras = [(name, _extra_state(extra), extra["brings"]) for name, extra in found["extras"].items()]
     kernels = [(each["name"], each["problem"] or "usable", ", ".join(each["operators"])) for each in found["kernels"]]
@@ -133,7 +133,7 @@ def doctor_text(found: dict[str, Any]) -> str:
             f"mohawkify {found['mohawkify']}, Python {found['python']}, {found['platform']}",
             *(f"device: {device}" for device in found["devices"]),
             "",
-            table(("package", "installed", "wanted"), packages, left=3),
+            table(("package", "installed", "required"), packages, left=3),
             "",
             table(("extra", "state", "brings"), extras, left=3),
             "",
@@ -144,18 +144,15 @@ def doctor_text(found: dict[str, Any]) -> str:
     ).rstrip()
 
 
-def verdict_text(found: dict[str, Any]) -> str:
-    """What `mohawkify doctor FOLDER` found."""
-    rows = [
-        (finding["what"], "sound" if finding["sound"] else f"REFUSED: {finding['says']}")
-        for finding in found["findings"]
-    ]
-    lines = [f"{found['folder']}: {found['kind']}", "", table(("examined", "found"), rows, left=2), ""]
-    if found["never_read"]:
-        lines += [f"never read or run: {', '.join(found['never_read'])}", ""]
-    if found["kind"] == "teacher":
+def folder_text(result: dict[str, Any]) -> str:
+    """The table of `mohawkify doctor FOLDER`."""
+    rows = [(check["name"], "valid" if check["passed"] else f"INVALID: {check['error']}") for check in result["checks"]]
+    lines = [f"{result['folder']}: {result['kind']}", "", table(("check", "result"), rows, left=2), ""]
+    if result["never_read"]:
+        lines += [f"never read or run: {', '.join(result['never_read'])}", ""]
+    if result["kind"] == "teacher":
         lines += ["A teacher comes without hashes: a value that was changed to another finite one is not noticed.", ""]
-    return "\n".join([*lines, "sound" if found["sound"] else "not sound: a command that needs it refuses it"])
+    return "\n".join([*lines, "valid" if result["valid"] else "not valid: a command that needs it refuses it"])
 
 
 def _extra_state(extra: dict[str, Any]) -> str:

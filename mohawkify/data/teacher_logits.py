@@ -297,7 +297,7 @@ class TeacherLogits:
         size = records.stat().st_size if records.is_file() else None
         expected = len(self.shard_sequences(number)) * self.layout.record_bytes
         if facts.get("shard") != number or facts.get("about") != self._seal or size != expected:
-            raise DataError(f"{shard} belongs to other teacher logits", hint=f"remove {shard} and cache the logits again")
+            raise DataError(f"{shard} belongs to other teacher logits", hint=f"remove {shard}, then write it again")
         self._verified.add(number)
 
     def _shard(self, number: int) -> Path:

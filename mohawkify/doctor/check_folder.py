@@ -1,6 +1,6 @@
-"""The verdict on a folder: is everything in it as it was written, and would it be refused? No torch here.
+"""Check a folder: is everything in it as it was written, and would a command refuse it? No torch here.
 
-What it looks at is what a command would refuse before it uses the folder; nothing in it is run, and nothing written.
+Nothing in the folder is run, and nothing is written.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ from mohawkify.teacher.validate import (
 )
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
-NOTHING = "nothing known"
-NUMBERS_AT_ONCE = 1 << 22
-BF16_EXPONENT = 0x7F80
+UNKNOWN = "unknown"
+WEIGHTS_FINITE = "all weights finite"
+_BYTES_UNCHANGED = "every byte as it was written"
+_ELEMENTS_AT_ONCE = 1 << 22
+_BF16_EXPONENT = 0x7F80
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+Check = dict[str, Any]
 
 
-def judge(folder: Path) -> dict[str, Any]:
-    """Examine a teacher, a run, a checkpoint, a finished student, an export, prepared text or teacher logits.
-
-    Args:
-        folder: where it lies.
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Check a teacher, a run, a checkpoint, a finished student, an export, prepared text or teacher logits.
 
     Returns:
-        A JSON object: ``folder``, ``kind``, ``sound``, and ``findings``: what was examined, whether it is sound, and
-        the line that a command would refuse it with.
+        A JSON object: ``folder``, ``kind``, ``valid``, ``never_read`` (names of files that no command reads) and
+        ``checks``, each with its ``name``, whether it ``passed``, and the ``error`` that a command would end with.
 
     Raises:
         UsageError: there is no such folder.
@@ -51,12 +53,12 @@ def judge(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}", hint="name a folder that mohawkify writes or reads")
     kind = _kind(folder)
-    findings = _KINDS[kind](folder)
+    checks = _KINDS[kind](folder)
     return {
         "folder": str(folder),
         "kind": kind,
-        "sound": all(finding["sound"] for finding in findings),
-        "findings": findings,
+        "valid": all(check["passed"] for check in checks),
+        "checks": checks,
         "never_read": sorted(file.name for file in folder.iterdir() if file.suffix in NEVER_READ),
     }
 
@@ -75,101 +77,132 @@ def _kind(folder: Path) -> str:
         return "teacher"
     if (folder / ABOUT).is_dir():
         return "teacher logits"
-    return "prepared text" if any(_is_corpus(path) for path in folder.glob("[!.]*")) else NOTHING
+    return "prepared text" if any(_is_corpus(path) for path in folder.glob("[!.]*")) else UNKNOWN
 
 
 def _is_corpus(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file() and any(path.glob("shard-*"))
 
 
-def _judge_run(folder: Path) -> list[dict[str, Any]]:
+def _check_run(folder: Path) -> list[Check]:
     run = RunFolder(folder)
-    findings = [
-        _finding("recipe.yaml", run.recipe),
-        _finding("metrics.jsonl", lambda: _require_log(folder)),
-        _finding("teacher.json", run.teacher_files),
-        _finding("the teacher's files are those of the run", lambda: _require_same_teacher(run)),
-        _finding("results.json", run.results),
+    checks = [
+        _check("recipe.yaml", run.recipe),
+        _check("metrics.jsonl", lambda: _require_log(folder)),
+        _check("teacher.json", run.teacher_files),
+        _check("the teacher's files are those of the run", lambda: _require_same_teacher(run)),
+        _check("results.json", run.results),
     ]
     for name in ("plan.json", "student.json", "eval.json"):
         if (folder / name).exists():
-            findings.append(_finding(name, partial(_require_object, folder / name)))
-    findings += _named("corpora", _judge_corpora(run.corpora))
+            checks.append(_check(name, partial(_require_object, folder / name)))
+    checks += _inside("corpora", _check_corpora(run.corpora))
     for checkpoint in list_checkpoints(run.checkpoints):
-        findings += _named(f"checkpoints/{checkpoint.name}", _judge_checkpoint(checkpoint, run))
+        checks += _inside(f"checkpoints/{checkpoint.name}", _check_checkpoint(checkpoint, run))
     if run.final.is_dir():
-        findings += _named("final", _judge_sealed(run.final))
-    return findings
+        checks += _inside("final", _check_export(run.final))
+    return checks
 
 
-def _judge_checkpoint(folder: Path, run: RunFolder | None = None) -> list[dict[str, Any]]:
+def _check_checkpoint(folder: Path, run: RunFolder | None = None) -> list[Check]:
     opened: list[Checkpoint] = []
 
-    def numbers() -> None:
+    def require_finite() -> None:
         for name in ("model", "optimizer"):
             _require_finite(read_header(folder / f"{name}.safetensors"))
 
-    findings = [
-        _finding("every byte as it was written", lambda: opened.append(open_checkpoint(folder))),
-        _finding("all numbers finite", numbers),
+    checks = [
+        _check(_BYTES_UNCHANGED, lambda: opened.append(open_checkpoint(folder))),
+        _check(WEIGHTS_FINITE, require_finite),
     ]
     if run is not None and opened:
-        findings.append(_finding("recipe and teacher are the run's", lambda: _require_identity(opened[0], run)))
-    return findings
+        checks.append(_check("recipe and teacher are the run's", lambda: _require_identity(opened[0], run)))
+    return checks
 
 
-def _judge_text(folder: Path) -> list[dict[str, Any]]:
+def _check_text(folder: Path) -> list[Check]:
     if _is_corpus(folder):
-        return [_finding("every byte as it was written", lambda: verify_corpus(folder))]
-    return _judge_corpora(folder)
+        return [_check(_BYTES_UNCHANGED, lambda: verify_corpus(folder))]
+    return _check_corpora(folder)
 
 
-def _judge_corpora(folder: Path) -> list[dict[str, Any]]:
-    """Hash tokenised text, where need be the text elsewhere that a note leads to."""
-    paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir() or path.suffix == ".json")
+def _check_corpora(folder: Path) -> list[Check]:
+    """Hash tokenised text; a note leads to text in another folder, which is hashed there."""
     return [
-        _finding(
+        _check(
             path.name,
             partial(noted_corpus, path, verify_corpus) if path.suffix == ".json" else partial(verify_corpus, path),
         )
-        for path in paths
+        for path in sorted(folder.glob("[!.]*"))
+        if path.is_dir() or path.suffix == ".json"
     ]
 
 
-def _judge_logits(folder: Path) -> list[dict[str, Any]]:
+def _check_logits(folder: Path) -> list[Check]:
     opened: list[TeacherLogits] = []
 
-    def shards(logits: TeacherLogits) -> None:
+    def verify_shards(logits: TeacherLogits) -> None:
         for number in sorted(set(range(logits.num_shards)) - set(logits.missing())):
             logits.verify_shard(number)
 
-    findings = [_finding("what they are of", lambda: opened.append(TeacherLogits(folder)))]
+    checks = [_check("description", lambda: opened.append(TeacherLogits(folder)))]
     for logits in opened:
-        findings += [
-            _finding("vocabulary", logits.vocabulary),
-            _finding("all shards are there", logits.require_complete),
-            _finding("every record as it was written", partial(shards, logits)),
+        checks += [
+            _check("vocabulary", logits.vocabulary),
+            _check("all shards are there", logits.require_complete),
+            _check("every record as it was written", partial(verify_shards, logits)),
         ]
-    return findings + _named("corpora", _judge_corpora(folder / "corpora"))
+    return checks + _inside("corpora", _check_corpora(folder / "corpora"))
 
 
-def _judge_sealed(folder: Path) -> list[dict[str, Any]]:
+def _check_export(folder: Path) -> list[Check]:
     return [
-        _finding("every byte as it was written", lambda: verify_directory(folder)),
-        _finding("all numbers finite", lambda: _require_finite(read_tensors(folder))),
+        _check(_BYTES_UNCHANGED, lambda: verify_directory(folder)),
+        _check(WEIGHTS_FINITE, lambda: _require_finite(read_tensors(folder))),
     ]
 
 
-def _judge_teacher(folder: Path) -> list[dict[str, Any]]:
+def _check_teacher(folder: Path) -> list[Check]:
     config = folder / "config.json"
     return [
-        _finding("config.json", lambda: require_config(config)),
-        _finding("files lie inside the folder", lambda: require_own_files(folder)),
-        _finding("weights are plain safetensors", lambda: require_plain_weights(config, require_config(config))),
-        _finding("shards, index and headers agree", lambda: read_tensors(folder)),
-        _finding("all numbers finite", lambda: _require_finite(read_tensors(folder))),
-        _finding("tokenizer", lambda: require_tokenizer_files(folder)),
+        _check("config.json", lambda: require_config(config)),
+        _check("files lie inside the folder", lambda: require_own_files(folder)),
+        _check("weights are plain safetensors", lambda: require_plain_weights(config, require_config(config))),
+        _check("shards, index and headers agree", lambda: read_tensors(folder)),
+        _check(WEIGHTS_FINITE, lambda: _require_finite(read_tensors(folder))),
+        _check("tokenizer", lambda: require_tokenizer_files(folder)),
     ]
+
+
+def _check_unknown(folder: Path) -> list[Check]:
+    missing = "no config.json, no recipe.yaml, no manifest and no text: nothing that mohawkify writes or reads"
+    return [{"name": "kind", "passed": False, "error": f"{folder} holds {missing}"}]
+
+
+_KINDS: dict[str, Callable[[Path], list[Check]]] = {
+    "run": _check_run,
+    "checkpoint": _check_checkpoint,
+    "student or export": _check_export,
+    "prepared text": _check_text,
+    "teacher logits": _check_logits,
+    "teacher": _check_teacher,
+    UNKNOWN: _check_unknown,
+}
+
+
+def _check(name: str, function: Callable[[], object]) -> Check:
+    error = ""
+    try:
+        function()
+    except MohawkifyError as refusal:
+        error = refusal.message
+    except OSError as refusal:
+        error = f"cannot read {refusal.filename}: {refusal.strerror}"
+    return {"name": name, "passed": not error, "error": error}
+
+
+def _inside(prefix: str, checks: list[Check]) -> list[Check]:
+    return [{**check, "name": f"{prefix}: {check['name']}"} for check in checks]
 
 
 def _require_object(path: Path) -> None:
@@ -183,7 +216,7 @@ def _require_log(folder: Path) -> None:
 
 
 def _require_same_teacher(run: RunFolder) -> None:
-    """Compare what a run would be refused for when it continues or is measured."""
+    """Refuse what a run refuses when it continues or is measured."""
     facts = run.teacher()
     teacher = Path(facts["folder"])
     for name, digest in sorted(facts["files"].items()) if teacher.is_dir() else ():
@@ -200,56 +233,18 @@ def _require_identity(checkpoint: Checkpoint, run: RunFolder) -> None:
         raise CheckpointError(f"{checkpoint.path.name} belongs to another recipe or teacher")
 
 
-def _judge_nothing(folder: Path) -> list[dict[str, Any]]:
-    says = "no config.json, no recipe.yaml, no manifest and no text: nothing that mohawkify writes or reads"
-    return [{"what": "what it is", "sound": False, "says": f"{folder} holds {says}"}]
-
-
-_KINDS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    "run": _judge_run,
-    "checkpoint": _judge_checkpoint,
-    "student or export": _judge_sealed,
-    "prepared text": _judge_text,
-    "teacher logits": _judge_logits,
-    "teacher": _judge_teacher,
-    NOTHING: _judge_nothing,
-}
-
-
-def _finding(what: str, check: Callable[[], object]) -> dict[str, Any]:
-    try:
-        check()
-    except MohawkifyError as error:
-        return {"what": what, "sound": False, "says": error.message}
-    except OSError as error:
-        return {"what": what, "sound": False, "says": f"cannot read {error.filename}: {error.strerror}"}
-    return {"what": what, "sound": True, "says": ""}
-
-
-def _named(prefix: str, findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**finding, "what": f"{prefix}: {finding['what']}"} for finding in findings]
-
-
 def _require_finite(tensors: dict[str, ClaimedTensor]) -> None:
+    """Refuse a floating-point tensor with a value that is not finite; read in parts, so memory stays small."""
     for name, tensor in tensors.items():
-        if not all(_are_finite(part, tensor.dtype) for part in _numbers(tensor)):
-            raise TeacherError(f"{name} in {tensor.file.name} holds a value that is not finite")
-
-
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def _numbers(tensor: ClaimedTensor) -> Any:
-    """The numbers of a floating-point tensor, a part at a time."""
-    if tensor.dtype not in _NUMPY:
-        return
-    numbers = np.memmap(tensor.file, dtype=np.uint8, mode="r")[tensor.begin : tensor.end]
-    width = np.dtype(_NUMPY[tensor.dtype]).itemsize
-    for begin in range(0, len(numbers), NUMBERS_AT_ONCE * width):
-        yield numbers[begin : begin + NUMBERS_AT_ONCE * width].copy().view(_NUMPY[tensor.dtype])
-
-
-def _are_finite(numbers: Any, dtype: str) -> bool:
-    if dtype == "BF16":  # numpy has no such type: all bits of the exponent set is infinity or not a number
-        return not ((numbers & BF16_EXPONENT) == BF16_EXPONENT).any()
-    return bool(np.isfinite(numbers).all())
+        if tensor.dtype not in _NUMPY_DTYPES:
+            continue
+        dtype = np.dtype(_NUMPY_DTYPES[tensor.dtype])
+        content = np.memmap(tensor.file, dtype=np.uint8, mode="r")[tensor.begin : tensor.end]
+        for begin in range(0, len(content), _ELEMENTS_AT_ONCE * dtype.itemsize):
+            part = content[begin : begin + _ELEMENTS_AT_ONCE * dtype.itemsize].copy().view(dtype)
+            if tensor.dtype == "BF16":  # numpy has no such type: all bits of the exponent set is infinity or NaN
+                is_finite = (part & _BF16_EXPONENT) != _BF16_EXPONENT
+            else:
+                is_finite = np.isfinite(part)
+            if not is_finite.all():
+                raise TeacherError(f"{name} in {tensor.file.name} holds a value that is not finite")

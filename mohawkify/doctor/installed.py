@@ -25,7 +25,7 @@ BRINGS = {
 INSTALL = {"mamba": f'pip install --no-build-isolation "{NAME}[mamba]"'}
 
 
-def examine() -> dict[str, Any]:
+def check_installation() -> dict[str, Any]:
     """Look at this installation.
 
     Returns:
@@ -71,7 +71,7 @@ def _package(requirement: Requirement) -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         installed = None
     fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
-    return {"name": requirement.name, "installed": installed, "wanted": str(requirement.specifier), "fits": fits}
+    return {"name": requirement.name, "installed": installed, "required": str(requirement.specifier), "fits": fits}
 
 
 def _kernels() -> list[dict[str, Any]]:

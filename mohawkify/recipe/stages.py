@@ -37,7 +37,8 @@ class DistillFinalPhase(FinalPhase):
         default=None, description="bits of that teacher's weights, by bitsandbytes; null: as the precision says"
     )
     logits: Text | None = Field(
-        default=None, description="folder that `mohawkify cache-logits` wrote: that teacher's logits, instead of running it"
+        default=None,
+        description="folder written by `mohawkify cache-logits`: its logits replace running a teacher",
     )
 
     @model_validator(mode="after")

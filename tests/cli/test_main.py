@@ -89,7 +89,11 @@ def test_every_command_and_option_has_help(command_path):
 
 
 def test_help_and_light_commands_load_nothing_heavy():
-    light = [[*command_path, "--help"] for command_path in commands_of()] + [["families"], ["recipes", "ls"], ["recipes", "show", "demo"]]
+    light = [[*command_path, "--help"] for command_path in commands_of()] + [
+        ["families"],
+        ["recipes", "ls"],
+        ["recipes", "show", "demo"],
+    ]
     code = f"""
 import sys
 from mohawkify.cli.main import main

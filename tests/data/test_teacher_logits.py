@@ -245,7 +245,16 @@ def test_what_cannot_be_taught_is_refused(teacher, recipe, tmp_path, arguments, 
 def test_the_text_is_that_of_the_teacher_that_is_converted(teacher, recipe, tmp_path):
     larger = make_teacher(tmp_path / "larger", vocab_size=264, hidden_size=48)
     done = run_well(
-        "cache-logits", larger, "--for", teacher, "--recipe", recipe, "--output", tmp_path / "logits", "--stage-phase", "train"
+        "cache-logits",
+        larger,
+        "--for",
+        teacher,
+        "--recipe",
+        recipe,
+        "--output",
+        tmp_path / "logits",
+        "--stage-phase",
+        "train",
     )
     found = TeacherLogits(Path(done.stdout.strip()))
     assert found.layout.vocab_size == 258

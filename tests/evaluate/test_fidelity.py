@@ -134,7 +134,9 @@ def test_kl_is_from_teacher_to_student(student: PreTrainedModel, teacher: PreTra
 
 def test_teacher_alone(teacher: PreTrainedModel, student: PreTrainedModel, rows: list[np.ndarray]) -> None:
     both = measure_fidelity(student, teacher, evaluation_batches(rows[:4], 4), device=CPU)
-    assert measure_perplexity(teacher, evaluation_batches(rows[:4], 4)) == pytest.approx(both.teacher_perplexity, rel=1e-9)
+    assert measure_perplexity(teacher, evaluation_batches(rows[:4], 4)) == pytest.approx(
+        both.teacher_perplexity, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "granitemoeshared"])

@@ -1,6 +1,6 @@
 """Any content of a run's small files: read as before, or one clear error; nothing outside the folder is opened.
 
-The doctor says of each what reading it says, and raises nothing.
+The doctor reports of each the error that reading it raises, and raises none itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.fuzz.folders import changed, decode, encode, inside
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, mutate_lines, odd_value, render, render_twice
 
 STEP = "checkpoints/step-00000004"
-CHECKED = 0.25  # of the inputs are shown to the doctor too, who reads all of the run
+JUDGED = 0.25  # of the inputs are shown to the doctor too, who reads all of the run
 BYTES = "every byte as it was written"
 STATE = {
     "identity": "0" * 64,
@@ -101,7 +101,7 @@ def draw(rng: Random) -> bytes:
         value = _mutated_manifest(rng, data) if name.endswith("manifest.json") else mutate_json(rng, json.loads(data))
         data = (render_twice(rng, value) if rng.random() < 0.05 else render(value)).encode("utf-8", "surrogatepass")
     is_sealed = name.startswith(STEP) and rng.random() < 0.5
-    return encode({name: data}, sealed=is_sealed, checked=rng.random() < CHECKED)
+    return encode({name: data}, sealed=is_sealed, judged=rng.random() < JUDGED)
 
 
 def _mutated_manifest(rng: Random, data: bytes) -> Any:
@@ -172,7 +172,7 @@ def test_any_small_file(run_folder: Path) -> None:
                 _seal(run_folder, name)
             # What was made up may name a teacher anywhere, which the doctor reads.
             with inside(run_folder, only_written=True):
-                checks = check_folder(run_folder)["checks"] if facts.get("checked", True) else []
+                checks = check_folder(run_folder)["checks"] if facts.get("judged", True) else []
             part = f"{STEP}: {BYTES}" if name.startswith(STEP) else name
             is_valid = {check["name"]: check["passed"] for check in checks}.get(part)
             with inside(run_folder):

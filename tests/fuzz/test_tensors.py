@@ -29,7 +29,7 @@ from tests.tiny import tiny_teacher
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F4", "C64", "U16", "f32", "", 3, None)
 STEP = "step-00000004"
 GROUPS = ("model", "optimizer", "rng")
-CHECKED = 0.25  # of the inputs are shown to the doctor too
+JUDGED = 0.25  # of the inputs are shown to the doctor too
 WEIGHTS = ("weights are plain safetensors", "shards, index and headers agree")
 MODEL = {"a.weight": (4, 3), "a.bias": (3,), "b.weight": (2, 2)}
 FACTS = {"checkpoint_format": 1, "global_step": 4}
@@ -196,7 +196,7 @@ def draw_teacher(rng: Random) -> bytes:
         changes[name] = mutate_bytes(rng, files[name])
     else:
         changes = dict(zip(shards, [files[name] for name in reversed(shards)], strict=True))
-    return encode(changes, checked=rng.random() < CHECKED)
+    return encode(changes, judged=rng.random() < JUDGED)
 
 
 @pytest.mark.parametrize(("name", "number"), [("files", 2500), ("loaded", 40)])
@@ -209,7 +209,7 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
     def check(case: bytes) -> None:
         changes, facts = decode(case)
         with changed(folder, original, changes), inside(folder):
-            checks = check_folder(folder)["checks"] if facts.get("checked", True) else []
+            checks = check_folder(folder)["checks"] if facts.get("judged", True) else []
             is_valid = all(each["passed"] for each in checks if each["name"] in WEIGHTS)
             try:
                 files = weight_files(folder)

@@ -119,7 +119,9 @@ def test_kept_logits_of_the_whole_vocabulary_teach_what_the_teacher_teaches(onli
 
 
 def test_a_few_kept_tokens_give_a_lower_bound_of_the_divergence(first, second, recipe_file, online, tmp_path):
-    run_well("cache-logits", second, "--for", first, "--recipe", recipe_file, "--top-k", "8", "--output", tmp_path / "logits")
+    run_well(
+        "cache-logits", second, "--for", first, "--recipe", recipe_file, "--top-k", "8", "--output", tmp_path / "logits"
+    )
     run = start(first, with_finish(logits=str(tmp_path / "logits")), tmp_path / "run")
     first_step = slice(NUM_TRAIN_STEPS, NUM_TRAIN_STEPS + 1)
     few, whole = metrics(run, "kl")[first_step], metrics(online, "kl")[first_step]
@@ -168,7 +170,7 @@ def test_a_teacher_that_changed_is_refused(first, second, tmp_path, monkeypatch)
     with pytest.raises(Interrupted):
         start(first, recipe, tmp_path / "run")
     monkeypatch.setattr(StageProgress, "update", update)
-    assert "sound" in run_well("doctor", tmp_path / "run").stdout
+    assert "valid" in run_well("doctor", tmp_path / "run").stdout
     weights = load_file(other / "model.safetensors")
     save_file({name: 1.01 * tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match="a run with another teacher"):
