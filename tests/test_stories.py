@@ -6,7 +6,7 @@ import pytest
 
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
+from mohawkify.train.trainer import convert
 
 # A twentieth of the recipe's tokens; the whole recipe reaches a KL of 0.105 (docs/log.md).
 SMALL = [

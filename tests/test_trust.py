@@ -418,7 +418,7 @@ def test_the_ear_hears(outcome: Outcome) -> None:
     for name in ("teacher/config.json", "teacher/tokenizer_config.json", "rows.jsonl", "tiny.yaml", "run/results.json"):
         assert str(outcome.root / "work" / name) in opened
     assert any(path.endswith("metrics.jsonl") for _, (_, path) in outcome.all("write"))
-    assert any(event[1] == "mohawkify.train.pipeline" for _, event in outcome.all("import"))
+    assert any(event[1] == "mohawkify.train.trainer" for _, event in outcome.all("import"))
     assert any(event[1].endswith("jinja2/sandbox.py") for _, event in outcome.all("exec"))
 
 

@@ -13,7 +13,7 @@ from mohawkify.data.packing import Batch
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import attention_implementation
 from mohawkify.families.registry import load_adapter
-from mohawkify.objectives.objective import Pair
+from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.inspect import inspect_teacher
@@ -69,7 +69,7 @@ def save_teacher(teacher: PreTrainedModel, folder: Path) -> Path:
 
 def tiny_pair(
     family: str, folder: Path, init: str = "attention", student: dict[str, Any] | None = None, **changes: Any
-) -> Pair:
+) -> TeacherStudent:
     """A random teacher and its student."""
     teacher = tiny_teacher(family, **changes)
     save_teacher(teacher, folder)
@@ -77,7 +77,7 @@ def tiny_pair(
     adapter: Adapter = inspection.adapter
     recipe = StudentRecipe(**{"state_size": 16, "init": init, **(student or {})})
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
-    return Pair(teacher, build_student(teacher, adapter, spec, init, seed=0), spec, adapter)
+    return TeacherStudent(teacher, build_student(teacher, adapter, spec, init, seed=0), spec, adapter)
 
 
 def packed(length: int = 24, batch: int = 2, borders: tuple[int, ...] = (0, 9, 10), vocabulary: int = 97) -> Batch:

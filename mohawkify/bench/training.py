@@ -21,10 +21,10 @@ from mohawkify.bench.measure import can_measure_memory, peak_in_child, peak_over
 from mohawkify.data.packing import Batch
 from mohawkify.errors import NumericsError
 from mohawkify.families.decoder_layers import find_layers
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
-from mohawkify.objectives.objective import Pair, Runner, Stage, model_inputs
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, model_inputs
 from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
@@ -49,7 +49,7 @@ MATMUL_WIDTH = 1024
 class Workload:
     """A teacher, its fresh student, a batch of random tokens in documents, and a recipe."""
 
-    pair: Pair
+    models: TeacherStudent
     batch: Batch
     recipe: Recipe
     planned: dict[str, Any]
@@ -79,15 +79,17 @@ class Workload:
         ids_bl = torch.randint(inspection.spec.vocab_size, (batch, length), generator=generator)
         positions_bl = (torch.arange(length) % max(length // 2, 1)).expand(batch, -1).clone()
         packed = Batch(ids_bl.to(device), positions_bl.to(device), torch.ones_like(ids_bl, dtype=torch.bool).to(device))
-        return cls(Pair(loaded, student, spec, inspection.adapter), packed, recipe, plan(teacher, recipe), device)
+        return cls(
+            TeacherStudent(loaded, student, spec, inspection.adapter), packed, recipe, plan(teacher, recipe), device
+        )
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> Objective:
         """A stage as it is trained."""
         stages = self.recipe.stages
-        made: dict[str, Callable[[], Stage]] = {
-            "orient": lambda: Orient(self.pair),
-            "align": lambda: Align(self.pair, stages.align),
-            "distill": lambda: Distill(self.pair, stages.distill),
+        made: dict[str, Callable[[], Objective]] = {
+            "orient": lambda: MatrixObjective(self.models, stages.orient),
+            "align": lambda: HiddenStateObjective(self.models, stages.align),
+            "distill": lambda: LogitsObjective(self.models, stages.distill),
         }
         return made[name]()
 
@@ -127,7 +129,7 @@ class Workload:
             optimizer.zero_grad()
             return float(metrics["loss"])
 
-        for parameter in self.pair.student.parameters():
+        for parameter in self.models.student.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -234,17 +236,17 @@ def _product_flops(device: torch.device) -> float:
 
 
 def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
-    pair, batch = workload.pair, workload.batch
+    models, batch = workload.models, workload.batch
     document_starts_bl = batch.position_ids == 0
     calls: dict[int, LayerCall] = {}
-    before = pair.teacher.config._attn_implementation
-    pair.teacher.set_attn_implementation("eager")
+    before = models.teacher.config._attn_implementation
+    models.teacher.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), layer_hooks(mixers_by_layer(pair.teacher, pair.spec), _keep_in(calls)):
-            outputs = pair.teacher(**model_inputs(pair.teacher, batch, pair.spec), output_attentions=True)
+        with torch.no_grad(), layer_hooks(mixers_by_layer(models.teacher, models.spec), _keep_in(calls)):
+            outputs = models.teacher(**model_inputs(models.teacher, batch, models.spec), output_attentions=True)
     finally:
-        pair.teacher.set_attn_implementation(before)
-    mixers = mixers_by_layer(pair.student, pair.spec)
+        models.teacher.set_attn_implementation(before)
+    mixers = mixers_by_layer(models.student, models.spec)
     losses = []
     for layer, call in calls.items():
         parts = runner.call(mixers[layer].mixing_parts, call.hidden_bld, document_starts_bl)
@@ -260,13 +262,13 @@ def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
 
 
 def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
-    pair, batch = workload.pair, workload.batch
-    students = _align_modules(workload, pair.student)
+    models, batch = workload.models, workload.batch
+    students = _align_modules(workload, models.student)
     calls: dict[int, LayerCall] = {}
-    with torch.no_grad(), layer_hooks(_align_modules(workload, pair.teacher), _keep_in(calls)):
-        pair.teacher(**model_inputs(pair.teacher, batch, pair.spec))
+    with torch.no_grad(), layer_hooks(_align_modules(workload, models.teacher), _keep_in(calls)):
+        models.teacher(**model_inputs(models.teacher, batch, models.spec))
     losses = []
-    with _mixing_by_matrix(pair.student):
+    with _mixing_by_matrix(models.student):
         for layer, call in calls.items():
             output = runner.call(students[layer], call.hidden_bld, *call.further, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
@@ -277,11 +279,11 @@ def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
 
 
 def _direct_distill(workload: Workload, runner: Runner) -> dict[str, Tensor]:
-    pair, batch = workload.pair, workload.batch
+    models, batch = workload.models, workload.batch
     with torch.no_grad():
-        teacher_blv = pair.teacher(**model_inputs(pair.teacher, batch, pair.spec)).logits
-    with _mixing_by_matrix(pair.student):
-        student_blv = runner.call(pair.student, **model_inputs(pair.student, batch, pair.spec)).logits
+        teacher_blv = models.teacher(**model_inputs(models.teacher, batch, models.spec)).logits
+    with _mixing_by_matrix(models.student):
+        student_blv = runner.call(models.student, **model_inputs(models.student, batch, models.spec)).logits
         loss, _ = distill_loss(student_blv, teacher_blv, batch.loss_mask, workload.recipe.stages.distill.temperature)
         runner.backward(loss)
     return {"loss": loss.detach()}
@@ -295,7 +297,7 @@ _DIRECT: dict[str, Callable[[Workload, Runner], dict[str, Tensor]]] = {
 
 
 def _align_modules(workload: Workload, model: PreTrainedModel) -> dict[int, nn.Module]:
-    spec = workload.pair.spec
+    spec = workload.models.spec
     if workload.recipe.stages.align.target == "mixer":
         return mixers_by_layer(model, spec)
     layers = find_layers(model, spec.layers)

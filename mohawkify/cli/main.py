@@ -236,11 +236,11 @@ def convert(
 
         start_processes(processes)
         with joined(recipe.compute.device) as world:
-            from mohawkify.train import pipeline
+            from mohawkify.train import trainer
             from mohawkify.train.conversion import ConvertOptions
 
             options = ConvertOptions(output, resume, hang_timeout, disk_wait, prepared, track, track_project, say)
-            run = pipeline.convert(teacher, recipe, options, world)
+            run = trainer.convert(teacher, recipe, options, world)
     if world.is_rank0:
         click.echo(str(run.path))
 

@@ -23,7 +23,7 @@ from mohawkify.recipe.loading import load_recipe
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import DEMO
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
+from mohawkify.train.trainer import convert
 
 Report = Callable[[str], None]
 TARGETS = ("hf", "mlx-q4")

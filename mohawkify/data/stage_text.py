@@ -20,7 +20,7 @@ from mohawkify.data.tokenize_progress import TokenizeProgress
 from mohawkify.data.validation import evaluation_rows
 from mohawkify.errors import DataError
 from mohawkify.files import atomic
-from mohawkify.recipe.schema import Recipe, Source, StageRecipe, StagesRecipe
+from mohawkify.recipe.schema import Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,11 +47,6 @@ class PlannedRange(NamedTuple):
         return self.sequence_length * self.sequences_per_block
 
 
-def stage_recipes(recipe: Recipe) -> dict[str, StageRecipe]:
-    """The recipe's stages by name, in order."""
-    return {name: getattr(recipe.stages, name) for name in StagesRecipe.model_fields}
-
-
 def planned_ranges(recipe: Recipe) -> dict[str, list[PlannedRange]]:
     """What each stage's segments read; stages share a corpus's order, each going on where the one before ended.
 
@@ -60,7 +55,7 @@ def planned_ranges(recipe: Recipe) -> dict[str, list[PlannedRange]]:
     """
     used = {"train": 0, "final_phase": 0}
     found: dict[str, list[PlannedRange]] = {}
-    for name, stage in stage_recipes(recipe).items():
+    for name, stage in recipe.stages.blocks().items():
         found[name] = []
         for segment in stage.segments():
             length, longest = segment.sequence_length, recipe.longest_sequence(segment.data)
@@ -78,13 +73,13 @@ def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[S
             sample_range_of(recipe, name, place, corpora[segment.data])
             for place, segment in enumerate(stage.segments())
         ]
-        for name, stage in stage_recipes(recipe).items()
+        for name, stage in recipe.stages.blocks().items()
     }
 
 
 def sample_range_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> SampleRange:
     """What one of a stage's segments reads of its corpus."""
-    segment, span = getattr(recipe.stages, stage).segments()[place], planned_ranges(recipe)[stage][place]
+    segment, span = recipe.stages.blocks()[stage].segments()[place], planned_ranges(recipe)[stage][place]
     return SampleRange(corpus, segment.num_steps, segment.sequence_length, span.first, span.sequences_per_block)
 
 
@@ -93,7 +88,7 @@ def ranges_into(recipe: Recipe, data: str) -> list[PlannedRange]:
     found = planned_ranges(recipe)
     return [
         span
-        for name, stage in stage_recipes(recipe).items()
+        for name, stage in recipe.stages.blocks().items()
         for segment, span in zip(stage.segments(), found[name], strict=True)
         if segment.data == data
     ]

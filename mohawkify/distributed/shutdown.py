@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(MohawkifyError):
-    """A signal stopped the run, after a checkpoint; the exit code is 128 + the signal."""
+    """The run was asked to stop, saved itself and left; the exit code is 128 + the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, hint="the same command continues it")
@@ -22,14 +22,13 @@ class Interrupted(MohawkifyError):
 class Shutdown:
     """Within the block, remembers the first signal; a second one ends the process at once.
 
-    While ``at_once`` is set the first one also raises KeyboardInterrupt; if a library catches that, the next `check`
-    raises Interrupted. The handler is also installed where a shell makes its background jobs ignore Ctrl-C: Python
-    installs none there.
+    At first, and after `end_at_once`, the first one also raises KeyboardInterrupt; where a library catches that, the
+    next `check` raises. Unlike Python's, the handler is set even where a shell makes its background jobs ignore Ctrl-C.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.at_once = True
+        self._at_once = True
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Shutdown:
@@ -43,24 +42,24 @@ class Shutdown:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def check(self, position: str) -> None:
-        """Raise Interrupted if a stop was requested.
-
-        Args:
-            position: of the run, for the message, such as ``after step 3``.
-        """
+    def check(self, where: str) -> None:
+        """Raise Interrupted if a stop was requested; ``where`` is how far the run is, for the message."""
         if self.number is not None:
-            raise Interrupted(f"stopped {position}", self.number)
+            raise Interrupted(f"stopped {where}", self.number)
 
-    def end_at_once(self, position: str) -> None:
-        """Let later signals end the process at once; raise Interrupted for an earlier one."""
-        self.at_once = True
-        self.check(position)
+    def defer(self) -> None:
+        """From here on a signal is only remembered, until `check` raises."""
+        self._at_once = False
+
+    def end_at_once(self, where: str) -> None:
+        """From here on a signal ends the process at once, and so does one that came before."""
+        self._at_once = True
+        self.check(where)
 
     def any_rank(self, world: World) -> bool:
-        """Whether any process has received a signal; if so, all of them will stop."""
+        """Whether any process was asked to stop; all of them are then."""
         agreed = int(world.max(float(self.number or 0)))
-        if agreed:  # a signal that arrived during the call counts at the next one
+        if agreed:  # a signal that comes after the exchange counts at the next one
             self.number = agreed
         return bool(agreed)
 
@@ -68,5 +67,5 @@ class Shutdown:
         self.number = number
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if self.at_once:
+        if self._at_once:
             raise KeyboardInterrupt

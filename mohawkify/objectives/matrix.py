@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
-from mohawkify.objectives.objective import Runner, Stage, run_trunk
+from mohawkify.objectives.objective import Objective, Runner, register_objective, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer, mixing_parameters
 from mohawkify.ops.dispatch import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
-class Orient(Stage):
+@register_objective("matrix")
+class MatrixObjective(Objective):
     """Sum over layers of the mean Frobenius distance between mixing and attention matrices.
 
     One teacher forward without gradients; a hook on each attention module runs and differentiates that layer's mixer
@@ -22,28 +23,26 @@ class Orient(Stage):
     Source: MOHAWK (arXiv 2408.10189), section 4.1; Llamba (arXiv 2502.14458), section 4.1.
     """
 
-    name = "orient"
-
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the matrices are made of: B, C, their convolutions, the decay and the skip."""
-        return mixing_parameters(self.pair.student)
+        """The parameters of the mixing matrices: B, C, their convolutions, the decay and the skip."""
+        return mixing_parameters(self.models.student)
 
     def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
-        """See `Stage.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
-        pair = self.pair
-        mixers = mixers_by_layer(pair.student, pair.spec)
-        attentions = mixers_by_layer(pair.teacher, pair.spec)
+        """See `Objective.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
+        models = self.models
+        mixers = mixers_by_layer(models.student, models.spec)
+        attentions = mixers_by_layer(models.teacher, models.spec)
         document_starts_bl = batch.position_ids == 0
         losses, relatives = [], []
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
             parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, document_starts_bl)
-            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, document_starts_bl, pair.kernels)
+            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, document_starts_bl, models.kernels)
             runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)
 
-        with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), layer_hooks(attentions, on_attention):
-            run_trunk(pair.teacher, batch, pair.spec)
+        with torch.no_grad(), capture_attention(models.teacher, models.adapter), layer_hooks(attentions, on_attention):
+            run_trunk(models.teacher, batch, models.spec)
         return {"loss": torch.stack(losses).sum(), "relative": torch.stack(relatives).mean()}

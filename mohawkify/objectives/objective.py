@@ -1,11 +1,16 @@
-"""What a stage is: the parameters it trains, and one micro-batch of forward and backward."""
+"""The objective of a stage: its loss, and the parameters that it trains; and the registry of all objectives.
+
+A new objective is one file: a class registered under a name, with the block of the recipe that configures it.
+hidden_state.py is the example; docs/stages.md says how one outside of the package is found.
+"""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mohawkify.data.packing import Batch, document_mask
 from mohawkify.families.adapter import Adapter
+from mohawkify.recipe.stages import StageRecipe, register_stage_block, stage_block
 from mohawkify.student.student_spec import StudentSpec
 
 Result = TypeVar("Result")
@@ -24,7 +30,7 @@ def _call(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
 
 @dataclass(frozen=True)
 class Runner:
-    """How a stage runs and differentiates parts of the student, whose parameters may be spread over processes.
+    """Runs and differentiates parts of the student, whose parameters may be spread over processes.
 
     Args:
         backward: takes a loss and adds its gradients, weighted by the micro-batch's share of the step.
@@ -36,13 +42,13 @@ class Runner:
 
 
 @dataclass
-class Pair:
-    """The teacher, the student, the student's facts and their family; another teacher may take the first one's place.
+class TeacherStudent:
+    """Teacher and student; `replace_teacher` is the only change.
 
     Args:
-        teacher: the one in memory.
+        teacher: the teacher in memory.
         student: the student.
-        spec: its facts.
+        spec: the student's facts.
         adapter: the family of the student and of the first teacher.
         kernels: the recipe's ``compute.kernels``.
     """
@@ -58,31 +64,35 @@ class Pair:
         self.teacher_adapter = self.adapter
 
     def replace_teacher(self, load: Callable[[], PreTrainedModel], adapter: Adapter) -> None:
-        """Let go of the teacher, and only then take another: there is not the memory for both."""
+        """Free the teacher before loading another, because memory does not hold both."""
         del self.teacher
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.teacher, self.teacher_adapter = load(), adapter
 
 
-class Stage(ABC):
-    """One stage of MOHAWK.
+class Objective(ABC):
+    """The loss of a stage.
 
     Args:
-        pair: teacher and student; the teacher is never trained.
+        models: teacher and student; the teacher is never trained.
+        block: the stage's block of the recipe.
+
+    Attributes:
+        has_one_backward: whether a micro-batch has a single backward pass, which reaches all trained parameters.
     """
 
-    name: str
+    has_one_backward: ClassVar[bool] = False
 
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
+    def __init__(self, models: TeacherStudent, block: StageRecipe) -> None:
+        self.models, self.block = models, block
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's parameters this stage trains, by name; the optimiser sees no others."""
+        """The student's parameters that the stage trains, by name; the optimizer gets no others."""
 
     def weight(self, batch: Batch) -> float:
-        """What a batch's loss, a mean, counts for beside that of other batches: its sequences, in most stages."""
+        """The weight of a batch's loss, a mean, beside that of other batches: its number of sequences by default."""
         return float(len(batch.input_ids))
 
     @abstractmethod
@@ -97,6 +107,38 @@ class Stage(ABC):
         Returns:
             ``loss`` and further metrics, detached scalars averaged over the micro-batch.
         """
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+_BUILT_IN = ("matrix", "hidden_state", "logits")  # each in a file of its name in this folder
+Class = TypeVar("Class", bound=type[Objective])
+
+
+def register_objective(name: str, block: type[StageRecipe] | None = None) -> Callable[[Class], Class]:
+    """Register the decorated class as an objective.
+
+    Args:
+        name: the value of ``objective`` in a recipe.
+        block: the model of the stage's block in the recipe; None where recipe/stages.py has it.
+    """
+    if block is not None:
+        register_stage_block(name, block)
+
+    def register(objective: Class) -> Class:
+        _OBJECTIVES[name] = objective
+        return objective
+
+    return register
+
+
+def make_objective(models: TeacherStudent, block: StageRecipe) -> Objective:
+    """The objective that a stage's block of the recipe names."""
+    name = block.objective
+    if name in _BUILT_IN:
+        importlib.import_module(f"mohawkify.objectives.{name}")
+    else:
+        stage_block(name)  # loads the file that registers both
+    return _OBJECTIVES[name](models, block)
 
 
 def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None:

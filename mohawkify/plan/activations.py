@@ -27,8 +27,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mohawkify.data.packing import Batch
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import attention_implementation, find_layers
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.objective import Pair, Runner, model_inputs, run_trunk
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.plan.memory import Footprint
 from mohawkify.recipe.schema import Recipe
@@ -94,7 +94,7 @@ def count_footprint(config: PretrainedConfig, adapter: Adapter, student: Student
         _without_numbers(pair.teacher)
         _without_numbers(pair.student)
         pair.teacher.requires_grad_(False)
-        align = Align(pair, recipe.stages.align)
+        align = HiddenStateObjective(pair, recipe.stages.align)
         trained = align.parameters()
 
         def count(function: Callable[[Batch, _Live], dict[str, float]], length: int) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _per_sequence(run: Callable[[Batch], dict[str, float]], length: int) -> dict
 
 
 def _watched(
-    pair: Pair, function: Callable[[Batch, _Live], dict[str, float]], batch: Batch, is_half: bool
+    pair: TeacherStudent, function: Callable[[Batch, _Live], dict[str, float]], batch: Batch, is_half: bool
 ) -> dict[str, float]:
     """Run a function and let it see how much memory is in use beside the models, their gradients and the batch."""
     there = [tensor for model in (pair.teacher, pair.student) for tensor in (*model.parameters(), *model.buffers())]
@@ -143,7 +143,7 @@ def _batch(num_sequences: int, length: int) -> Batch:
     return Batch(ids_bl, torch.arange(length).expand(num_sequences, -1), torch.ones_like(ids_bl, dtype=torch.bool))
 
 
-def _orient(pair: Pair, batch: Batch, live: _Live) -> dict[str, float]:
+def _orient(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]:
     """Stage 1 without the bands of its matrices, which `plan_memory` knows: a layer's B, C and decay, and back."""
     mixers = mixers_by_layer(pair.student, pair.spec)
     found: dict[str, float] = {}
@@ -160,12 +160,12 @@ def _orient(pair: Pair, batch: Batch, live: _Live) -> dict[str, float]:
     return {**found, "peak": live.peak}
 
 
-def _align(stage: Align, batch: Batch, live: _Live) -> dict[str, float]:
+def _align(stage: HiddenStateObjective, batch: Batch, live: _Live) -> dict[str, float]:
     stage.run(batch, Runner(lambda loss: loss.backward()))
     return {"peak": live.peak}
 
 
-def _distill(pair: Pair, batch: Batch, live: _Live) -> dict[str, float]:
+def _distill(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]:
     """The teacher's trunk, and the student's there and back; what comes after the trunk is the loss's."""
     with torch.no_grad():
         pair.teacher.base_model(**model_inputs(pair.teacher, batch, pair.spec))
@@ -193,7 +193,7 @@ def _distill(pair: Pair, batch: Batch, live: _Live) -> dict[str, float]:
     return found
 
 
-def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dtype: torch.dtype) -> Pair:
+def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dtype: torch.dtype) -> TeacherStudent:
     """Teacher and student of one layer, the first that is grafted, on the meta device."""
     first = spec.grafted_layers[0]
     teacher_class, student_class = getattr(transformers, adapter.model_class), classes_for(adapter)[1]
@@ -207,7 +207,7 @@ def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dt
         layers[0] = layers[first]
         del layers[1:]
         model.config.num_hidden_layers = 1
-    return Pair(teacher.eval(), student.eval(), replace(spec, grafted_layers=(0,)), adapter)
+    return TeacherStudent(teacher.eval(), student.eval(), replace(spec, grafted_layers=(0,)), adapter)
 
 
 def _without_numbers(model: PreTrainedModel) -> None:

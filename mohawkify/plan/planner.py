@@ -94,19 +94,16 @@ def make_plan(
         A JSON object: teacher and student, a row per phase and per stage, memory by part, whether it fits and what to
         change, disk, FLOPs, time, cost. Bytes, FLOPs, seconds.
     """
-    counted = footprint or rule_of_thumb(
-        teacher, student, layout.precision, {name: longest(getattr(recipe.stages, name)) for name in STAGES}
-    )
+    counted = footprint or rule_of_thumb(teacher, student, layout.precision, longest_by_kind(recipe))
     speed = _speed(machine, layout)
     rows, phases, all_sizes = {}, [], {}
-    for name in STAGES:
-        stage: StageRecipe = getattr(recipe.stages, name)
-        trained = trained_parameters(name, stage, teacher, student)
-        all_sizes[name] = sizes_of(name, longest(stage), teacher, student, trained, whole_logits)
+    for name, stage in recipe.stages.blocks().items():
+        trained = trained_parameters(stage.plans_as, stage, teacher, student)
+        all_sizes[name] = sizes_of(stage.plans_as, longest(stage), teacher, student, trained, whole_logits)
         own = _phases(name, stage, teacher, student, trained, recipe, machine, layout, speed)
         phases += own
         rows[name] = _stage(name, stage, recipe, machine, layout, all_sizes[name], counted, own)
-    checkpoint = student.num_parameters * FP32 + rows["distill"]["trainable_parameters"] * MOMENTS
+    checkpoint = student.num_parameters * FP32 + max(row["trainable_parameters"] for row in rows.values()) * MOMENTS
     totals = {key: sum(row[key] for row in rows.values()) for key in ("tokens", "steps", "flops", "seconds")}
     disk = {
         "checkpoints": (recipe.checkpoint.keep + 1) * checkpoint,
@@ -166,8 +163,7 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
     if engine == "single" and num_gpus > 1:
         raise UsageError(f"--engine single: found {num_gpus} GPUs, expected 1", hint="use deepspeed or fsdp")
     micro = 1
-    for name in STAGES:
-        stage: StageRecipe = getattr(recipe.stages, name)
+    for name, stage in recipe.stages.blocks().items():
         if not stage.num_steps:
             continue
         if stage.batch_sequences % num_gpus:
@@ -197,6 +193,13 @@ def longest(stage: StageRecipe) -> int:
     return max((segment.sequence_length for segment in stage.segments()), default=stage.sequence_length)
 
 
+def longest_by_kind(recipe: Recipe) -> dict[str, int]:
+    """The greatest sequence length of the stages that resemble each of the standard ones in a plan."""
+    blocks = list(recipe.stages.blocks().values())
+    lengths = {kind: [longest(block) for block in blocks if block.plans_as == kind] for kind in STAGES}
+    return {kind: max(own or [longest(block) for block in blocks]) for kind, own in lengths.items()}
+
+
 def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> dict[str, int]:
     """How many parameters a stage trains, by part; norms count with the MLPs."""
     head = 0 if teacher.tie_word_embeddings else teacher.head_parameters
@@ -205,7 +208,7 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
         per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_kernel + 1)
         per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
         return {"mixer": per_layer * len(student.grafted_layers)}
-    parts = getattr(stage, "train")  # noqa: B009 - only align and distill have it
+    parts = getattr(stage, "train", MIXER_ONLY)
     if name == "align" and getattr(stage, "target", None) == "mixer":
         parts = MIXER_ONLY
     blocks = student.num_parameters - teacher.embedding_parameters - head - student.mixer_parameters
@@ -265,7 +268,7 @@ def _phases(
     for segment in stage.segments():
         tokens_per_step = stage.batch_sequences * segment.sequence_length
         tokens = segment.num_steps * tokens_per_step
-        work = _work(name, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
+        work = _work(stage.plans_as, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
         is_kept = segment.data == "final_phase" and getattr(stage.final_phase, "logits", None) is not None
         teacher_flops = 0 if is_kept else tokens * work.teacher  # its answers are read
         seconds = (teacher_flops + tokens * work.student) / speed
@@ -395,7 +398,7 @@ def _fit(
     def peak(changed: Layout) -> int:
         peaks = []
         for name, size in sizes.items():
-            stage = getattr(recipe.stages, name)
+            stage = recipe.stages.blocks()[name]
             own = replace(changed, micro_batch=_micro(stage, changed.micro_batch, changed.num_gpus))
             peaks.append(sum(memory_parts(size, own, footprint).values()))
         return max(peaks, default=0)
@@ -423,10 +426,9 @@ def _fit(
 
 def early_endings(recipe: Recipe) -> list[str]:
     """A line for every stage that may end before its budget is used up."""
-    stages = {name: getattr(recipe.stages, name) for name in STAGES}
     return [
-        f"stage {name} may saturate: its steps, tokens and time are what it takes at most"
-        for name, stage in stages.items()
+        f"stage {name} may end on a plateau: its steps, tokens and time are what it takes at most"
+        for name, stage in recipe.stages.blocks().items()
         if stage.plateau is not None and stage.tokens
     ]
 
@@ -447,9 +449,9 @@ def _warnings(
     peak = max(row["memory_bytes"] for row in rows.values())
     if machine.gpu is None and machine.memory_bytes is not None and peak > machine.memory_bytes:
         found.append(f"{peak:,} bytes are needed, and this machine has {machine.memory_bytes:,}")
-    final_phase = recipe.stages.distill.final_phase
-    if final_phase is not None and final_phase.teacher is not None:
-        found.append(f"the final phase is taught by {final_phase.teacher}: what that teacher takes is not in this plan")
+    second = recipe.stages.second_teacher()
+    if second is not None and second[1].teacher is not None:
+        found.append(f"the final phase is taught by {second[1].teacher}: what that teacher takes is not in this plan")
     needed = sum(disk.values())
     if machine.free_bytes is not None and needed > machine.free_bytes:
         found.append(f"{needed:,} bytes of disk are needed, and {machine.free_bytes:,} are free")

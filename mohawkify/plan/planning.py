@@ -104,12 +104,16 @@ def student_of(source: str, inspection: Inspection, recipe: Recipe) -> StudentSp
     """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
 
     Raises:
-        RecipeError: the teacher's head is its embedding, and stage 3 would train the head alone.
+        RecipeError: the teacher's head is its embedding, and a stage would train the head alone.
     """
-    distill = recipe.stages.distill
-    if inspection.spec.tie_word_embeddings and distill.num_steps and set(distill.train) == {"head"}:
+    alone = [
+        name
+        for name, block in recipe.stages.blocks().items()
+        if block.num_steps and set(getattr(block, "train", ())) == {"head"}
+    ]
+    if inspection.spec.tie_word_embeddings and alone:
         raise RecipeError(
-            "stages.distill.train: found head alone, and this teacher's head is its embedding",
+            f"stages.{alone[0]}.train: found head alone, and this teacher's head is its embedding",
             hint="name embedding too, and both learn as one",
         )
     name = recipe.student.name or f"{teacher_name(source)}-mohawk"

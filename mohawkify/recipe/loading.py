@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from mohawkify.errors import RecipeError
 from mohawkify.recipe.bundled import recipe_text
 from mohawkify.recipe.messages import explain, show, show_key
-from mohawkify.recipe.schema import ComputeRecipe, Recipe
+from mohawkify.recipe.schema import ComputeRecipe, Recipe, recipe_model
+from mohawkify.recipe.stages import stages_model
 from mohawkify.recipe.strict_yaml import (
     MAX_DEPTH,
     KeyPath,
@@ -122,10 +123,11 @@ def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
 
 
 def _validate(data: Any, source: str, lines: Lines, set_keys: tuple[KeyPath, ...] = ()) -> Recipe:
+    model = recipe_model(stages_model(data.get("stages") if isinstance(data, dict) else None))
     try:
-        return Recipe.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        message, hint = explain(error, Recipe, source, lines, set_keys)
+        message, hint = explain(error, model, source, lines, set_keys)
         raise RecipeError(message, hint) from error
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from mohawkify.recipe.messages import show
 
@@ -246,7 +247,7 @@ class Recipe(Section):
     )
     student: StudentRecipe = Field(default=StudentRecipe(), description="the student")
     data: DataRecipe = Field(default=DataRecipe(), description="the text")
-    stages: StagesRecipe = Field(description="the three stages")
+    stages: StagesRecipe = Field(description="the stages, in order")
     optimizer: OptimizerRecipe = Field(default=OptimizerRecipe(), description="AdamW")
     schedule: ScheduleRecipe = Field(default=ScheduleRecipe(), description="learning rate over a stage")
     compute: ComputeRecipe = Field(default=ComputeRecipe(), description="use of the machine")
@@ -258,12 +259,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
-        final_phase = self.stages.distill.final_phase
-        if self.compute.shard_teacher and final_phase is not None and final_phase.teacher_bits is not None:
+        blocks = self.stages.blocks()
+        if self.compute.shard_teacher and any(
+            getattr(block.final_phase, "teacher_bits", None) is not None for block in blocks.values()
+        ):
             conflict(("compute", "shard_teacher"), "found true beside final_phase.teacher_bits, expected one or none")
+        second = self.stages.second_teacher()
+        for name, block in blocks.items():
+            keys = [key for key in ("teacher", "logits") if getattr(block.final_phase, key, None) is not None]
+            if second is not None and name != second[0] and keys:
+                message = f"found beside that of stage {second[0]}, expected one second teacher at most"
+                conflict(("stages", name, "final_phase", keys[0]), message)
         micro = self.compute.micro_batch_sequences
-        for name in StagesRecipe.model_fields:
-            stage: StageRecipe = getattr(self.stages, name)
+        for name, stage in blocks.items():
             if stage.final_phase is not None and not self.data.final_phase:
                 conflict(
                     ("stages", name, "final_phase"),
@@ -277,8 +285,7 @@ class Recipe(Section):
 
     def longest_sequence(self, data: str) -> int:
         """Tokens of the longest sequences that the stages read of ``train`` or ``final_phase``; 0 if they read none."""
-        stages = [getattr(self.stages, name) for name in StagesRecipe.model_fields]
-        segments = [segment for stage in stages for segment in stage.segments()]
+        segments = [segment for stage in self.stages.blocks().values() for segment in stage.segments()]
         return max((segment.sequence_length for segment in segments if segment.data == data), default=0)
 
     def _require_one_order(self, name: str, stage: StageRecipe) -> None:
@@ -293,3 +300,12 @@ class Recipe(Section):
                     f" or data.{key}: null, which lets some text be read again before all was read"
                 )
                 conflict(("stages", name, *places[segment.data]), message)
+
+
+@cache
+def recipe_model(stages: type[StagesRecipe]) -> type[Recipe]:
+    """The schema of a recipe with these stages; see `mohawkify.recipe.stages.stages_model`."""
+    if stages is StagesRecipe:
+        return Recipe
+    field = Field(description=Recipe.model_fields["stages"].description)
+    return create_model("Recipe", __base__=Recipe, stages=(stages, field))

@@ -1,11 +1,13 @@
-"""The stages of a recipe: budgets, other text and another teacher at the end, when a phase has saturated."""
+"""The stages of a recipe: an ordered mapping from names to blocks, and the model of each block by its objective."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from mohawkify.recipe.messages import show
 from mohawkify.recipe.types import (
@@ -64,7 +66,7 @@ class Segment:
     """A run of steps on the same text at the same length.
 
     Args:
-        data: which sources of `DataRecipe` the steps read.
+        data: the sources of `DataRecipe` that the steps read.
         num_steps: optimizer steps.
         sequence_length: tokens per sequence.
     """
@@ -75,8 +77,14 @@ class Segment:
 
 
 class StageRecipe(Section):
-    """What every stage has."""
+    """The keys of every stage.
 
+    A subclass narrows ``objective`` to its own name, and says which standard stage it resembles in a plan.
+    """
+
+    plans_as: ClassVar[Literal["orient", "align", "distill"]] = "distill"
+
+    objective: str = Field(description="registered objective whose loss the stage minimises")
     tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
     sequence_length: int = Field(ge=2, description="tokens per sequence")
     batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
@@ -124,9 +132,17 @@ class StageRecipe(Section):
 class OrientRecipe(StageRecipe):
     """Stage 1: the student's mixing matrices learn the teacher's attention matrices."""
 
+    plans_as = "orient"
+
+    objective: Literal["matrix"] = Field(default="matrix", description="loss: distance of mixing matrices")
+
 
 class AlignRecipe(StageRecipe):
     """Stage 2: each layer learns the teacher's output for the teacher's input."""
+
+    plans_as = "align"
+
+    objective: Literal["hidden_state"] = Field(default="hidden_state", description="loss: distance of hidden states")
 
     target: Literal["block", "mixer"] = Field(
         default="block", description="output that is matched: the whole block's or the mixer's"
@@ -139,6 +155,8 @@ class AlignRecipe(StageRecipe):
 
 class DistillRecipe(StageRecipe):
     """Stage 3: the whole student learns the teacher's predictions."""
+
+    objective: Literal["logits"] = Field(default="logits", description="loss: cross-entropy of predictions")
 
     final_phase: DistillFinalPhase | None = Field(
         default=None, description="other text, length or teacher for the end of the stage"
@@ -157,9 +175,89 @@ class DistillRecipe(StageRecipe):
         return self
 
 
-class StagesRecipe(Section):
-    """The three stages of MOHAWK, in order."""
+class _Stages(Section):
+    """Stages by name, in the order in which they run."""
+
+    def blocks(self) -> dict[str, StageRecipe]:
+        """The stages' blocks by name, in order."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def second_teacher(self) -> tuple[str, DistillFinalPhase] | None:
+        """The stage whose final phase a second teacher or its logits teach, and that phase; None where none does."""
+        for name, block in self.blocks().items():
+            phase = block.final_phase
+            if isinstance(phase, DistillFinalPhase) and phase.tokens and (phase.teacher or phase.logits) is not None:
+                return name, phase
+        return None
+
+
+class StagesRecipe(_Stages):
+    """The stages in order: the three of MOHAWK, and others with an ``objective`` of their own."""
 
     orient: OrientRecipe = Field(description="stage 1, matrix orientation")
     align: AlignRecipe = Field(description="stage 2, hidden-state alignment")
     distill: DistillRecipe = Field(description="stage 3, distillation")
+
+
+STANDARD_OBJECTIVES = {"orient": "matrix", "align": "hidden_state", "distill": "logits"}
+ENTRY_POINTS = "mohawkify.objectives"  # the group in which packages name the modules that register objectives
+_BLOCKS: dict[str, type[StageRecipe]] = {"matrix": OrientRecipe, "hidden_state": AlignRecipe, "logits": DistillRecipe}
+_RESERVED = {"init", *dir(_Stages)}  # the measurement before all stages, and names of attributes
+_MOST_STAGES = 16
+
+
+def register_stage_block(objective: str, block: type[StageRecipe]) -> None:
+    """Register the model that stages with an objective have in a recipe."""
+    _BLOCKS[objective] = block
+    _unknown_block.cache_clear()
+
+
+def stage_block(objective: str) -> type[StageRecipe] | None:
+    """The model of an objective's block; loads the package that registers it, where one is installed."""
+    if objective not in _BLOCKS:
+        for entry in entry_points(group=ENTRY_POINTS, name=objective):
+            entry.load()
+    return _BLOCKS.get(objective)
+
+
+def stages_model(stages: Any) -> type[StagesRecipe]:
+    """The schema of a recipe's stages: a field for every key that names a stage, in the order of the keys.
+
+    Args:
+        stages: the value of ``stages``, unchecked. Its other keys are left to the schema, which refuses them.
+    """
+    if not isinstance(stages, dict):
+        return StagesRecipe
+    blocks: dict[str, type[StageRecipe]] = {}
+    for name, block in list(stages.items())[:_MOST_STAGES]:
+        objective = block.get("objective") if isinstance(block, dict) else None
+        objective = STANDARD_OBJECTIVES.get(name) if objective is None else objective
+        if objective is not None and isinstance(name, str) and name.isidentifier() and name not in _RESERVED:
+            blocks[name] = (stage_block(objective) if isinstance(objective, str) else None) or _unknown_block()
+    for name, objective in STANDARD_OBJECTIVES.items():
+        blocks.setdefault(name, _BLOCKS[objective])
+    return _stages_model(tuple(blocks.items()))
+
+
+@cache
+def _stages_model(blocks: tuple[tuple[str, type[StageRecipe]], ...]) -> type[StagesRecipe]:
+    standard = StagesRecipe.model_fields
+    if blocks == tuple((name, field.annotation) for name, field in standard.items()):
+        return StagesRecipe
+    fields: dict[str, Any] = {
+        name: (block, Field(description=standard[name].description if name in standard else "a further stage"))
+        for name, block in blocks
+    }
+    return cast("type[StagesRecipe]", create_model("StagesRecipe", __base__=_Stages, **fields))
+
+
+class _AnyKeys(StageRecipe):
+    model_config = ConfigDict(extra="ignore")
+
+
+@cache
+def _unknown_block() -> type[StageRecipe]:
+    """The model of a block whose objective is not registered: refuses that, and no other key with it."""
+    objectives: Any = Literal[tuple(_BLOCKS)]
+    field = Field(description=StageRecipe.model_fields["objective"].description)
+    return cast("type[StageRecipe]", create_model("StageRecipe", __base__=_AnyKeys, objective=(objectives, field)))

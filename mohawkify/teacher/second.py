@@ -109,9 +109,10 @@ def find_final_teacher(recipe: Recipe) -> FinalTeacher | None:
         TeacherError: no such teacher, or its files are not what they claim to be.
         DataError: no such logits, or not all of them.
     """
-    final_phase = recipe.stages.distill.final_phase
-    if final_phase is None or final_phase.tokens == 0:
+    named = recipe.stages.second_teacher()
+    if named is None:
         return None
+    final_phase = named[1]
     if final_phase.teacher is not None:
         return find_teacher(final_phase.teacher, final_phase.teacher_bits)
     if final_phase.logits is not None:

@@ -1,9 +1,9 @@
-"""Guards against runs that look alive but learn nothing, or learn from numbers that are not finite."""
+"""Checks of a step: its metrics are finite, and every parameter that should learn has a gradient."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -12,37 +12,48 @@ from mohawkify.errors import NumericsError
 from mohawkify.train.engines.engine import Engine
 
 
-def require_finite(metrics: Mapping[str, float], place: str, refused: Callable[[], None] = lambda: None) -> None:
-    """Refuse metrics of a step that are not finite; called before the weights are touched.
+class RefusedStepError(NumericsError):
+    """A step whose loss or gradient norm is not finite.
 
     Args:
-        metrics: by name.
-        place: which step, in words.
-        refused: called where one is refused, so that the log can say so.
-
-    Raises:
-        NumericsError: names the first one.
+        message: one line.
+        metrics: all metrics of the step.
+        sequences: the sequences of the text that it read.
     """
-    for name, value in metrics.items():
+
+    def __init__(self, message: str, metrics: Mapping[str, float], sequences: list[int]) -> None:
+        super().__init__(
+            message, hint="the newest checkpoint is from before this step; try a lower learning rate or fp32"
+        )
+        self.metrics, self.sequences = metrics, sequences
+
+
+def require_finite(values: Mapping[str, float], where: str, metrics: Mapping[str, float], sequences: list[int]) -> None:
+    """Raise RefusedStepError for the first value that is not finite; called before the weights are touched.
+
+    Args:
+        values: what is checked, by name.
+        where: which step, in words.
+        metrics: all metrics of the step.
+        sequences: the sequences of the text that it read.
+    """
+    for name, value in values.items():
         if not math.isfinite(value):
-            refused()
-            raise NumericsError(
-                f"{name} is {value} at {place}; the weights were not updated with it",
-                hint="the newest checkpoint is from before this step; try a lower learning rate or fp32",
-            )
+            message = f"{name} is {value} at {where}; the weights were not updated with it"
+            raise RefusedStepError(message, metrics, sequences)
 
 
-def require_gradients(engine: Engine, names: Iterable[str], world: World, place: str) -> None:
+def require_gradients(engine: Engine, names: Iterable[str], world: World, where: str) -> None:
     """Raise NumericsError in all processes where a parameter that should learn has no gradient in any of them.
 
-    Called once per stage and start, before the step. It catches gradients that get lost on the way, as those of all
-    layers but the last do where DeepSpeed is not told of several backward passes.
+    Called once per stage and start, before the step. It detects gradients that are lost on the way, such as those of
+    all layers but the last where DeepSpeed expects a single backward pass.
     """
-    found = {}
+    has_gradient = {}
     for name in names:
         gradient = engine.gradient(name)
-        found[name] = 0.0 if gradient is None else float(torch.count_nonzero(gradient) > 0)
-    without = [name for name, processes in world.sum(found).items() if not processes]
+        has_gradient[name] = 0.0 if gradient is None else float(torch.count_nonzero(gradient) > 0)
+    without = [name for name, processes in world.sum(has_gradient).items() if not processes]
     if without:
         more = f", nor have {len(without) - 1} more" if len(without) > 1 else ""
-        raise NumericsError(f"{without[0]} has no gradient at {place}{more}: the stage would not train it")
+        raise NumericsError(f"{without[0]} has no gradient at {where}{more}: the stage would not train it")

@@ -1,15 +1,15 @@
-"""When a phase is on a plateau: its loss no longer falls, and the steps that are left are better not taken.
+"""Ends a phase of a stage early where it is on a plateau: its loss no longer falls.
 
-A phase ends where other text begins or where the learning rate begins to fall, whichever is next. A phase on
-a plateau skips to there at once: warm-up, decay and the text of the final phase are the planned ones, and what is left
-out is the rest of the stable part. So batch, learning rate and teacher stay pure functions of the planned step.
+A phase ends where other text begins or where the learning rate begins to fall, whichever is next. A phase on a plateau
+skips to there at once: only steps of the stable part are left out, none of warm-up, decay or final phase. So batch,
+learning rate and teacher stay pure functions of the planned step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mohawkify.recipe.schema import ScheduleRecipe, Segment, StageRecipe
 from mohawkify.train.schedule import decay_step, warmup_steps
@@ -17,10 +17,10 @@ from mohawkify.train.schedule import decay_step, warmup_steps
 
 @dataclass
 class PlateauDetector:
-    """Compares the mean loss of one window of steps with that of the window before; its numbers go into checkpoints.
+    """Compares the mean loss of one window of steps with that of the window before; checkpoints keep it.
 
     Args:
-        num_losses: losses seen in the present window.
+        num_losses: losses in the present window.
         total: their sum.
         before: mean loss of the window before; None where there was none.
     """
@@ -33,8 +33,8 @@ class PlateauDetector:
         """Forget everything: another phase begins."""
         self.num_losses, self.total, self.before = 0, 0.0, None
 
-    def see(self, loss: float, window_steps: int, threshold: float) -> float | None:
-        """Take one more loss.
+    def add(self, loss: float, window_steps: int, threshold: float) -> float | None:
+        """Add a loss.
 
         Args:
             loss: of a step.
@@ -42,8 +42,8 @@ class PlateauDetector:
             threshold: the least relative improvement from window to window.
 
         Returns:
-            By what fraction the loss has fallen since the window before where that is less than the threshold, else
-            None.
+            The fraction by which the loss has fallen since the window before, where it is less than the threshold;
+            else None.
         """
         self.num_losses += 1
         self.total += loss
@@ -58,11 +58,27 @@ class PlateauDetector:
         return improvement if improvement < threshold else None
 
 
-class Phases:
-    """A stage's planned steps: which text they read, and where a saturated phase goes on.
+class Skip(NamedTuple):
+    """A phase on a plateau.
 
     Args:
-        stage: budgets, and when a phase has saturated.
+        step: the planned step to go on with, counted from 0.
+        improvement: the fraction by which the loss fell within a window.
+        threshold: the fraction that was expected.
+        window: tokens of a window.
+    """
+
+    step: int
+    improvement: float
+    threshold: float
+    window: int
+
+
+class Phases:
+    """A stage's planned steps: the text that they read, and the step at which a phase on a plateau goes on.
+
+    Args:
+        stage: budgets, and the threshold of a plateau.
         schedule: where the learning rate rises and falls.
     """
 
@@ -73,7 +89,7 @@ class Phases:
         self._decay = decay_step(self.num_steps, schedule)
 
     def segment_at(self, step: int) -> Segment:
-        """What a step reads, counted from 0."""
+        """The text of a step, counted from 0."""
         for segment in self.segments:
             if step < segment.num_steps:
                 return segment
@@ -96,32 +112,29 @@ class Phases:
         assert self.plateau is not None
         return max(1, round(self.plateau.window / (segment.sequence_length * self.batch_sequences)))
 
-    def skip_to(self, step: int, metrics: Mapping[str, float], watch: PlateauDetector) -> tuple[int, float] | None:
-        """Whether the phase has saturated with a step.
+    def skip_to(self, step: int, metrics: Mapping[str, float], detector: PlateauDetector) -> Skip | None:
+        """The skip that a step causes, if the phase is on a plateau with it.
 
-        Watched is the KL divergence where the stage has one, else the loss: the entropy of the teacher's predictions,
+        Compared is the KL divergence where the stage has one, else the loss: the entropy of the teacher's predictions,
         which is in the loss too, differs from text to text, and no student can lower it.
 
         Args:
             step: planned steps up to and with this one.
             metrics: of this step.
-            watch: of this phase so far; changed.
-
-        Returns:
-            The planned step to go on with, counted from 0, and the improvement that was too small; None to go on.
+            detector: of this phase so far; changed.
         """
         border = self.border_after(step - 1)
         if self.plateau is None or border is None or step <= self._warmup:
             return None
         if step == border:
-            watch.reset()
+            detector.reset()
             return None
         window = self.window_steps(self.segment_at(step - 1))
-        improvement = watch.see(metrics.get("kl", metrics["loss"]), window, self.plateau.threshold)
+        improvement = detector.add(metrics.get("kl", metrics["loss"]), window, self.plateau.threshold)
         if improvement is None:
             return None
-        watch.reset()
-        return border, improvement
+        detector.reset()
+        return Skip(border, improvement, self.plateau.threshold, self.plateau.window)
 
     def tokens_between(self, first: int, end: int) -> int:
         """Tokens that planned steps read, from one up to, but not with, another."""
@@ -132,17 +145,26 @@ class Phases:
             begin += segment.num_steps
         return tokens
 
-    def outcome(self, left_out: Mapping[str, int]) -> list[dict[str, Any]]:
-        """What became of each phase, as JSON: ``data``, ``steps``, ``tokens`` and what ended it.
+    def tokens_to_read(self, skipped: Mapping[str, int]) -> int:
+        """Tokens of all planned steps but the skipped ones."""
+        return sum(row["tokens"] for row in self.outcome(skipped))
+
+    def tokens_read(self, step: int, skipped: Mapping[str, int]) -> int:
+        """Tokens of the planned steps before one, but the skipped ones."""
+        num_skipped = self.tokens_between(0, self.num_steps) - self.tokens_to_read(skipped)
+        return self.tokens_between(0, step) - num_skipped
+
+    def outcome(self, skipped: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The outcome of each phase, as JSON: ``data``, ``steps``, ``tokens`` and ``ended_by``.
 
         Args:
-            left_out: planned steps that were not taken, by text.
+            skipped: planned steps that were not taken, by text.
         """
         rows = []
         for segment in self.segments:
-            skipped = left_out.get(segment.data, 0)
-            steps = segment.num_steps - skipped
+            num_skipped = skipped.get(segment.data, 0)
+            steps = segment.num_steps - num_skipped
             tokens = steps * segment.sequence_length * self.batch_sequences
-            ended_by = "plateau" if skipped else "budget"
+            ended_by = "plateau" if num_skipped else "budget"
             rows.append({"data": segment.data, "steps": steps, "tokens": tokens, "ended_by": ended_by})
         return rows

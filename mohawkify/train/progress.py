@@ -23,7 +23,7 @@ class StageProgress:
         name: the stage's name.
         num_tokens: tokens of the whole stage.
         done_tokens: tokens of it done before this process.
-        is_shown: whether this is the process that speaks.
+        is_shown: whether this is the process that shows it.
     """
 
     def __init__(self, name: str, num_tokens: int, done_tokens: int, is_shown: bool = True) -> None:
@@ -46,8 +46,8 @@ class StageProgress:
         if self._bar is not None:
             self._bar.close()
 
-    def leave_out(self, tokens: int) -> None:
-        """The stage will read so many tokens less."""
+    def skip(self, tokens: int) -> None:
+        """Lower the stage's total by so many tokens."""
         self.num_tokens -= tokens
         if self._bar is not None:
             self._bar.total = self.num_tokens
@@ -78,7 +78,7 @@ class StageProgress:
 
 
 class _SteadyBar(tqdm):
-    """A bar that goes by a clock that nobody sets; tqdm's own goes by the time of day."""
+    """A bar by a monotonic clock; tqdm's own is by the time of day, which may be set."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,70 +1,85 @@
-"""How far a run is: the part of a checkpoint's state that moves."""
+"""How far a run is: the part of a checkpoint's state that changes from step to step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mohawkify.errors import CheckpointError
-from mohawkify.plan.planner import STAGES
 from mohawkify.run.checkpoint import Checkpoint
 from mohawkify.train.plateau import PlateauDetector
 from mohawkify.train.watchdog import SpikeDetector
 
 
 @dataclass
-class Position:
-    """How far a run is; the part of a checkpoint's state that moves.
+class TrainingState:
+    """How far a run is.
 
     Args:
         stage: the stage under way.
-        stage_step: optimiser steps of its plan that are behind it.
-        global_step: optimiser steps taken in all.
+        stage_step: optimizer steps of its plan that are taken or skipped.
+        global_step: optimizer steps taken in all.
         tokens: tokens read in all.
         seconds: training time of each stage so far, by name.
         losses: running mean and variance of the stage's loss.
-        plateau: what is known of the phase's loss.
-        left_out: planned steps of the stage that saturated phases did not take, by text.
+        plateau: the loss of the phase, window by window.
+        skipped: planned steps of the stage that phases on a plateau did not take, by text.
     """
 
-    stage: str
+    stage: str = ""
     stage_step: int = 0
     global_step: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     losses: SpikeDetector = field(default_factory=SpikeDetector)
     plateau: PlateauDetector = field(default_factory=PlateauDetector)
-    left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
-    def has_finished(self, stage: str, num_steps: int) -> bool:
-        """Whether a stage of so many planned steps is behind it."""
-        if self.stage == stage:
-            return self.stage_step == num_steps
-        return bool(self.stage) and STAGES.index(stage) < STAGES.index(self.stage)
+    def begin(self, stage: str) -> None:
+        """Begin a stage."""
+        self.stage, self.stage_step, self.skipped = stage, 0, {}
+        self.losses, self.plateau = SpikeDetector(), PlateauDetector()
+
+    def add_step(self, step: int, tokens: int, seconds: float) -> None:
+        """Count a step of the stage, of this number from 1."""
+        self.stage_step = step
+        self.global_step += 1
+        self.tokens += tokens
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + seconds
+
+    def skip_to(self, step: int, data: str) -> None:
+        """Skip planned steps that read such text."""
+        self.skipped[data] = self.skipped.get(data, 0) + step - self.stage_step
+        self.stage_step = step
 
 
-def read_position(saved: Checkpoint) -> Position:
-    """How far a run was; the state may come from a stranger's folder, so every value is looked at.
+def read_training_state(saved: Checkpoint, stages: Sequence[str]) -> TrainingState:
+    """The state in a checkpoint; the folder may be a stranger's, so every value is checked.
+
+    Args:
+        saved: the checkpoint.
+        stages: the recipe's stages.
 
     Raises:
-        CheckpointError: it does not say so.
+        CheckpointError: a value is missing or impossible.
     """
     try:
-        values = dict(saved.state["position"])
-        watches = {"losses": SpikeDetector(**values["losses"]), "plateau": PlateauDetector(**values["plateau"])}
-        position = Position(**{**values, **watches})
-        plateau = position.plateau
-        steps = (position.stage_step, position.global_step, position.tokens)
-        counts = (*steps, position.losses.num_losses, plateau.num_losses, *position.left_out.values())
-        metrics = (*position.seconds.values(), position.losses.mean, position.losses.variance, plateau.total)
+        values = dict(saved.state["training_state"])
+        detectors = {"losses": SpikeDetector(**values["losses"]), "plateau": PlateauDetector(**values["plateau"])}
+        state = TrainingState(**{**values, **detectors})
+        plateau = state.plateau
+        steps = (state.stage_step, state.global_step, state.tokens)
+        counts = (*steps, state.losses.num_losses, plateau.num_losses, *state.skipped.values())
+        metrics = (*state.seconds.values(), state.losses.mean, state.losses.variance, plateau.total)
         metrics += () if plateau.before is None else (plateau.before,)
-        sound = (
-            position.stage in STAGES
+        is_sound = (
+            state.stage in stages
             and all(type(count) is int and count >= 0 for count in counts)
-            and all(type(figure) in (int, float) for figure in metrics)
-            and position.global_step == saved.global_step
+            and all(type(metric) in (int, float) for metric in metrics)
+            and state.global_step == saved.global_step
         )
     except (AttributeError, KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{saved.path} does not say where its run stood", hint="its state.json was changed")
-    return position
+        is_sound = False
+    if not is_sound:
+        raise CheckpointError(f"{saved.path} holds no valid training_state", hint="its state.json was changed")
+    return state

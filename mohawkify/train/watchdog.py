@@ -1,4 +1,4 @@
-"""What watches a run while it trains: losses that leap, weights that do not move, and no progress at all."""
+"""Detects losses that leap, weights that do not move, and processes that hang."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from mohawkify.train.engines.engine import Engine
 SPIKE = 6.0  # standard deviations above the mean of recent losses
 MEMORY = 0.98  # weight of the past in the running mean and variance: about the last 50 steps
 FEWEST_LOSSES = 20  # before that many a deviation means nothing
-STEPS_BETWEEN_LOOKS = 50
+STEPS_BETWEEN_CHECKS = 50
 SAMPLE_SIZE = 256
 MOVES = 8.0  # a learning rate of so many roundings moves a weight for certain: Adam's first steps are about the rate
 
 
 @dataclass
 class SpikeDetector:
-    """A running mean and variance of a stage's loss; its numbers go into every checkpoint.
+    """A running mean and variance of a stage's loss; every checkpoint keeps it.
 
     Args:
-        num_losses: losses seen.
+        num_losses: losses so far.
         mean: their running mean.
         variance: their running variance.
     """
@@ -41,11 +41,11 @@ class SpikeDetector:
     mean: float = 0.0
     variance: float = 0.0
 
-    def see(self, loss: float) -> float | None:
-        """Take one more loss.
+    def add(self, loss: float) -> float | None:
+        """Add a loss.
 
         Returns:
-            By how many standard deviations it leaps above the recent ones, or None where it does not.
+            The standard deviations by which it leaps above the recent ones; None where it does not.
         """
         deviation = loss - self.mean
         spread = math.sqrt(self.variance)
@@ -60,11 +60,11 @@ class SpikeDetector:
 
 
 class DeadWeightCheck:
-    """Notices weights that should learn and stay where they are, and weights that should stay and move.
+    """Detects trained weights that do not change, and frozen weights that do.
 
-    It remembers some numbers of every parameter: of a trained one those with the largest gradients of the present step,
-    since the text of a few steps reaches only some rows of an embedding. So it costs no second copy of the model. Every
-    process watches its own part of a sharded parameter, and all come to one verdict.
+    It keeps some elements of every parameter: of a trained one those with the largest gradients of the present step,
+    since the text of a few steps reaches only some rows of an embedding. So it needs no second copy of the model. Every
+    process compares its own part of a sharded parameter, and all raise the same error.
 
     Args:
         engine: holds the parameters; begins with the gradients of the present step, before it is taken.
@@ -80,30 +80,32 @@ class DeadWeightCheck:
         self._unmoved = set(self._samples)
         self._largest_rate = self._recent_rate = 0.0
 
-    def step(self, learning_rate: float) -> None:
-        """Take note of a step's rate: where all were below the rounding of a weight, it need not move."""
+    def add_step(self, learning_rate: float) -> None:
+        """Add a step's rate: a weight need not change where all rates were below its rounding."""
         self._largest_rate = max(self._largest_rate, learning_rate)
         self._recent_rate = max(self._recent_rate, learning_rate)
 
-    def look(self, place: str) -> None:
-        """Compare with the first step that was watched and with the last look.
+    def check(self, where: str) -> None:
+        """Compare with the first step and with the last check.
 
         Raises:
             NumericsError: a trained parameter has not moved though it had the rate for it, none has since the last
-                look, or a frozen one has moved; in all processes.
+                check, or a frozen one has moved; in all processes.
         """
         for name in self._anywhere({name: sample.has_moved() for name, sample in self._frozen.items()}):
-            raise NumericsError(f"{name} has changed by {place}, though the stage does not train it")
+            raise NumericsError(f"{name} has changed by {where}, though the stage does not train it")
         moved = self._anywhere({name: sample.has_moved() for name, sample in self._samples.items()})
         self._unmoved -= moved.keys()
         if not moved and (not self._recent_rate or self._could_move(self._samples, self._recent_rate)):
-            raise NumericsError(f"no weight has changed by {place} since the last look", hint="is the learning rate 0?")
+            raise NumericsError(
+                f"no weight has changed by {where} since the last check", hint="is the learning rate 0?"
+            )
         self._recent_rate = 0.0
         could = self._could_move(self._unmoved, self._largest_rate)
         if could:
             more = f"; nor have {len(could) - 1} more" if len(could) > 1 else ""
             raise NumericsError(
-                f"{next(iter(could))} has not changed by {place}, though the stage should train it{more}"
+                f"{next(iter(could))} has not changed by {where}, though the stage should train it{more}"
             )
 
     def _could_move(self, names: Iterable[str], rate: float) -> dict[str, float]:
@@ -116,26 +118,26 @@ class DeadWeightCheck:
 
 
 class _Sample:
-    """Some numbers of a parameter as they were at the last look."""
+    """Some elements of a parameter, as they were at the last check."""
 
-    def __init__(self, engine: Engine, name: str, places: Tensor) -> None:
-        self._engine, self._name, self._places = engine, name, places
+    def __init__(self, engine: Engine, name: str, positions: Tensor) -> None:
+        self._engine, self._name, self._positions = engine, name, positions
         self._values = self._read()
 
     def has_moved(self) -> bool:
-        """Whether any of them has changed since the last look; remembers what they are now."""
+        """Whether any of them has changed since the last check; keeps their new values."""
         before, self._values = self._values, self._read()
         return not torch.equal(before, self._values)
 
     def rounding(self) -> float:
-        """The distance of neighbouring numbers near the largest of them; of none, infinite: nothing could move."""
+        """The spacing of floats near the largest of them; infinite where there are none."""
         if not self._values.numel():
             return math.inf
         return float(self._values.abs().max()) * torch.finfo(self._values.dtype).eps
 
     def _read(self) -> Tensor:
         values = self._engine.shard(self._name).flatten()
-        return values[self._places.to(values.device)].to("cpu", copy=True)
+        return values[self._positions.to(values.device)].to("cpu", copy=True)
 
 
 def _largest_gradients(engine: Engine, name: str) -> Tensor:
@@ -147,28 +149,27 @@ def _largest_gradients(engine: Engine, name: str) -> Tensor:
 
 
 def _evenly_spread(values: Tensor) -> Tensor:
-    numbers = values.numel()
-    return torch.arange(0, numbers, max(1, numbers // SAMPLE_SIZE), device=values.device)
+    size = values.numel()
+    return torch.arange(0, size, max(1, size // SAMPLE_SIZE), device=values.device)
 
 
 class Watchdog:
-    """Ends the process where nothing gets done: exit code 75, with the stacks of all threads on standard error.
+    """Ends a process that hangs: exit code 75, with the stacks of all threads on standard error.
 
-    Time is counted in its own looks, not by the clock: a process that was stopped, as Ctrl-Z does, and goes on has not
-    been hanging meanwhile.
+    Time is counted in its own checks, not by the clock: a process that was stopped by Ctrl-Z and goes on did not hang.
 
     Args:
-        seconds: the longest time between two beats; 0 watches nothing.
-        where: what is watched, for the message.
+        seconds: the longest time between two heartbeats; 0 for never.
+        doing: what the process does, for the message.
         world: the processes that end with this one.
     """
 
-    def __init__(self, seconds: float, where: str, world: World) -> None:
-        self.seconds, self.where, self.world = seconds, where, world
-        self._beats = 0
+    def __init__(self, seconds: float, doing: str, world: World) -> None:
+        self.seconds, self.doing, self.world = seconds, doing, world
+        self._heartbeats = 0
         self._is_paused = False
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self.seconds > 0:
@@ -180,26 +181,26 @@ class Watchdog:
     ) -> None:
         self._over.set()
 
-    def beat(self) -> None:
-        """Something got done."""
-        self._beats += 1
+    def heartbeat(self) -> None:
+        """Restart the time."""
+        self._heartbeats += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Expect nothing within the block: a library that loads a model gives no sign of life before it is done."""
+        """Within the block there is no timeout: a library that loads a model gives no heartbeat until it is done."""
         self._is_paused = True
         try:
             yield
         finally:
-            self.beat()
+            self.heartbeat()
             self._is_paused = False
 
     def _watch(self) -> None:
         seconds = min(1.0, self.seconds / 4)
-        seen, silent = self._beats, 0.0
+        last, silent = self._heartbeats, 0.0
         while not self._over.wait(seconds):
-            is_alive = self._beats != seen or self._is_paused
-            seen, silent = self._beats, 0.0 if is_alive else silent + seconds
+            is_alive = self._heartbeats != last or self._is_paused
+            last, silent = self._heartbeats, 0.0 if is_alive else silent + seconds
             if is_alive and self.world.is_rank0:
                 self.world.heartbeat()
             if silent > self.seconds:
@@ -208,14 +209,14 @@ class Watchdog:
     def _end(self, silent: float) -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         if self.world.failures is None:
-            self._say(silent)
+            self._report(silent)
         else:
-            self.world.failures.report(HANG, lambda: self._say(silent), "hang")
+            self.world.failures.report(HANG, lambda: self._report(silent), "hang")
         os._exit(HANG)  # nothing else would end a thread that hangs
 
-    def _say(self, silent: float) -> None:
+    def _report(self, silent: float) -> None:
         print(
-            f"error: no progress for {silent:.0f} s while {self.where}\n"
+            f"error: no progress for {silent:.0f} s while {self.doing}\n"
             "hint: the newest checkpoint is intact and the same command continues; --hang-timeout says how"
             " long to wait",
             file=sys.stderr,

@@ -25,7 +25,7 @@ from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, ProcessLostError, RecipeError, TeacherError, UsageError
 from mohawkify.recipe.loading import apply_overrides, comparable_text, load_recipe, parse_recipe
 from mohawkify.recipe.schema import OptimizerRecipe
-from mohawkify.train import loop, pipeline
+from mohawkify.train import loop, preparation
 from mohawkify.train.engines.choice import (
     choose_engine,
     ignored_settings,
@@ -83,6 +83,11 @@ def ranges() -> list[SampleRange]:
     return [SampleRange(corpus, 12, 8, 0), SampleRange(corpus, 5, 16, 72)]
 
 
+def passes(objective: Any, batch: Any, world: World, micro_batch: int) -> None:
+    conversion = SimpleNamespace(world=world, device=CPU)
+    loop._forward_backward(conversion, objective, engine_of(objective), batch, micro_batch, lambda: None)  # type: ignore[arg-type]
+
+
 def stream(ranges: list[SampleRange], size: int, first_step: int, micro_batch: int) -> str:
     """A hash of all that the processes of a world read together from a step on."""
     digest = hashlib.sha256()
@@ -91,7 +96,7 @@ def stream(ranges: list[SampleRange], size: int, first_step: int, micro_batch: i
         for rank in range(size):
             stage = Reader()
             batch = batch_at(ranges, step, 8, seed=5)
-            loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
+            passes(stage, batch, Part(rank, size), micro_batch)
             rows += stage.rows
         digest.update(torch.stack(rows).numpy().tobytes())
     return digest.hexdigest()
@@ -112,7 +117,7 @@ def test_the_gradient_of_all_parts_is_that_of_the_batch(ranges):
         nn.init.constant_(stage.module.weight, 0.5)
         for rank in range(size):
             batch = batch_at(ranges, 3, 8, seed=5)
-            loop._passes(stage, engine_of(stage), batch, Part(rank, size), CPU, micro_batch, lambda: None)  # type: ignore[arg-type]
+            passes(stage, batch, Part(rank, size), micro_batch)
         gradients[size] = stage.module.weight.grad
     torch.testing.assert_close(gradients[2], gradients[1])
     torch.testing.assert_close(gradients[4], gradients[1])
@@ -161,14 +166,14 @@ def test_variables_that_make_no_sense_are_refused(environment):
 
 def test_files_that_another_machine_has_otherwise_are_refused():
     class Second(World):
-        def on_rank0(self, function: Any, beat: Any = None) -> Any:
+        def on_rank0(self, function: Any, heartbeat: Any = None) -> Any:
             return {"model.safetensors": "a"}
 
     world = Second(rank=8, size=16)
-    assert pipeline._agreed({"model.safetensors": "a"}, "the teacher", world) == {"model.safetensors": "a"}
-    assert pipeline._agreed(None, "the teacher", world) == {"model.safetensors": "a"}
+    assert preparation.same_everywhere({"model.safetensors": "a"}, "the teacher", world) == {"model.safetensors": "a"}
+    assert preparation.same_everywhere(None, "the teacher", world) == {"model.safetensors": "a"}
     with pytest.raises(TeacherError, match="not what the main process has"):
-        pipeline._agreed({"model.safetensors": "b"}, "the teacher", world)
+        preparation.same_everywhere({"model.safetensors": "b"}, "the teacher", world)
 
 
 def test_processes_must_share_each_batch_evenly():
@@ -229,7 +234,7 @@ def test_an_engine_on_the_command_line_goes_with_every_recipe(monkeypatch, engin
     chosen = []
     monkeypatch.setattr("mohawkify.cli.ranks.start_processes", lambda number: None)
     monkeypatch.setattr(
-        "mohawkify.train.pipeline.convert",
+        "mohawkify.train.trainer.convert",
         lambda teacher, recipe, *more: chosen.append(recipe.compute) or SimpleNamespace(path="run"),
     )
     result = CliRunner().invoke(main, ["convert", "x", "--recipe", "llamba-8b", "--engine", engine])
@@ -300,10 +305,12 @@ def test_the_micro_batch_is_halved_until_it_fits(ranges):
     stage.run = lambda batch, runner: crowded(SimpleNamespace(input_ids=range(9)), runner)  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError):
         largest_that_fits(stage, batch, World(), CPU, lambda micro: engine_of(stage))  # type: ignore[arg-type]
-    stage.name = "orient"
+    stage.block = recipe.stages.orient
     for wanted, size, found in (("auto", 2, 2), ("null", 1, 4), ("4", 4, 1), ("1", 2, 1)):
         own = apply_overrides(recipe, [f"compute.micro_batch_sequences={wanted}"])
-        assert micro_batch_of(stage, own, ranges, World(0, size), CPU, lambda micro: engine_of(stage)) == found  # type: ignore[arg-type]
+        conversion = SimpleNamespace(recipe=own, world=World(0, size), device=CPU)
+        whole = loop.Stage("orient", stage, ranges)
+        assert micro_batch_of(conversion, whole, lambda micro: engine_of(stage)) == found  # type: ignore[arg-type]
 
 
 @pytest.fixture

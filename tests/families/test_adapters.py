@@ -16,16 +16,16 @@ from mohawkify.families.adapter import Logits
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
 from mohawkify.families.registry import adapter_names, load_adapter
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
-from mohawkify.objectives.objective import Pair, Runner, model_inputs
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs
 from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import load_recipe
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
@@ -44,22 +44,22 @@ class Case:
     """One family: its teacher, a student grafted everywhere, and what was inspected."""
 
     name: str
-    pair: Pair
+    pair: TeacherStudent
     found: Inspection
 
     def attentions(self, model: nn.Module) -> dict[int, nn.Module]:
-        adapter = self.pair.adapter
+        adapter = self.models.adapter
         return {i: getattr(layer, adapter.attention) for i, layer in enumerate(find_layers(model, adapter.layers))}
 
     def heard(self, batch: Batch) -> list[LayerCall]:
         """The calls of the teacher's attention modules as stage 1 hears them."""
-        teacher, calls = self.pair.teacher, []
+        teacher, calls = self.models.teacher, []
         with (
             torch.no_grad(),
-            capture_attention(teacher, self.pair.adapter),
+            capture_attention(teacher, self.models.adapter),
             layer_hooks(self.attentions(teacher), calls.append),
         ):
-            teacher(**model_inputs(teacher, batch, self.pair.spec))
+            teacher(**model_inputs(teacher, batch, self.models.spec))
         return calls
 
 
@@ -246,12 +246,12 @@ def test_greedy_text_of_a_padded_batch_equals_single_text(student):
 def test_every_stage_lowers_its_loss(case, name, tmp_path):
     pair = tiny_pair(case.name, tmp_path, init="identity", num_hidden_layers=LAYERS)
     stage = {
-        "orient": lambda: Orient(pair),
-        "align": lambda: Align(pair, AlignRecipe(**STAGE)),
-        "align-mixer": lambda: Align(pair, AlignRecipe(target="mixer", **STAGE)),
-        "distill": lambda: Distill(pair, DistillRecipe(**STAGE)),
+        "orient": lambda: MatrixObjective(pair, OrientRecipe(**STAGE)),
+        "align": lambda: HiddenStateObjective(pair, AlignRecipe(**STAGE)),
+        "align-mixer": lambda: HiddenStateObjective(pair, AlignRecipe(target="mixer", **STAGE)),
+        "distill": lambda: LogitsObjective(pair, DistillRecipe(**STAGE)),
     }[name]()
-    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
+    engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
     losses = []
     for _ in range(20):
         losses.append(stage.run(packed(), Runner(engine.backward))["loss"].item())

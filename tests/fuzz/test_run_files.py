@@ -34,7 +34,7 @@ BYTES = "every byte as it was written"
 STATE = {
     "identity": "0" * 64,
     "text": {"train": "1" * 64},
-    "position": {"stage": "align", "stage_step": 3, "global_step": 4, "tokens": 512, "seconds": {"orient": 1.5}},
+    "training_state": {"stage": "align", "stage_step": 3, "global_step": 4, "tokens": 512, "seconds": {"orient": 1.5}},
 }
 RESULTS = {
     "teacher": {"perplexity": 8.25},

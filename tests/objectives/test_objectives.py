@@ -9,12 +9,12 @@ import torch
 
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import CheckpointError, NumericsError
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
 from mohawkify.objectives.trainable import part_of_parameters
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, ScheduleRecipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe, ScheduleRecipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.train.checks import require_finite, require_gradients
 from mohawkify.train.engines.engine import LocalEngine
@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 def stages(pair):
     """The stages in the variants that differ in what they train."""
     return {
-        "orient": Orient(pair),
-        "align-block": Align(pair, AlignRecipe(**STAGE)),
-        "align-mixer": Align(pair, AlignRecipe(target="mixer", **STAGE)),
-        "distill": Distill(pair, DistillRecipe(**STAGE)),
-        "distill-no-mlp": Distill(pair, DistillRecipe(train=("mixer", "norm", "embedding", "head"), **STAGE)),
+        "orient": MatrixObjective(pair, OrientRecipe(**STAGE)),
+        "align-block": HiddenStateObjective(pair, AlignRecipe(**STAGE)),
+        "align-mixer": HiddenStateObjective(pair, AlignRecipe(target="mixer", **STAGE)),
+        "distill": LogitsObjective(pair, DistillRecipe(**STAGE)),
+        "distill-no-mlp": LogitsObjective(pair, DistillRecipe(train=("mixer", "norm", "embedding", "head"), **STAGE)),
     }
 
 
@@ -43,7 +43,7 @@ def test_only_the_declared_parameters_change_and_all_of_them(family, name, tmp_p
     stage = stages(pair)[name]
     before = {n: p.detach().clone() for n, p in pair.student.named_parameters()}
     declared = stage.parameters()
-    engine = LocalEngine(stage.pair.student, declared, OptimizerRecipe(weight_decay=0.5), "fp32", CPU)
+    engine = LocalEngine(stage.models.student, declared, OptimizerRecipe(weight_decay=0.5), "fp32", CPU)
     stage.run(packed(), Runner(engine.backward))
     require_gradients(engine, declared, World(), "the test")
     engine.step(1e-3)
@@ -53,7 +53,7 @@ def test_only_the_declared_parameters_change_and_all_of_them(family, name, tmp_p
 
 def test_orient_trains_exactly_what_the_matrix_is_made_of(tmp_path):
     pair = tiny_pair("llama", tmp_path)
-    names = {name.split("self_attn.")[1] for name in Orient(pair).parameters()}
+    names = {name.split("self_attn.")[1] for name in MatrixObjective(pair, OrientRecipe(**STAGE)).parameters()}
     assert names == {
         "b_proj.weight", "c_proj.weight", "decay_proj.weight", "decay_proj.bias",
         "b_conv.weight", "b_conv.bias", "c_conv.weight", "c_conv.bias", "d",
@@ -80,7 +80,7 @@ def test_every_parameter_has_a_part(family, tmp_path):
 def test_every_stage_lowers_its_loss(family, name, tmp_path):
     pair = tiny_pair(family, tmp_path)
     stage = stages(pair)[name]
-    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
     losses = []
     for _ in range(20):
         losses.append(stage.run(packed(), Runner(engine.backward))["loss"].item())
@@ -94,7 +94,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
     for stage in stages(pair).values():
         gradients = []
         for micro in (4, 1):
-            engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+            engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
             engine.adamw.zero_grad()
             for first in range(0, 4, micro):
                 part = type(batch)(*(t[first : first + micro] for t in batch))
@@ -125,7 +125,7 @@ def test_bf16_runs_on_float32_master_weights(tmp_path):
     pair = tiny_pair("llama", tmp_path)
     pair.teacher.to(torch.bfloat16)
     for stage in stages(pair).values():
-        engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "bf16", CPU)
+        engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "bf16", CPU)
         with engine.autocast():
             metrics = stage.run(packed(), Runner(engine.backward))
         assert torch.isfinite(metrics["loss"])
@@ -138,11 +138,11 @@ def test_engine_state_continues_bit_for_bit(tmp_path):
     for interrupted in (False, True):
         pair = tiny_pair("llama", tmp_path / str(interrupted))
         stage = stages(pair)["distill"]
-        engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+        engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
         for step in range(6):
             if interrupted and step == 3:
                 saved = {name: tensor.clone() for name, tensor in engine.state().items()}
-                engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+                engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
                 engine.load_state(saved)
             stage.run(packed(), Runner(engine.backward))
             engine.step(1e-2)
@@ -152,20 +152,20 @@ def test_engine_state_continues_bit_for_bit(tmp_path):
 
 def test_engine_refuses_foreign_state(tmp_path):
     stage = stages(tiny_pair("llama", tmp_path))["orient"]
-    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
     with pytest.raises(CheckpointError, match="which this stage does not train"):
         engine.load_state({"exp_avg/model.norm.weight": torch.zeros(32)})
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     stage = stages(tiny_pair("llama", tmp_path))["orient"]
-    engine = LocalEngine(stage.pair.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
+    engine = LocalEngine(stage.models.student, stage.parameters(), OptimizerRecipe(), "fp32", CPU)
     stage.run(packed(), Runner(engine.backward))
     before = {n: p.detach().clone() for n, p in stage.parameters().items()}
     next(iter(stage.parameters().values())).grad.view(-1)[0] = float("nan")
     norm = engine.step(1e-3)
     with pytest.raises(NumericsError, match="the gradient norm is nan"):
-        require_finite({"the gradient norm": norm}, "step 1")
+        require_finite({"the gradient norm": norm}, "step 1", {}, [])
     assert all(torch.equal(p, before[n]) for n, p in stage.parameters().items())
 
 

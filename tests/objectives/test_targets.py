@@ -10,11 +10,11 @@ import torch
 from mohawkify.data.packing import Batch
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.registry import load_adapter
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, load_recipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
@@ -120,7 +120,9 @@ def test_orient_loss_is_the_distance_to_the_eager_attention(family, tmp_path):
             matrix[:, :, row, row] += parts.d_h
         expected += torch.linalg.matrix_norm(matrix - attentions[index]).mean().item()
     losses: list[float] = []
-    metrics = Orient(pair).run(batch, Runner(lambda loss: losses.append(loss.item())))
+    metrics = MatrixObjective(pair, load_recipe("demo").stages.orient).run(
+        batch, Runner(lambda loss: losses.append(loss.item()))
+    )
     assert sum(losses) == pytest.approx(expected, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -133,7 +135,7 @@ def test_align_loss_is_exactly_zero_for_the_teachers_own_attention(family, targe
         find_layers(pair.student, "model.layers"), find_layers(pair.teacher, "model.layers"), strict=True
     ):
         ours.self_attn = copy.deepcopy(theirs.self_attn)
-    stage = Align(pair, AlignRecipe(target=target, **STAGE))
+    stage = HiddenStateObjective(pair, AlignRecipe(target=target, **STAGE))
     metrics = stage.run(batch, Runner(lambda loss: None))
     assert metrics["loss"] == 0
 
@@ -150,7 +152,7 @@ def test_align_block_target_is_the_teachers_block_output(family, tmp_path):
         middle = inputs[index] + mixed
         output = middle + layer.mlp(layer.post_attention_layernorm(middle))
         expected += (output - blocks[index]).norm(dim=-1).mean().item()
-    metrics = Align(pair, AlignRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
+    metrics = HiddenStateObjective(pair, AlignRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
     assert metrics["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -164,5 +166,5 @@ def test_distill_compares_with_the_teachers_own_logits(family, tmp_path):
         ).logits.log_softmax(-1)
     p = logits.softmax(-1)
     expected = (p * (p.log() - student)).sum(-1).mean().item()
-    metrics = Distill(pair, DistillRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
+    metrics = LogitsObjective(pair, DistillRecipe(**STAGE)).run(batch, Runner(lambda loss: None))
     assert metrics["kl"].item() == pytest.approx(expected, rel=1e-4)

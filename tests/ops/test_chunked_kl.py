@@ -15,7 +15,7 @@ from torch import Tensor
 from mohawkify.errors import UsageError
 from mohawkify.families.autodetect import NO_FILE
 from mohawkify.families.registry import load_adapter
-from mohawkify.objectives.logits import Distill
+from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.objective import Runner
 from mohawkify.ops import chunked_kl
 from mohawkify.ops.chunked_kl import LMHeadInput, chunk_tokens, chunked_distill_loss, head_logits
@@ -322,7 +322,7 @@ def test_the_stage_gives_the_same_by_chunks_and_by_all_logits(tmp_path):
     batch = packed()
     batch.loss_mask[0, :9] = False
     results = []
-    for stage in (Distill(pair, recipe), Distill(unknown, recipe)):
+    for stage in (LogitsObjective(pair, recipe), LogitsObjective(unknown, recipe)):
         pair.student.zero_grad()
         found = stage.run(batch, Runner(lambda loss: loss.backward()))
         gradients = {name: p.grad.clone() for name, p in pair.student.named_parameters() if p.grad is not None}

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
-from mohawkify.objectives.objective import Pair, Runner, Stage
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.objective import Objective, Runner, TeacherStudent
 from mohawkify.plan.activations import count_footprint
 from mohawkify.plan.memory import Layout, memory_parts, sizes_of
 from mohawkify.plan.planner import trained_parameters
@@ -68,7 +68,7 @@ CASES = {
 
 
 @cache
-def _built(name: str) -> tuple[Pair, Inspection]:
+def _built(name: str) -> tuple[TeacherStudent, Inspection]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         sizes = {**case.sizes, "max_position_embeddings": 1024}
@@ -102,10 +102,10 @@ def training_step(name: str, stage: str, checkpointing: bool = False) -> tuple[C
         checkpoint_activations(pair.student, pair.spec.layers)
     else:
         pair.student.gradient_checkpointing_disable()
-    made: dict[str, Stage] = {
-        "orient": Orient(pair),
-        "align": Align(pair, recipe.stages.align),
-        "distill": Distill(pair, recipe.stages.distill),
+    made: dict[str, Objective] = {
+        "orient": MatrixObjective(pair, recipe.stages.orient),
+        "align": HiddenStateObjective(pair, recipe.stages.align),
+        "distill": LogitsObjective(pair, recipe.stages.distill),
     }
     trained = made[stage].parameters()
     for key, parameter in pair.student.named_parameters():

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mohawkify.cli.plan_tables import plan_text
 from mohawkify.errors import USAGE, RecipeError, UsageError
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
 from mohawkify.plan.memory import Layout, remedies
 from mohawkify.plan.planner import _work, layout_of, trained_parameters
@@ -254,9 +254,9 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, ove
     if checkpointing:
         checkpoint_activations(pair.student, pair.spec.layers)
     made = {
-        "orient": Orient(pair),
-        "align": Align(pair, recipe.stages.align),
-        "distill": Distill(pair, recipe.stages.distill),
+        "orient": MatrixObjective(pair, recipe.stages.orient),
+        "align": HiddenStateObjective(pair, recipe.stages.align),
+        "distill": LogitsObjective(pair, recipe.stages.distill),
     }[stage]
     trained = made.parameters()
     for name, parameter in pair.student.named_parameters():

@@ -19,16 +19,16 @@ from unittest import mock
 import torch
 
 from mohawkify.cli.main import main
-from mohawkify.train import loop, trainer
+from mohawkify.train import loop, saving, trainer
 from mohawkify.train.engines.engine import LocalEngine
 from tests.files import faults
 
 # Moments of a conversion by the function that begins them, as the caller finds it.
 EVENTS = {
-    "loading": ("mohawkify.train.pipeline", "load_teacher"),
+    "loading": ("mohawkify.train.preparation", "load_teacher"),
     "tokenising": ("mohawkify.data.tokenize_workers", "encode_documents"),
-    "building": ("mohawkify.train.pipeline", "build_student"),
-    "measuring": ("mohawkify.train.trainer", "measure_fidelity"),
+    "building": ("mohawkify.train.preparation", "build_student"),
+    "measuring": ("mohawkify.train.measuring", "measure_fidelity"),
     "measuring a batch": ("mohawkify.evaluate.fidelity", "_add_batch"),
     "reading": ("mohawkify.data.loader", "packed_batch"),
     "micro-batch": ("mohawkify.train.loop", "Runner"),
@@ -37,16 +37,16 @@ EVENTS = {
     "saving": ("mohawkify.run.checkpoint", "save_checkpoint"),
     "tensors saved": ("mohawkify.run.checkpoint", "write_json"),
     "rotating": ("mohawkify.run.checkpoint", "rotate"),
-    "final_teacher": ("mohawkify.train.pipeline", "save_student"),
+    "final_teacher": ("mohawkify.train.trainer", "save_student"),
     "weights written": ("mohawkify.student.save", "save_tokenizer"),
 }
 # Functions during which operations on the disk are counted.
 WINDOWS = {
-    "save": ("mohawkify.train.trainer.Conversion", "_save"),
-    "measure": ("mohawkify.train.trainer.Conversion", "_measure"),
-    "final_phase": ("mohawkify.train.pipeline", "_finish"),
+    "save": ("mohawkify.train.saving.CheckpointWriter", "save"),
+    "measure": ("mohawkify.train.trainer", "measure"),
+    "final_phase": ("mohawkify.train.trainer", "write_student"),
     "export": ("mohawkify.export.export", "export_run"),
-    "convert": ("mohawkify.train.pipeline", "convert"),
+    "convert": ("mohawkify.train.trainer", "convert"),
 }
 CHANGING = tuple(name for name in faults.OPERATIONS if name not in ("open", "fchmod"))
 
@@ -123,7 +123,7 @@ def full_disk(times: int) -> Iterator[None]:
         return save
 
     with (
-        mock.patch.object(trainer, "SECONDS_BETWEEN_TRIES", 0.05),
+        mock.patch.object(saving, "SECONDS_BETWEEN_TRIES", 0.05),
         _patched(("mohawkify.run.checkpoint", "save_checkpoint"), fails),
     ):
         yield
@@ -145,7 +145,7 @@ def full_log(first: int, times: int) -> Iterator[None]:
 
         return append
 
-    with mock.patch.object(trainer, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
+    with mock.patch.object(saving, "SECONDS_BETWEEN_TRIES", 0.05), _patched(EVENTS["logging"], fails):
         yield
 
 
@@ -166,7 +166,7 @@ def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
     _enter_namespace()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
     ballast = Path(place) / ".ballast"
-    original = trainer.Conversion._save
+    original = saving.CheckpointWriter.save
     saves = 0
 
     def save(self: Any, *args: Any) -> None:
@@ -186,7 +186,7 @@ def tmpfs(place: str, size: int, filled_at: int, freed: bool) -> Iterator[None]:
             ballast.unlink(missing_ok=True)
 
     try:
-        with mock.patch.object(trainer.Conversion, "_save", save), mock.patch.object(trainer.time, "sleep", wait):
+        with mock.patch.object(saving.CheckpointWriter, "save", save), mock.patch.object(saving.time, "sleep", wait):
             yield
     finally:
         ballast.unlink(missing_ok=True)
@@ -243,11 +243,11 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
     place = {"stage": "", "step": 0, "micro": 0}
     hashes: dict[str, str] = {}
     seen: dict[str, Any] = {}
-    run_stage, read_batches = loop.run_stage, loop.read_batches
+    steps, read_batches = loop.steps, loop.read_batches
 
-    def begin_stage(which: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
-        place["stage"], place["step"] = which.name, kwargs["first_step"]
-        seen["stage"], seen["engine"] = which, engine
+    def begin_stage(conversion: Any, begun: Any, engine: Any, micro: int, first_step: int, check: Any) -> Any:
+        place["stage"], place["step"], which = begun.name, first_step, begun.objective
+        seen["objective"], seen["engine"] = which, engine
         inner = which.run
 
         def run_micro(batch: Any, runner: Any) -> Any:
@@ -255,7 +255,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
             here = place["stage"] == stage and place["step"] == step and place["micro"] == micro_batch
             if not here:
                 return inner(batch, runner)
-            with _poisoned_module(which.pair, site, value):
+            with _poisoned_module(which.models, site, value):
                 metrics = inner(batch, runner)
             if site == "gradient":
                 _spoil(next(iter(which.parameters().values())).grad, value)
@@ -264,33 +264,33 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
             return metrics
 
         which.run = run_micro
-        run_stage(which, engine, *args, **kwargs)
+        return steps(conversion, begun, engine, micro, first_step, check)
 
     def begin_steps(*args: Any, **kwargs: Any) -> Any:
         for batch in read_batches(*args, **kwargs):
             place["step"] += 1
             place["micro"] = 0
             if place["stage"] == stage and place["step"] == step:
-                hashes["before"] = _hash_of(seen["stage"].pair.student)
+                hashes["before"] = _hash_of(seen["objective"].pair.student)
             yield batch
 
-    save = trainer.Conversion._save
+    save = saving.CheckpointWriter.save
 
-    def spoil_and_save(self: Any, engine: Any, position: Any, *more: Any) -> None:
-        if site == "weight" and position.stage == stage and position.stage_step == step:
-            _spoil(next(iter(self.pair.student.parameters())), value)
-        save(self, engine, position, *more)
+    def spoil_and_save(self: Any, engine: Any, state: Any, *more: Any) -> None:
+        if site == "weight" and state.stage == stage and state.stage_step == step:
+            _spoil(next(iter(self._conversion.models.student.parameters())), value)
+        save(self, engine, state, *more)
 
     try:
         with (
-            mock.patch.object(trainer, "run_stage", begin_stage),
+            mock.patch.object(trainer, "steps", begin_stage),
             mock.patch.object(loop, "read_batches", begin_steps),
-            mock.patch.object(trainer.Conversion, "_save", spoil_and_save),
+            mock.patch.object(saving.CheckpointWriter, "save", spoil_and_save),
         ):
             yield
     finally:
-        if "stage" in seen:
-            hashes["after"] = _hash_of(seen["stage"].pair.student)
+        if "objective" in seen:
+            hashes["after"] = _hash_of(seen["objective"].pair.student)
         Path(say_to).write_text(json.dumps(hashes))
 
 
@@ -303,25 +303,27 @@ def idle(kind: str) -> Iterator[None]:
             parameter it does not get, `frozen` for one that takes no gradient, `detached` for a layer cut out of the
             graph, `leaking` for a frozen one that moves.
     """
-    run_stage, engine_init = trainer.run_stage, LocalEngine.__init__
+    steps, engine_init = trainer.steps, LocalEngine.__init__
 
-    def begin_stage(stage: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
-        parameters = list(stage.parameters().values())
+    def begin_stage(conversion: Any, stage: Any, engine: Any, *more: Any) -> Any:
+        trained, student = stage.objective.parameters(), conversion.models.student
+        parameters = list(trained.values())
         if kind == "frozen":
             parameters[0].requires_grad_(False)
         if kind == "detached":
-            module = next(m for m in stage.pair.student.modules() if isinstance(m, torch.nn.Linear))
+            module = next(m for m in student.modules() if isinstance(m, torch.nn.Linear))
             module.register_forward_hook(lambda module, inputs, output: output.detach())
         if kind == "leaking":
             step = engine.step
+            frozen = next(name for name, _ in student.named_parameters() if name not in trained)
 
             def leak(rate: float) -> float:
                 with torch.no_grad():
-                    stage.pair.student.get_parameter(kwargs["frozen"][0]).add_(1e-3)
+                    student.get_parameter(frozen).add_(1e-3)
                 return step(rate)
 
             engine.step = leak
-        run_stage(stage, engine, *args, **kwargs)
+        return steps(conversion, stage, engine, *more)
 
     def forgetful(self: Any, *args: Any) -> None:
         engine_init(self, *args)
@@ -331,7 +333,7 @@ def idle(kind: str) -> Iterator[None]:
             self.adamw.step = lambda: None
 
     with (
-        mock.patch.object(trainer, "run_stage", begin_stage),
+        mock.patch.object(trainer, "steps", begin_stage),
         mock.patch.object(LocalEngine, "__init__", forgetful),
         mock.patch.object(loop, "learning_rate", return_value=0.0) if kind == "rate" else nullcontext(),
     ):
@@ -349,14 +351,14 @@ def spike(stage: str, step: int, factor: float, events: list[tuple[str, int, str
         return original(number, tokens, rate, norm, seconds, metrics)
 
     seen: dict[str, str] = {}
-    run_stage = trainer.run_stage
+    steps = trainer.steps
 
-    def begin_stage(which: Any, *args: Any, **kwargs: Any) -> None:
-        seen["stage"] = which.name
-        run_stage(which, *args, **kwargs)
+    def begin_stage(conversion: Any, begun: Any, *more: Any) -> Any:
+        seen["stage"] = begun.name
+        return steps(conversion, begun, *more)
 
     with (
-        mock.patch.object(trainer, "run_stage", begin_stage),
+        mock.patch.object(trainer, "steps", begin_stage),
         mock.patch.object(loop, "StepReport", report),
         at(events),
     ):

@@ -16,8 +16,11 @@ from mohawkify.files import atomic
 from mohawkify.recipe.loading import parse_recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
-from mohawkify.train import trainer
+from mohawkify.train.conversion import Conversion, ConvertOptions
 from mohawkify.train.loop import StepReport
+from mohawkify.train.saving import CheckpointWriter
+from mohawkify.train.step_log import StepLog
+from mohawkify.train.training_state import TrainingState
 from mohawkify.train.watchdog import Watchdog
 from tests.commands import RECIPE
 from tests.files.faults import content_of
@@ -123,17 +126,20 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
     top = tmp_path / "run"
     top.mkdir()
     recipe = parse_recipe(RECIPE, "tiny.yaml")
-    run = trainer.Conversion(
-        RunFolder(top), recipe, "identity", None, {}, [], torch.device("cpu"), World(), lambda line: None
+    conversion = Conversion(
+        RunFolder(top), recipe, ConvertOptions(), "identity", *5 * [None], torch.device("cpu"), World(), *3 * [None]
     )  # type: ignore[arg-type]
-    tensors, position = {"weight": torch.ones(3)}, trainer.Position(stage="orient")
+    conversion.__dict__["corpora"] = {}
+    log, state = StepLog(conversion, 0), TrainingState(stage="orient")
+    writer = CheckpointWriter(conversion, log, Shutdown(), 0)
+    tensors = {group: {"weight": torch.ones(3)} for group in ("model", "optimizer")} | {"rng": {}}
 
     def work() -> None:
         for step in (1, 2, 3):
-            position.stage_step = position.global_step = step
-            run._log(StepReport(step, 16, 1e-3, 1.0, 0.1, {"loss": 2.5}), position, None)
+            state.stage_step = state.global_step = step
+            log.add_step(StepReport(step, 16, 1e-3, 1.0, 0.1, {"loss": 2.5}), state, None)
             if step != 2:
-                run._write(tensors, tensors, {}, position, Shutdown(), Watchdog(0, "saving", World()))
+                writer._write(tensors, state, Watchdog(0, "saving", World()))
 
     def check(place: Path, is_done: bool) -> None:
         found = checkpoint.newest_valid(place / "checkpoints", lambda line: None)

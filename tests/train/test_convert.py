@@ -24,11 +24,11 @@ from mohawkify.files.lock import run_lock
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import Recipe
-from mohawkify.train import pipeline
+from mohawkify.train import preparation
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
 from mohawkify.train.prepare_text import prepare_text
 from mohawkify.train.progress import StageProgress
+from mohawkify.train.trainer import convert
 from tests.tiny import save_teacher, tiny_teacher
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -197,7 +197,7 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
 
 def test_a_folder_in_use_is_refused_before_the_teacher_is_read(teacher_folder, recipe, tmp_path, monkeypatch):
     for name in ("find_folder", "teacher_hashes", "find_final_teacher", "final_teacher_hashes"):
-        monkeypatch.setattr(pipeline, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
+        monkeypatch.setattr(preparation, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
     with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="another process"):
         convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
 
@@ -225,7 +225,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
         start(kept + text - 1)
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load_teacher", begin)
+        patch.setattr(preparation, "load_teacher", begin)
         with pytest.raises(Begun):
             start(kept + text)
         # Text that was tokenised before takes nothing, and how much there is of one that may be short, nobody knows.
@@ -235,7 +235,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
                 start(kept - 1, **more)
             with pytest.raises(Begun):
                 start(kept, **more)
-    monkeypatch.setattr(pipeline, "use_kernels", begin)
+    monkeypatch.setattr(preparation, "use_kernels", begin)
     with pytest.raises(Begun):  # a start that tokenised the text and was killed
         start(kept + text, output=tmp_path / "killed")
     with pytest.raises(Begun):

@@ -18,7 +18,7 @@ from mohawkify.run import checkpoint
 from mohawkify.train import loop
 from mohawkify.train.engines.engine import LocalEngine
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.trainer import Conversion
+from mohawkify.train.saving import CheckpointWriter
 from mohawkify.train.watchdog import Watchdog
 from tests.commands import make_recipe, make_teacher, run
 
@@ -90,7 +90,7 @@ def test_a_run_without_a_valid_checkpoint_says_that_it_begins_again(folder, stop
 def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
     """However long it takes: with many large checkpoints to keep, every save would end the run otherwise."""
     watched: list[bool] = []
-    write, sha256_of = Conversion._write, manifest.sha256_of
+    write, sha256_of = CheckpointWriter._write, manifest.sha256_of
 
     def hash_watched(path: Path, heartbeat: Any = manifest.no_heartbeat) -> str:
         watched.append(isinstance(getattr(heartbeat, "__self__", None), Watchdog))
@@ -101,7 +101,7 @@ def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
             patch.setattr(manifest, "sha256_of", hash_watched)
             write(*arguments)
 
-    monkeypatch.setattr(Conversion, "_write", write_watched)
+    monkeypatch.setattr(CheckpointWriter, "_write", write_watched)
     keep_one = ("--set", "checkpoint.keep=1")
     result = convert(folder, tmp_path / "run", *ORIENT_ALONE, *keep_one)
     assert result.exit_code == 0, result.stderr
@@ -111,10 +111,10 @@ def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient_norm"])
 def test_a_step_that_is_refused_is_logged(folder, tmp_path, monkeypatch, bad):
-    passes = loop._passes
+    passes = loop._forward_backward
     with monkeypatch.context() as patch:
         if bad == "loss":
-            patch.setattr(loop, "_passes", lambda *arguments: {**passes(*arguments), "loss": math.nan})
+            patch.setattr(loop, "_forward_backward", lambda *arguments: {**passes(*arguments), "loss": math.nan})
         else:
             patch.setattr(LocalEngine, "step", lambda self, rate: math.inf)
         result = convert(folder, tmp_path / "run", *ORIENT_ALONE)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import MEMORY, MemoryShortageError, is_out_of_memory
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
+from mohawkify.recipe.schema import Recipe
+from mohawkify.train.loop import Stage
 from mohawkify.train.micro_batch import naming_what_to_try
 from tests.commands import RECIPE
 
@@ -47,7 +52,7 @@ def test_the_next_smaller_micro_batch_is_named(rows, processes, micro_batch, mor
     recipe = apply_overrides(parse_recipe(RECIPE, "tiny.yaml"), changes)
     with (
         pytest.raises(MemoryShortageError) as found,
-        naming_what_to_try("align", recipe, World(0, processes), micro_batch),
+        naming(recipe, micro_batch, World(0, processes)),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
     assert found.value.exit_code == MEMORY
@@ -55,7 +60,12 @@ def test_the_next_smaller_micro_batch_is_named(rows, processes, micro_batch, mor
     assert str(found.value.hint).endswith(says)
 
 
+def naming(recipe: Recipe, micro_batch: int, world: World) -> AbstractContextManager[None]:
+    stage = Stage("align", SimpleNamespace(block=recipe.stages.align), [])  # type: ignore[arg-type]
+    return naming_what_to_try(SimpleNamespace(recipe=recipe, world=world), stage, micro_batch)  # type: ignore[arg-type]
+
+
 def test_other_errors_are_left_alone():
     recipe = parse_recipe(RECIPE, "tiny.yaml")
-    with pytest.raises(ValueError, match="x"), naming_what_to_try("align", recipe, World(), 2):
+    with pytest.raises(ValueError, match="x"), naming(recipe, 2, World()):
         raise ValueError("x")

@@ -13,10 +13,10 @@ from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
 from mohawkify.train.plateau import Phases, PlateauDetector
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.schedule import learning_rate
+from mohawkify.train.trainer import convert
 from tests.commands import make_teacher
 from tests.data.test_teacher_logits import RECIPE
 
@@ -38,29 +38,29 @@ def phases_of(decay: float, final_phase: int | None, window: int = 20, threshold
 
 def walk(phases: Phases, loss: float = 1.0) -> tuple[list[int], dict[str, int]]:
     """The planned steps that are taken where every loss is the same, and what is left out."""
-    watch, step, taken, left_out = PlateauDetector(), 0, [], {}
+    watch, step, taken, skipped = PlateauDetector(), 0, [], {}
     while step < phases.num_steps:
         taken.append(step)
         step += 1
         skip = phases.skip_to(step, {"loss": loss}, watch)
         if skip is not None:
             data = phases.segment_at(step).data
-            left_out[data] = left_out.get(data, 0) + skip[0] - step
+            skipped[data] = skipped.get(data, 0) + skip[0] - step
             step = skip[0]
-    return taken, left_out
+    return taken, skipped
 
 
 def test_windows_are_compared_with_the_one_before():
     watch = PlateauDetector()
-    found = [watch.see(loss, 2, 0.1) for loss in (4.0, 4.0, 3.0, 3.0, 2.9, 2.9, 2.8, 2.8)]
+    found = [watch.add(loss, 2, 0.1) for loss in (4.0, 4.0, 3.0, 3.0, 2.9, 2.9, 2.8, 2.8)]
     assert found[:5] == [None] * 5
     assert found[5] == pytest.approx(0.1 / 3.0)
     assert found[7] == pytest.approx(0.1 / 2.9)
-    assert PlateauDetector(0, 0.0, -1.0).see(-2.0, 1, 0.1) == 0.0
+    assert PlateauDetector(0, 0.0, -1.0).add(-2.0, 1, 0.1) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("decay", "final_phase", "taken", "left_out"),
+    ("decay", "final_phase", "taken", "skipped"),
     [
         (0.1, None, [*range(14), *range(90, 100)], {"train": 76}),
         (0.0, None, [*range(14)], {"train": 86}),
@@ -68,17 +68,17 @@ def test_windows_are_compared_with_the_one_before():
         (0.5, 300, [*range(14), *range(50, 100)], {"train": 36}),
     ],
 )
-def test_warm_up_decay_and_the_start_of_the_finish_are_always_taken(decay, final_phase, taken, left_out):
+def test_warm_up_decay_and_the_start_of_the_finish_are_always_taken(decay, final_phase, taken, skipped):
     phases = phases_of(decay, final_phase)
-    assert walk(phases) == (taken, left_out)
+    assert walk(phases) == (taken, skipped)
     rates = [learning_rate(step, 100, 1.0, ScheduleRecipe(warmup=0.1, decay=decay)) for step in taken]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(rates) == 1.0
     if decay:
         assert rates[-1] == pytest.approx(1 / (100 * decay + 1), rel=1e-3)
-    outcome = phases.outcome(left_out)
+    outcome = phases.outcome(skipped)
     assert sum(row["steps"] for row in outcome) == len(taken)
-    assert {row["data"] for row in outcome if row["ended_by"] == "plateau"} == left_out.keys()
+    assert {row["data"] for row in outcome if row["ended_by"] == "plateau"} == skipped.keys()
     assert phases.tokens_between(0, 100) == 1000
 
 
@@ -120,7 +120,7 @@ def test_a_run_saturates_says_so_and_does_so_again_after_a_stop(teacher, tmp_pat
     assert row["phases"][0] == {"data": "train", "steps": 7, "tokens": 448, "ended_by": "plateau"}
     assert row["phases"][1]["ended_by"] == "budget"
     assert row["tokens"] == sum(phase["tokens"] for phase in row["phases"])
-    assert any("has saturated on train text at step 7" in line for line in lines)
+    assert any("is on a plateau on train text at step 7" in line for line in lines)
     assert any("448 tokens of train text, ended by plateau" in line for line in lines)
     assert "ended by" in (whole.path / "report.md").read_text()
 

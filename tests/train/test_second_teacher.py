@@ -22,15 +22,16 @@ from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.second import SecondTeacher
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.training_state import read_position
+from mohawkify.train.trainer import convert
+from mohawkify.train.training_state import read_training_state
 from mohawkify.train.watchdog import Watchdog
 from tests.commands import copy_of, make_teacher, run_well
 from tests.data.test_teacher_logits import RECIPE
 from tests.tiny import tiny_teacher
 
 NUM_TRAIN_STEPS, NUM_FINISH_STEPS = 4, 4
+STAGES = ("orient", "align", "distill")
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +241,10 @@ def test_a_position_that_a_stranger_wrote_is_refused(first, tmp_path, monkeypatc
         start(first, with_finish(), tmp_path / "run")
     saved = checkpoint.newest_valid(tmp_path / "run" / "checkpoints", print)
     assert saved is not None
-    for key, value in (("left_out", {"train": -1}), ("left_out", {"train": "x"}), ("plateau", {"total": "x"})):
-        state = {**saved.state, "position": {**saved.state["position"], key: value}}
-        with pytest.raises(CheckpointError, match="does not say where its run stood"):
-            read_position(checkpoint.Checkpoint(saved.path, saved.global_step, state))
+    for key, value in (("skipped", {"train": -1}), ("skipped", {"train": "x"}), ("plateau", {"total": "x"})):
+        state = {**saved.state, "training_state": {**saved.state["training_state"], key: value}}
+        with pytest.raises(CheckpointError, match="holds no valid training_state"):
+            read_training_state(checkpoint.Checkpoint(saved.path, saved.global_step, state), STAGES)
 
 
 STORIES = [

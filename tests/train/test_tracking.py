@@ -15,8 +15,8 @@ from mohawkify.files.atomic import read_lines
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.train import tracking
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.pipeline import convert
 from mohawkify.train.progress import StageProgress
+from mohawkify.train.trainer import convert
 from tests.commands import make_teacher, run
 from tests.data.test_teacher_logits import RECIPE
 

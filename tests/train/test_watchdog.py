@@ -25,27 +25,27 @@ def losses(seed: int = 0, count: int = 200) -> list[float]:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_spike_is_seen_and_ordinary_noise_is_not(seed):
     watch, calm = SpikeDetector(), losses(seed)
-    assert [leap for leap in map(watch.see, calm) if leap is not None] == []
-    leap = watch.see(5.0 + 20 * 0.1)
+    assert [leap for leap in map(watch.add, calm) if leap is not None] == []
+    leap = watch.add(5.0 + 20 * 0.1)
     assert leap is not None
     assert leap > SPIKE
-    assert watch.see(5.0) is None
-    assert watch.see(5.0 + 20 * 0.1) is not None, "one spike must not hide the next"
+    assert watch.add(5.0) is None
+    assert watch.add(5.0 + 20 * 0.1) is not None, "one spike must not hide the next"
 
 
 def test_the_first_losses_and_a_falling_loss_are_no_spikes():
     watch = SpikeDetector()
-    assert [watch.see(100.0 / (step + 1)) for step in range(300)] == [None] * 300
+    assert [watch.add(100.0 / (step + 1)) for step in range(300)] == [None] * 300
     fresh = SpikeDetector()
-    assert all(fresh.see(loss) is None for loss in [1.0, 50.0] * (FEWEST_LOSSES // 2))
+    assert all(fresh.add(loss) is None for loss in [1.0, 50.0] * (FEWEST_LOSSES // 2))
 
 
 def test_a_watch_that_was_saved_decides_alike():
     whole, calm = SpikeDetector(), [*losses(), 7.5]
     for loss in calm[:120]:
-        whole.see(loss)
+        whole.add(loss)
     restored = SpikeDetector(**asdict(whole))
-    assert [whole.see(loss) for loss in calm[120:]] == [restored.see(loss) for loss in calm[120:]]
+    assert [whole.add(loss) for loss in calm[120:]] == [restored.add(loss) for loss in calm[120:]]
     assert whole == restored
 
 
@@ -70,7 +70,7 @@ RATE = 1e-3
 
 def watching(trained: dict[str, nn.Parameter], frozen: dict[str, nn.Parameter], rate: float = RATE) -> DeadWeightCheck:
     watch = DeadWeightCheck(engine_of(trained, frozen), trained, frozen, World())
-    watch.step(rate)
+    watch.add_step(rate)
     return watch
 
 
@@ -79,11 +79,11 @@ def test_weights_that_move_pass_and_each_look_counts_anew():
     watch = watching(trained, frozen)
     for parameter in trained.values():
         move(parameter)
-    watch.look("step 50")
+    watch.check("step 50")
     move(trained["a"])  # at the end of a schedule not every weight need move any more
-    watch.look("step 100")
+    watch.check("step 100")
     with pytest.raises(NumericsError, match="no weight has changed by step 150"):
-        watch.look("step 150")
+        watch.check("step 150")
 
 
 def test_a_weight_that_never_moves_is_named():
@@ -91,7 +91,7 @@ def test_a_weight_that_never_moves_is_named():
     watch = watching(trained, {})
     move(trained["a"])
     with pytest.raises(NumericsError, match="b has not changed by step 50"):
-        watch.look("step 50")
+        watch.check("step 50")
 
 
 def test_a_rate_below_the_rounding_of_a_weight_moves_it_not_and_that_is_fine():
@@ -101,11 +101,11 @@ def test_a_rate_below_the_rounding_of_a_weight_moves_it_not_and_that_is_fine():
         for parameter in trained.values():
             parameter.add_(4e-8)
     assert torch.equal(trained["b"], torch.full((5,), 1.25))
-    watch.look("step 120")
-    watch.step(1e-5)
+    watch.check("step 120")
+    watch.add_step(1e-5)
     move(trained["a"])
     with pytest.raises(NumericsError, match="b has not changed"):
-        watch.look("step 170")
+        watch.check("step 170")
 
 
 def test_a_stretch_below_rounding_is_fine_but_not_one_without_a_rate():
@@ -113,15 +113,15 @@ def test_a_stretch_below_rounding_is_fine_but_not_one_without_a_rate():
     watch = watching(trained, {})
     for parameter in trained.values():
         move(parameter)
-    watch.look("step 50")
-    watch.step(1e-11)  # the end of a schedule
-    watch.look("step 100")
-    watch.step(RATE)
+    watch.check("step 50")
+    watch.add_step(1e-11)  # the end of a schedule
+    watch.check("step 100")
+    watch.add_step(RATE)
     with pytest.raises(NumericsError, match="no weight has changed by step 150"):
-        watch.look("step 150")
+        watch.check("step 150")
     idle = watching(trained, {}, rate=0.0)
     with pytest.raises(NumericsError, match="no weight has changed by step 50"):
-        idle.look("step 50")
+        idle.check("step 50")
 
 
 def test_of_an_embedding_only_the_rows_that_the_text_reached_are_watched():
@@ -131,7 +131,7 @@ def test_of_an_embedding_only_the_rows_that_the_text_reached_are_watched():
     watch = watching({"embedding": embedding}, {})
     with torch.no_grad():
         embedding[7] += 1e-3
-    watch.look("step 3")
+    watch.check("step 3")
 
 
 def test_a_frozen_weight_that_moves_is_named():
@@ -140,7 +140,7 @@ def test_a_frozen_weight_that_moves_is_named():
     move(trained["a"])
     move(frozen["c"])
     with pytest.raises(NumericsError, match="c has changed by step 50, though the stage does not train it"):
-        watch.look("step 50")
+        watch.check("step 50")
 
 
 HANGING = """
@@ -150,7 +150,7 @@ from mohawkify.distributed.process_group import World
 with Watchdog(float(sys.argv[1]), "waiting for Godot", World()) as watch:
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
-        watch.beat()
+        watch.heartbeat()
     if sys.argv[3] == "hang":
         threading.Event().wait()
 """
@@ -166,7 +166,7 @@ with Watchdog(0.8, "waiting for Godot", World()) as watch:
         time.sleep(1.5)
     subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
-    watch.beat()
+    watch.heartbeat()
 """
 
 

@@ -7,12 +7,11 @@ import math
 
 import torch
 
-from mohawkify.data.stage_text import stage_recipes
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import UsageError
 from mohawkify.families.decoder_layers import find_layers
-from mohawkify.objectives.objective import Stage
-from mohawkify.recipe.schema import ComputeRecipe, Recipe
+from mohawkify.objectives.objective import Objective
+from mohawkify.recipe.schema import ComputeRecipe, Recipe, StageRecipe
 from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config, read_settings, zero_and_offload
 from mohawkify.train.engines.engine import Engine, LocalEngine
 
@@ -55,7 +54,7 @@ def ignored_settings(compute: ComputeRecipe, engine: str) -> dict[str, int | str
 
 def require_even_shares(recipe: Recipe, world: World) -> None:
     """Raise UsageError if the processes cannot share a stage's batch evenly: its size is never changed."""
-    batches = {name: stage.batch_sequences for name, stage in stage_recipes(recipe).items() if stage.num_steps}
+    batches = {name: stage.batch_sequences for name, stage in recipe.stages.blocks().items() if stage.num_steps}
     common = math.gcd(*batches.values())
     for name, batch_sequences in batches.items():
         if batch_sequences % world.size:
@@ -67,11 +66,11 @@ def require_even_shares(recipe: Recipe, world: World) -> None:
             )
 
 
-def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.device, world: World) -> Engine:
-    """Put the student of a stage into the recipe's engine.
+def build_engine(objective: Objective, recipe: Recipe, micro_batch: int, device: torch.device, world: World) -> Engine:
+    """Put the student into the recipe's engine, for a stage.
 
     Args:
-        stage: has the student and names the parameters that train.
+        objective: of the stage; has the student and the parameters that train.
         recipe: engine, optimiser and precision.
         micro_batch: sequences per forward pass in one process.
         device: where this process computes.
@@ -80,21 +79,21 @@ def build_engine(stage: Stage, recipe: Recipe, micro_batch: int, device: torch.d
     Raises:
         MohawkifyError: the engine is not installed, or its settings contradict the recipe.
     """
-    pair, compute = stage.pair, recipe.compute
+    models, compute = objective.models, recipe.compute
     name = choose_engine(compute, world)
-    common = (pair.student, stage.parameters(), recipe.optimizer, compute.precision, device)
+    common = (models.student, objective.parameters(), recipe.optimizer, compute.precision, device)
     if name == "single":
         return LocalEngine(*common)
-    layers = find_layers(pair.student, pair.spec.layers)
+    layers = find_layers(models.student, models.spec.layers)
     if name == "fsdp":
         from mohawkify.train.engines.fsdp_engine import FsdpEngine, FsdpSettings
 
         return FsdpEngine(*common, FsdpSettings(world, layers, compute.offload == "all"))
     from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine, ZeroSettings
 
-    config = _deepspeed_settings(stage.name, recipe, micro_batch, world, read_settings(compute.deepspeed_config))
-    num_passes = -(-stage_recipes(recipe)[stage.name].batch_sequences // world.size // micro_batch)
-    backwards = num_passes if stage.name == "distill" else None
+    config = _deepspeed_settings(objective.block, recipe, micro_batch, world, read_settings(compute.deepspeed_config))
+    num_passes = -(-objective.block.batch_sequences // world.size // micro_batch)
+    backwards = num_passes if objective.has_one_backward else None
     return DeepSpeedEngine(*common, ZeroSettings(world, layers, config, backwards))
 
 
@@ -106,18 +105,18 @@ def require_agreeing_settings(recipe: Recipe, world: World) -> None:
     requested = recipe.compute.micro_batch_sequences
     if requested == "auto":  # the size is found when a stage begins, and compared then
         settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
-    for name, stage in stage_recipes(recipe).items():
+    for stage in recipe.stages.blocks().values():
         share = stage.batch_sequences // world.size
         if stage.num_steps:
             micro_batch = min(requested, share) if isinstance(requested, int) else share
-            _deepspeed_settings(name, recipe, micro_batch, world, settings)
+            _deepspeed_settings(stage, recipe, micro_batch, world, settings)
 
 
 def _deepspeed_settings(
-    name: str, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
+    stage: StageRecipe, recipe: Recipe, micro_batch: int, world: World, settings: dict[str, object]
 ) -> dict[str, object]:
     """The settings that DeepSpeed is started with for a stage."""
-    compute, stage = recipe.compute, stage_recipes(recipe)[name]
+    compute = recipe.compute
     facts = EngineFacts(
         optimizer=recipe.optimizer,
         learning_rate=stage.learning_rate,

@@ -20,11 +20,11 @@ from mohawkify.data.packing import Batch
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import NumericsError
 from mohawkify.families.decoder_layers import find_layers
-from mohawkify.objectives.hidden_state import Align
-from mohawkify.objectives.logits import Distill
-from mohawkify.objectives.matrix import Orient
-from mohawkify.objectives.objective import Pair, Runner, Stage, model_inputs
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, StudentRecipe
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, model_inputs
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe, StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.train.checks import require_finite, require_gradients
@@ -52,25 +52,29 @@ def make_teacher(family: str, **changes: Any) -> PreTrainedModel:
     return tiny_teacher(family, **{"num_hidden_layers": 2, **odd, **changes})
 
 
-def make_pair(family: str, folder: Path, **changes: Any) -> Pair:
+def make_pair(family: str, folder: Path, **changes: Any) -> TeacherStudent:
     """The same teacher and student in every process; the folder holds the teacher."""
     torch.manual_seed(0)
     teacher = make_teacher(family, **changes)
     inspection = inspect_teacher(str(folder))
     adapter = inspection.adapter
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, StudentRecipe(state_size=16))
-    return Pair(teacher, build_student(teacher, adapter, spec, "attention", seed=0), spec, adapter)
+    return TeacherStudent(teacher, build_student(teacher, adapter, spec, "attention", seed=0), spec, adapter)
 
 
-def make_stage(name: str, pair: Pair) -> Stage:
+def make_stage(name: str, pair: TeacherStudent) -> Objective:
     if name == "orient":
-        return Orient(pair)
-    return Align(pair, AlignRecipe(**STAGE)) if name == "align" else Distill(pair, DistillRecipe(**STAGE))
+        return MatrixObjective(pair, OrientRecipe(**STAGE))
+    return (
+        HiddenStateObjective(pair, AlignRecipe(**STAGE))
+        if name == "align"
+        else LogitsObjective(pair, DistillRecipe(**STAGE))
+    )
 
 
 def make_engine(
     kind: str,
-    stage: Stage,
+    stage: Objective,
     world: World,
     *,
     precision: str = "fp32",
@@ -78,7 +82,7 @@ def make_engine(
     optimizer: OptimizerRecipe = OPTIMIZER,
 ) -> Engine:
     """An engine by the name tests use: ``single``, ``zero-N`` or ``fsdp``."""
-    pair = stage.pair
+    pair = stage.models
     args = (pair.student, stage.parameters(), optimizer, precision, CPU)
     if kind == "single":
         return LocalEngine(*args)
@@ -88,17 +92,17 @@ def make_engine(
     facts = EngineFacts(optimizer, RATE, precision, BATCH, 1, world.size, zero=int(kind[-1]), offload=offload)
     # Tiny parameters would otherwise all stay whole.
     config = engine_config(facts, {"zero_optimization": {"stage3_param_persistence_threshold": 0}})
-    backwards = BATCH // world.size if stage.name == "distill" else None
+    backwards = BATCH // world.size if stage.has_one_backward else None
     return DeepSpeedEngine(*args, ZeroSettings(world, layers, config, backwards))
 
 
-def take_step(stage: Stage, engine: Engine, world: World, step: int) -> list[float]:
+def take_step(stage: Objective, engine: Engine, world: World, step: int) -> list[float]:
     """One step on this process's rows of a batch, row by row; the loss and the norm of the gradients."""
     loss = accumulate(stage, engine, world, step)
     return [loss, engine.step(RATE)]
 
 
-def accumulate(stage: Stage, engine: Engine, world: World, step: int) -> float:
+def accumulate(stage: Objective, engine: Engine, world: World, step: int) -> float:
     """The passes of a step; the loss of all processes."""
     whole = packed(length=24 + step, batch=BATCH)
     whole.loss_mask[0, 10:] = False  # rows weigh differently
@@ -254,10 +258,10 @@ def watch_motion(world: World, kind: str, family: str, folder: Path) -> str:
     watch = DeadWeightCheck(engine, trained, frozen, world)
     engine.step(RATE)
     take_step(stage, engine, world, 1)
-    watch.step(RATE)
-    watch.look("step 2")
+    watch.add_step(RATE)
+    watch.check("step 2")
     try:
-        watch.look("step 3")
+        watch.check("step 3")
     except NumericsError as error:
         return error.message
     return "nothing"
@@ -278,14 +282,14 @@ class _DirectHead(torch.autograd.Function):
         return gradient * hidden_gradient, gradient * weight_gradient
 
 
-class DirectHead(Distill):
+class DirectHead(LogitsObjective):
     """A stage whose loss uses the head without calling it."""
 
     def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
-        student = self.pair.student
+        student = self.models.student
 
         def loss() -> Tensor:
-            hidden = student.base_model(**model_inputs(student, batch, self.pair.spec)).last_hidden_state
+            hidden = student.base_model(**model_inputs(student, batch, self.models.spec)).last_hidden_state
             return _DirectHead.apply(hidden, student.get_output_embeddings().weight) / 1e3
 
         value = runner.call(loss)

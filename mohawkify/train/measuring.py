@@ -1,0 +1,109 @@
+"""The comparison of student and teacher on held-out text, after every stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mohawkify.data.validation import EvaluationBatch, evaluation_batches
+from mohawkify.distributed.shutdown import Shutdown
+from mohawkify.evaluate.fidelity import measure_fidelity
+from mohawkify.train.conversion import Conversion
+from mohawkify.train.plateau import Phases
+from mohawkify.train.training_state import TrainingState
+from mohawkify.train.watchdog import Watchdog
+
+START = "init"  # the measurement before the first stage
+
+
+def measured(conversion: Conversion) -> list[str]:
+    """The names of the measurements in results.json: `START` and stages."""
+    return conversion.world.on_rank0(lambda: list(conversion.run.results()["stages"]))
+
+
+def drop_lost_measurements(conversion: Conversion, state: TrainingState) -> None:
+    """Drop the measurements of stages that are not finished any more, because their checkpoints are lost."""
+
+    def drop() -> None:
+        results = conversion.run.results()
+        kept = {START} if not state.stage else {START, *_finished_stages(conversion, state)}
+        lost = [name for name in results["stages"] if name not in kept]
+        for name in lost:
+            conversion.options.report(
+                f"the checkpoints that {name} was measured at are lost: it will be measured again"
+            )
+            del results["stages"][name]
+        if lost:
+            conversion.run.write_results(results)
+
+    conversion.world.on_rank0(drop)
+
+
+def _finished_stages(conversion: Conversion, state: TrainingState) -> list[str]:
+    blocks = conversion.recipe.stages.blocks()
+    names = list(blocks)
+    number = names.index(state.stage) + (state.stage_step == blocks[state.stage].num_steps)
+    return names[:number]
+
+
+def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutdown) -> dict[str, float]:
+    """Compare student and teacher on held-out text, of which each process reads a part, and record the metrics.
+
+    Args:
+        conversion: the run; its teacher is the first one.
+        name: the stage, or `START`.
+        state: how far the run is.
+        stop: a request to stop ends the measurement.
+
+    Returns:
+        ``perplexity``, ``kl`` (nats per token) and ``top1``.
+    """
+    world, report = conversion.world, conversion.options.report
+    batches = list(evaluation_batches(conversion.held_out, conversion.recipe.evaluation.batch_sequences))
+    while len(batches) % world.size:  # all processes call a teacher that is spread over them equally often
+        batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
+    with Watchdog(conversion.options.hang_timeout, f"measuring after {name}", world) as hang:
+
+        def on_batch(num_tokens: int) -> None:
+            hang.heartbeat()
+            stop.check(f"while measuring after {name}")
+
+        agreement = measure_fidelity(
+            conversion.models.student,
+            conversion.models.teacher,
+            batches[world.rank :: world.size],
+            device=conversion.device,
+            progress=on_batch,
+            add_up=world.sum,
+        )
+    metrics = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
+
+    def record() -> None:
+        results = conversion.run.results()
+        results["teacher"]["perplexity"] = agreement.teacher_perplexity
+        results["evaluation_tokens"] = agreement.tokens
+        results["stages"][name] = {
+            "tokens": state.tokens,
+            **metrics,
+            "seconds": state.seconds.get(name, 0.0),
+            **({} if name == START else {"phases": _phases(conversion, name, state)}),
+        }
+        conversion.run.write_results(results)
+
+    world.on_rank0(record)
+    report(
+        f"after {name}: KL {agreement.kl:.4f} nats/token, top-1 {agreement.top1:.4f}, "
+        f"perplexity {agreement.perplexity:.3f} (teacher {agreement.teacher_perplexity:.3f})"
+    )
+    return metrics
+
+
+def _phases(conversion: Conversion, name: str, state: TrainingState) -> list[dict[str, Any]]:
+    """How each phase of a stage ended; reported where a stage has several or may end early."""
+    block = conversion.recipe.stages.blocks()[name]
+    outcome = Phases(block, conversion.recipe.schedule).outcome(state.skipped)
+    if block.plateau is not None or len(outcome) > 1:
+        phases = (f"{row['tokens']:,} tokens of {row['data']} text, ended by {row['ended_by']}" for row in outcome)
+        conversion.options.report(f"{name}: {'; '.join(phases)}")
+    return outcome

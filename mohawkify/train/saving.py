@@ -1,0 +1,131 @@
+"""Checkpoints of a run: writing them, also where the disk is full for a while, and finding the one to continue from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mohawkify.distributed.shutdown import Shutdown
+from mohawkify.errors import CheckpointError, DiskFullError
+from mohawkify.run import checkpoint
+from mohawkify.train.check_tensors import require_fitting
+from mohawkify.train.conversion import Conversion
+from mohawkify.train.engines.engine import Engine
+from mohawkify.train.rng_state import gather_random_state, restore_random_state
+from mohawkify.train.step_log import StepLog
+from mohawkify.train.training_state import TrainingState, read_training_state
+from mohawkify.train.watchdog import Watchdog
+
+SECONDS_BETWEEN_TRIES = 5.0  # of saving on a full disk
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run.
+
+    Args:
+        conversion: the run.
+        log: its lines are on the disk before a checkpoint is.
+        stop: a request to stop ends a wait for space.
+        saved_step: optimizer steps at the newest checkpoint.
+    """
+
+    def __init__(self, conversion: Conversion, log: StepLog, stop: Shutdown, saved_step: int) -> None:
+        self._conversion, self._log, self._stop = conversion, log, stop
+        self._saved_step = saved_step
+
+    def has_saved(self, state: TrainingState) -> bool:
+        """Whether the newest checkpoint is of this step."""
+        return state.global_step == self._saved_step
+
+    def save(self, engine: Engine, state: TrainingState, hang: Watchdog) -> None:
+        """Write a checkpoint, and remove the oldest; all processes call it."""
+        world = self._conversion.world
+        tensors = {"model": engine.parameters(), "optimizer": engine.state(), "rng": gather_random_state(world)}
+        world.on_rank0(lambda: self._write(tensors, state, hang), hang.heartbeat)
+        self._saved_step = state.global_step
+        hang.heartbeat()
+
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: TrainingState, hang: Watchdog) -> None:
+        conversion = self._conversion
+        deadline = time.monotonic() + conversion.options.disk_wait
+        while True:
+            try:
+                self._log.flush()
+                checkpoint.save_checkpoint(
+                    conversion.run.checkpoints,
+                    global_step=state.global_step,
+                    model_tensors=tensors["model"],
+                    optimizer_tensors=tensors["optimizer"],
+                    random_tensors=tensors["rng"],
+                    state={**_origin(conversion), "training_state": asdict(state)},
+                    heartbeat=hang.heartbeat,
+                )
+                break
+            except DiskFullError as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                conversion.options.report(f"{error.message}; waiting {left:.0f} s more for space")
+                next_try = time.monotonic() + min(SECONDS_BETWEEN_TRIES, left)
+                while time.monotonic() < next_try:
+                    self._stop.check(
+                        f"at step {state.stage_step:,} of stage {state.stage}, which the disk has no room for"
+                    )
+                    hang.heartbeat()
+                    time.sleep(0.1)
+        checkpoint.rotate(conversion.run.checkpoints, conversion.recipe.checkpoint.keep, hang.heartbeat)
+
+
+def newest_checkpoint(conversion: Conversion) -> checkpoint.Checkpoint | None:
+    """The newest valid checkpoint; the main process hashes all its bytes to check that it is."""
+    folder, report = conversion.run.checkpoints, conversion.options.report
+
+    def newest() -> dict[str, Any] | None:
+        saved = checkpoint.newest_valid(folder, report)
+        if saved is None:
+            number = len(checkpoint.list_checkpoints(folder))
+            if number:
+                report(f"none of {number} checkpoints is valid: beginning again")
+            return None
+        return {"path": str(saved.path), "global_step": saved.global_step, "state": saved.state}
+
+    facts = conversion.world.on_rank0(newest)
+    return checkpoint.Checkpoint(**{**facts, "path": Path(facts["path"])}) if facts else None
+
+
+def resume_state(conversion: Conversion, saved: checkpoint.Checkpoint) -> TrainingState:
+    """How far the run of a checkpoint was.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another recipe, teacher, text or student.
+    """
+    origin = _origin(conversion)
+    if saved.state.get("identity") != origin["identity"]:
+        raise CheckpointError(f"{saved.path} belongs to another recipe or teacher")
+    if saved.state.get("text") != origin["text"]:
+        raise CheckpointError(
+            f"{saved.path} was trained on other text than is there now", hint="bring back the text, or start anew"
+        )
+    tensors, optimizer = (checkpoint.load_tensors(saved, group) for group in ("model", "optimizer"))
+    require_fitting(saved.path, conversion.models.student, tensors, optimizer)
+    state = read_training_state(saved, list(conversion.recipe.stages.blocks()))
+    conversion.options.report(f"continuing after step {state.stage_step:,} of stage {state.stage}")
+    return state
+
+
+def resume_engine(conversion: Conversion, saved: checkpoint.Checkpoint, engine: Engine) -> None:
+    """Load weights, moments and random generators from a checkpoint."""
+    engine.load_parameters(checkpoint.load_tensors(saved, "model"))
+    engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
+    restore_random_state(conversion.world, checkpoint.load_tensors(saved, "rng"))
+
+
+def _origin(conversion: Conversion) -> dict[str, Any]:
+    """What a run started from: a checkpoint of another origin is refused."""
+    text = {name: corpus.fingerprint for name, corpus in conversion.corpora.items()}
+    return {"identity": conversion.identity, "text": text}
