@@ -14,7 +14,8 @@ from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
-from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, load_recipe
+from mohawkify.recipe.loading import load_recipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
