@@ -212,7 +212,7 @@ def lose_a_number(world: World, kind: str, family: str, folder: Path) -> tuple[s
         stage.run = lambda *given: {**run(*given), "loss": torch.tensor(math.nan)}  # type: ignore[method-assign]
     said = ""
     try:
-        require_finite({"loss": accumulate(stage, engine, world, 0)}, "step 1")
+        require_finite({"loss": accumulate(stage, engine, world, 0)}, "step 1", {}, [])
     except NumericsError as error:
         said = error.message
     return said, before, save(engine)

@@ -129,7 +129,7 @@ def test_what_the_guard_cannot_see_the_comparison_does(folders):
 
 @pytest.mark.parametrize("kind", cases.ENGINES)
 def test_motion_is_watched_in_parts(kind, found):
-    assert found(kind)["motion"] == ["no weight has changed by step 3 since the last look"] * 2
+    assert found(kind)["motion"] == ["no weight has changed by step 3 since the last check"] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
