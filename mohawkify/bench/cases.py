@@ -29,6 +29,11 @@ Form = Callable[[Inputs], tuple[Tensor | None, ...]]  # None for a result that a
 FOREIGN = "peer: "  # begins the name of a form that is not ours
 # What a form may be off in the worst of its tensors, by the precision of its inputs.
 ALLOWED_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-10}
+KERNELS = {  # of ours that need a GPU: case to module and function
+    "scan": ("mohawkify.ops.triton_scan", "scan_triton"),
+    "orient": ("mohawkify.ops.triton_matrix_distance", "orient_loss_triton"),
+    "decode_step": ("mohawkify.ops.triton_decode", "decode_step"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def scan_case(device: torch.device) -> Case:
         return lambda i: scan(i["x"], i["b"], i["c"], i["log_decay"])
 
     forms = {"chunked": form_of(scan_chunked)}
-    forms |= {name: form_of(scan) for name, scan in _kernel(device, "triton_scan", "scan_triton").items()}
+    forms |= {name: form_of(scan) for name, scan in _kernel(device, "scan").items()}
     forms |= {FOREIGN + name: form_of(scan) for name, scan in peers.scan_peers(device).items()}
     width = {"head_dim": 64, "state_size": 64}
     return Case(
@@ -160,7 +165,7 @@ def orient_case(device: torch.device) -> Case:
         return run
 
     forms = {"direct": form_of(orient_loss_direct), "bands": form_of(orient_loss)}
-    forms |= {name: form_of(loss) for name, loss in _kernel(device, "triton_orient", "orient_loss_triton").items()}
+    forms |= {name: form_of(loss) for name, loss in _kernel(device, "orient").items()}
     width = {"head_dim": 64, "state_size": 64}
     return Case(
         "orient", build, form_of(orient_loss_direct), forms, "direct",
@@ -282,7 +287,7 @@ def step_case(device: torch.device) -> Case:
         return out_bf, tail_bkf, state_bhpn
 
     forms: dict[str, Form] = {"parts": by_parts, "in place": stepping(decode_step)}
-    forms |= {name: stepping(step) for name, step in _kernel(device, "triton_step", "decode_step").items()}
+    forms |= {name: stepping(step) for name, step in _kernel(device, "decode_step").items()}
     width = {"head_dim": 64, "state_size": 64, "taps": 4}
     return Case(
         "decode_step", build, by_parts, forms, "parts",
@@ -292,9 +297,9 @@ def step_case(device: torch.device) -> Case:
     )  # fmt: skip
 
 
-def _kernel(device: torch.device, module: str, name: str) -> dict[str, Any]:
-    """A kernel of ours that needs a GPU, where there is one."""
-    found = peers.find_function(f"mohawkify.ops.{module}", name) if device.type == "cuda" else None
+def _kernel(device: torch.device, case: str) -> dict[str, Any]:
+    """Our kernel for a case, if there is a GPU."""
+    found = peers.find_function(*KERNELS[case]) if device.type == "cuda" else None
     return {} if found is None else {"triton": found}
 
 

@@ -12,7 +12,7 @@ import torch
 from mohawkify.bench import operators as bench_ops
 from mohawkify.bench import peers
 from mohawkify.bench import training as bench_train
-from mohawkify.bench.cases import FOREIGN, find_cases, make_inputs, run_form, task_of
+from mohawkify.bench.cases import FOREIGN, KERNELS, find_cases, make_inputs, run_form, task_of
 from mohawkify.bench.decoding import QUICK, Models, require_same_by_steps, student_cache
 from mohawkify.bench.markdown import Bound, Measure, markdown
 from mohawkify.bench.measure import Timing, peak_in_child, side_by_side
@@ -34,6 +34,13 @@ def test_every_form_agrees_with_its_definition(name):
     assert errors.keys() == case.forms.keys()
     assert all(error < 1e-5 for error in errors.values()), errors
     assert case.base in case.forms
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_the_kernels_are_where_the_cases_look_for_them(case):
+    pytest.importorskip("triton")
+    assert case in find_cases(torch.device("cpu"))
+    assert peers.find_function(*KERNELS[case]) is not None
 
 
 def test_peers_are_given_the_same_tensors():
