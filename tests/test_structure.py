@@ -355,3 +355,30 @@ for name in {LIGHT_MODULES!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+MOST_ARGUMENTS = 6
+# Functions with more: mathematics of operators, forward passes of autograd, kernels and commands, which have a parameter
+# for every tensor or option. What stands below `to be emptied` is to get a frozen value instead.
+MANY_ARGUMENTS = {
+    *("cli/*:*", "ops/*:*", "mixers/*:__init__"),
+    # to be emptied
+    *("evaluate/evaluation.py:evaluate_run", "evaluate/evaluation.py:_measure", "evaluate/generation.py:generate_text"),
+    *("plan/planner.py:make_plan", "plan/planner.py:_phases", "plan/planner.py:_stage", "plan/planner.py:_work"),
+    *("run/checkpoint.py:save_checkpoint", "teacher/capture.py:capturing_attention"),
+    *("train/cache_logits.py:cache_logits", "train/cache_logits.py:_begin", "train/cache_logits.py:_write_missing"),
+    "train/tracking.py:__init__",
+}
+
+
+def test_functions_take_few_arguments() -> None:
+    wrong = []
+    for path in source_files().values():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+                place = f"{shown(path)}:{node.name}"
+                if len(names) > MOST_ARGUMENTS and not any(fnmatch(place, pattern) for pattern in MANY_ARGUMENTS):
+                    wrong.append(f"{place} takes {len(names)} arguments")
+    assert_none(wrong, f"expected at most {MOST_ARGUMENTS}: pass a small frozen dataclass")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 _MISSING = "-"
-_STAGES = ("init", "orient", "align", "distill")
 
 
 class _Table(NamedTuple):
@@ -57,7 +56,7 @@ def _agreement_table(results: dict[str, Any]) -> _Table:
     teacher = results.get("teacher") or {}
     stages = results.get("stages") or {}
     measured = {"teacher": teacher}
-    measured |= {f"after {name}": stages[name] for name in _STAGES if name in stages}
+    measured |= {f"after {name}": row for name, row in stages.items()}
     measured["student"] = results.get("student") or {}
     title = "Held-out text"
     if results.get("evaluation_tokens"):

@@ -1,7 +1,7 @@
 """The objective of a stage: its loss, and the parameters that it trains; and the registry of all objectives.
 
 A new objective is one file: a class registered under a name, with the block of the recipe that configures it.
-hidden_state.py is the example; docs/stages.md says how one outside of the package is found.
+hidden_state.py is the example; docs/architecture.md says how one outside of the package is found.
 """
 
 from __future__ import annotations

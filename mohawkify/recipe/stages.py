@@ -79,7 +79,7 @@ class Segment:
 class StageRecipe(Section):
     """The keys of every stage.
 
-    A subclass narrows ``objective`` to its own name, and says which standard stage it resembles in a plan.
+    A subclass narrows ``objective`` to its own name; ``plans_as`` is the standard stage that it resembles in a plan.
     """
 
     plans_as: ClassVar[Literal["orient", "align", "distill"]] = "distill"
