@@ -358,8 +358,8 @@ for name in {LIGHT_MODULES!r}:
 
 
 MOST_ARGUMENTS = 6
-# Functions with more: mathematics of operators, forward passes of autograd, kernels and commands, which have a parameter
-# for every tensor or option. What stands below `to be emptied` is to get a frozen value instead.
+# Functions with more: mathematics of operators, forward passes of autograd, kernels and commands, which have a
+# parameter for every tensor or option. What stands below `to be emptied` is to get a frozen value instead.
 MANY_ARGUMENTS = {
     *("cli/*:*", "ops/*:*", "mixers/*:__init__"),
     # to be emptied
