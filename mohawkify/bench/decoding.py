@@ -23,6 +23,7 @@ from mohawkify.errors import NumericsError
 from mohawkify.families.registry import load_adapter
 from mohawkify.student.build import classes_for, student_config
 from mohawkify.student.cache import RecurrentLayer, StudentCache
+from mohawkify.student.layer_spec import LayerSpec
 
 ROUNDS = 5
 CONSTANT_SPEED, OVER_TEACHER = 0.97, 3.0
@@ -83,7 +84,8 @@ class Models:
         )  # fmt: skip
         adapter = load_adapter("llama")
         mixer = {
-            "layers": adapter.layers, "attention": adapter.attention, "grafted_layers": list(range(plan.layers)),
+            "layers": adapter.layers, "attention": adapter.attention,
+            "layer_specs": [vars(LayerSpec("discrete_mamba2", heads, 0))] * plan.layers,
             "num_heads": heads, "head_dim": 64, "state_size": 64, "conv_kernel": 4, "decay_bias": True,
             "out_bias": False, "reads_mask": False,
         }  # fmt: skip

@@ -301,7 +301,7 @@ def _align_modules(workload: Workload, model: PreTrainedModel) -> dict[int, nn.M
     if workload.recipe.stages.align.target == "mixer":
         return mixers_by_layer(model, spec)
     layers = find_layers(model, spec.layers)
-    return {index: layers[index] for index in spec.grafted_layers}
+    return {index: layers[index] for index in spec.mixer_layers}
 
 
 def _keep_in(calls: dict[int, LayerCall]) -> Callable[[LayerCall], None]:

@@ -50,7 +50,7 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
 
     spec, adapter = inspection.spec, inspection.adapter
     modules: Any = inspection.modules
-    mixer = student.mixer_parameters // len(student.grafted_layers)
+    mixer = student.mixer_parameters // len(student.mixer_layers)
     counted: set[int] = set()
 
     def count(parameters: Any) -> int:
@@ -60,7 +60,7 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
 
     parts: list[dict[str, Any]] = [_end("embedding", count(embedding_tables(modules)))]
     for index, layer in enumerate(find_layers(modules, adapter.layers)):
-        grafted = index in student.grafted_layers
+        grafted = index in student.mixer_layers
         attention = count(getattr(layer, adapter.attention).parameters())
         parts.append(
             {

@@ -12,13 +12,14 @@ PART_NAMES = {"optimizer": "optimiser", "loss": "bands, logits"}  # the others a
 def plan_text(planned: dict[str, Any]) -> str:
     """The tables of a plan, one below the other."""
     teacher, student = planned["teacher"], planned["student"]
+    num_mixers = sum(layer["mixer_heads"] > 0 for layer in student["layer_specs"])
     parts = [
         "\n".join(
             [
                 f"recipe {planned['recipe']} on {_machine(planned)}",
                 f"teacher  {teacher['source']}: {teacher['model_type']}, {count_parameters(teacher)}",
                 f"student  {student['name']}: {student['num_parameters']:,} parameters, "
-                f"{student['mixer_parameters']:,} of them in {len(student['grafted_layers'])} mixers",
+                f"{student['mixer_parameters']:,} of them in {num_mixers} mixers",
             ]
         ),
         _phases(planned),

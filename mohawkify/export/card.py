@@ -72,7 +72,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
 
 def _description(teacher: str, student: dict[str, Any]) -> str:
-    grafted = len(student.get("grafted_layers", ()))
+    grafted = sum(layer["mixer_heads"] > 0 for layer in student.get("layer_specs", ()))
     where = f"in {grafted} layers " if grafted else ""
     size = f" It has {student['num_parameters']:,} parameters." if "num_parameters" in student else ""
     return (

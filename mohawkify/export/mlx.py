@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.families.adapter import Adapter
+from mohawkify.student.layer_spec import ATTENTION, mixer_layers, read_layer_specs
 from mohawkify.student.save import family_of, student_config
 from mohawkify.teacher.validate import without_code
 
@@ -198,7 +199,7 @@ def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
     if config.get("head_dim") is None:
         config["head_dim"] = config["mixer"]["head_dim"]
     config |= _older_rope(config.pop("rope_parameters", None) or {})
-    if len(config["mixer"]["grafted_layers"]) == config["num_hidden_layers"]:
+    if all(layer.kind != ATTENTION for layer in read_layer_specs(config["mixer"])):
         config["rope_scaling"] = None  # nothing rotates any more, and mlx-lm refuses kinds that it does not have
     config |= _older_layers(config)
     if adapter.mlx_config is not None:
@@ -226,7 +227,7 @@ def _older_layers(config: dict[str, Any]) -> dict[str, Any]:
     kinds = list(_layer_kinds(config))
     if not config.get("layer_types"):
         # mlx-lm's llama needs a full layer, and of a grafted one it does not matter.
-        for index in config["mixer"]["grafted_layers"]:
+        for index in mixer_layers(read_layer_specs(config["mixer"])):
             kinds[index] = "full_attention"
     older: dict[str, Any] = {"layer_types": kinds}
     if "full_attention" in kinds:
@@ -248,8 +249,9 @@ def _require_windows(model: Any, config: dict[str, Any]) -> None:
     """
     from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-    for index, (kind, memory) in enumerate(zip(config["layer_types"], model.make_cache(), strict=True)):
-        if index in config["mixer"]["grafted_layers"]:
+    layers = zip(read_layer_specs(config["mixer"]), config["layer_types"], model.make_cache(), strict=True)
+    for index, (layer, kind, memory) in enumerate(layers):
+        if layer.kind != ATTENTION:
             continue
         window = config["sliding_window"] if kind == "sliding_attention" else None
         found = memory.max_size if isinstance(memory, RotatingKVCache) else None

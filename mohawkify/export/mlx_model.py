@@ -193,6 +193,10 @@ class GraftedMemory:
         return offset_b if offset_b.size > 1 else offset_b.item()
 
 
+def _mixer_layers(mixer: dict[str, Any]) -> list[int]:
+    return [index for index, layer in enumerate(mixer["layer_specs"]) if layer["mixer_heads"]]
+
+
 FamilyModel: Any = object  # the second base brings mlx-lm's
 
 
@@ -202,17 +206,17 @@ class GraftedModel(FamilyModel):
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         mixer, layers = args.mixer, self.layers
-        for index in mixer["grafted_layers"]:
+        grafted = _mixer_layers(mixer)
+        for index in grafted:
             attention, module = getattr(layers[index], mixer["attention"]), DiscreteMamba2(args.hidden_size, mixer)
             for name, fact in vars(attention).items():
                 vars(module).setdefault(name, fact)  # the family's model may ask its attention what it looks at
             setattr(layers[index], mixer["attention"], module)
         # Layers of one kind have one kind of cache.
         kinds = [type(cache) for cache in self._family_caches()]
-        kept = [index for index in range(len(layers)) if index not in mixer["grafted_layers"]]
+        kept = [index for index in range(len(layers)) if index not in grafted]
         self._same_kind = {
-            index: next((other for other in kept if kinds[other] == kinds[index]), None)
-            for index in mixer["grafted_layers"]
+            index: next((other for other in kept if kinds[other] == kinds[index]), None) for index in grafted
         }
 
     def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:

@@ -60,4 +60,4 @@ class HiddenStateObjective(Objective):
         if self.target == "mixer":
             return mixers_by_layer(model, spec)
         layers = find_layers(model, spec.layers)
-        return {index: layers[index] for index in spec.grafted_layers}
+        return {index: layers[index] for index in spec.mixer_layers}

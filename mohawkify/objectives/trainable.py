@@ -29,8 +29,8 @@ def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str,
     owner = dict(student.named_modules())
     head = student.get_output_embeddings()
     kept = range(len(find_layers(student, spec.layers)))
-    grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.grafted_layers)
-    attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.grafted_layers)
+    grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.mixer_layers)
+    attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.mixer_layers)
     parts: dict[str, str] = {}
     for name, _ in student.named_parameters():
         module = owner[name.rpartition(".")[0]]
@@ -58,7 +58,7 @@ def trainable_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Ite
 
 def layer_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterable[str]) -> dict[str, nn.Parameter]:
     """As `trainable_parameters`, but only inside the grafted layers: what a layer-wise stage can reach."""
-    prefixes = tuple(f"{spec.layers}.{index}." for index in spec.grafted_layers)
+    prefixes = tuple(f"{spec.layers}.{index}." for index in spec.mixer_layers)
     return {n: p for n, p in trainable_parameters(student, spec, parts).items() if n.startswith(prefixes)}
 
 
@@ -76,4 +76,4 @@ def mixing_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
 def mixers_by_layer(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:
     """The modules at the attention's place in the grafted layers: mixers in a student, attention in a teacher."""
     layers = find_layers(model, spec.layers)
-    return {index: getattr(layers[index], spec.attention) for index in spec.grafted_layers}
+    return {index: getattr(layers[index], spec.attention) for index in spec.mixer_layers}

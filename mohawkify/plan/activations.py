@@ -195,7 +195,7 @@ def _distill(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float
 
 def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dtype: torch.dtype) -> TeacherStudent:
     """Teacher and student of one layer, the first that is grafted, on the meta device."""
-    first = spec.grafted_layers[0]
+    first = spec.mixer_layers[0]
     teacher_class, student_class = getattr(transformers, adapter.model_class), classes_for(adapter)[1]
     with torch.device("meta"):
         teacher = teacher_class._from_config(
@@ -207,7 +207,8 @@ def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dt
         layers[0] = layers[first]
         del layers[1:]
         model.config.num_hidden_layers = 1
-    return TeacherStudent(teacher.eval(), student.eval(), replace(spec, grafted_layers=(0,)), adapter)
+    spec = replace(spec, layer_specs=spec.layer_specs[first : first + 1])
+    return TeacherStudent(teacher.eval(), student.eval(), spec, adapter)
 
 
 def _without_numbers(model: PreTrainedModel) -> None:

@@ -371,7 +371,7 @@ def sizes_of(
         whole_logits: whether stage 3 makes all logits at once.
     """
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
-    num_layers = teacher.num_hidden_layers if stage == "distill" else len(student.grafted_layers)
+    num_layers = teacher.num_hidden_layers if stage == "distill" else len(student.mixer_layers)
     blocks = student.num_parameters - ends
     mixing = {
         "orient": sum(trained.values()),
@@ -391,7 +391,7 @@ def sizes_of(
         trained_ends=trained_ends,
         matrices=mixing[stage],
         layer=blocks // teacher.num_hidden_layers,
-        mixer=student.mixer_parameters // len(student.grafted_layers),
+        mixer=student.mixer_parameters // len(student.mixer_layers),
         ends=ends,
         num_layers=num_layers,
         hidden=teacher.hidden_size,

@@ -207,13 +207,13 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
         heads, state = student.num_heads, student.state_size
         per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_kernel + 1)
         per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
-        return {"mixer": per_layer * len(student.grafted_layers)}
+        return {"mixer": per_layer * len(student.mixer_layers)}
     parts = getattr(stage, "train", MIXER_ONLY)
     if name == "align" and getattr(stage, "target", None) == "mixer":
         parts = MIXER_ONLY
     blocks = student.num_parameters - teacher.embedding_parameters - head - student.mixer_parameters
     if name == "align":
-        blocks = blocks * len(student.grafted_layers) // teacher.num_hidden_layers
+        blocks = blocks * len(student.mixer_layers) // teacher.num_hidden_layers
     sizes = {
         "mixer": student.mixer_parameters,
         "mlp": blocks,
@@ -352,7 +352,7 @@ def _work(
     Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
     """
     heads, width, state = student.num_heads, student.head_dim, student.state_size
-    num_grafted = len(student.grafted_layers)
+    num_grafted = len(student.mixer_layers)
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
     idle = teacher.num_parameters - teacher.active_parameters
     attended = [_mean_context(length, teacher, kind) for kind in teacher.layer_types]
@@ -373,7 +373,7 @@ def _work(
     student_work = body + scan + (body + 2 * scan) + weights + (body + scan if checkpointing else 0.0)
     if name == "align":
         return _Work(trunk, student_work)
-    kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.grafted_layers)
+    kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.mixer_layers)
     head = 2.0 * teacher.head_parameters
     head_learns = "head" in trained or (teacher.tie_word_embeddings and "embedding" in trained)
     return _Work(trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2))

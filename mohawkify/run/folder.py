@@ -13,6 +13,7 @@ from mohawkify.errors import CheckpointError, UsageError
 from mohawkify.files.atomic import read_json, verify_directory, write_json
 from mohawkify.recipe.loading import comparable_text, load_recipe
 from mohawkify.recipe.schema import Recipe
+from mohawkify.student.layer_spec import read_layer_specs
 
 RUNS = Path("runs")
 
@@ -137,11 +138,12 @@ class RunFolder:
         if not self.student_file.is_file():
             return {}
         facts = read_json(self.student_file)
-        kinds = {"name": str, "grafted_layers": list, "num_parameters": int}
-        if not isinstance(facts, dict) or not all(
-            isinstance(facts.get(key, kind()), kind) for key, kind in kinds.items()
-        ):
-            raise CheckpointError(f"{self.student_file} does not say which student the run is to make")
+        kinds = {"name": str, "num_parameters": int}
+        is_valid = isinstance(facts, dict) and all(isinstance(facts.get(k, kind()), kind) for k, kind in kinds.items())
+        try:
+            read_layer_specs({"layer_specs": [], **facts} if is_valid else {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.student_file} does not say which student the run is to make") from error
         return dict(facts)
 
     def teacher_files(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.ops import dispatch
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.graft import student_classes
+from mohawkify.student.layer_spec import ATTENTION, LayerSpec
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
 from mohawkify.teacher.teacher_spec import TeacherSpec
@@ -86,14 +88,18 @@ def design_student(
         raise RecipeError(
             f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {teacher.num_hidden_layers - 1}"
         )
-    grafted = tuple(index for index in range(teacher.num_hidden_layers) if index not in recipe.keep_attention)
-    if not grafted:
+    heads = teacher.num_attention_heads
+    kept, grafted = LayerSpec(ATTENTION, 0, heads), LayerSpec("discrete_mamba2", heads, 0)
+    layer_specs = tuple(
+        kept if index in recipe.keep_attention else grafted for index in range(teacher.num_hidden_layers)
+    )
+    if grafted not in layer_specs:
         raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
-    heads, width, state = teacher.num_attention_heads, teacher.head_dim, recipe.state_size
+    width, state = teacher.head_dim, recipe.state_size
     sizes: dict[str, Any] = {
         "layers": adapter.layers,
         "attention": adapter.attention,
-        "grafted_layers": grafted,
+        "layer_specs": layer_specs,
         "num_heads": heads,
         "head_dim": width,
         "state_size": state,
@@ -104,7 +110,8 @@ def design_student(
     }
     config_class, model_class = classes_for(adapter)
     with torch.device("meta"):
-        modules = model_class(student_config(teacher_config, adapter, {**sizes, "grafted_layers": list(grafted)}))
+        facts = {**sizes, "layer_specs": [asdict(layer) for layer in layer_specs]}
+        modules = model_class(student_config(teacher_config, adapter, facts))
     return StudentSpec(
         name=name,
         model_type=config_class.model_type,
@@ -115,7 +122,9 @@ def design_student(
         mixer_parameters=sum(
             p.numel() for m in modules.modules() if isinstance(m, DiscreteMamba2) for p in m.parameters()
         ),
-        state_elements=len(grafted) * heads * (width * state + (recipe.conv_kernel - 1) * (width + 2 * state)),
+        state_elements=layer_specs.count(grafted)
+        * heads
+        * (width * state + (recipe.conv_kernel - 1) * (width + 2 * state)),
     )
 
 
@@ -140,11 +149,11 @@ def build_student(
     student = model_class(student_config(teacher.config, adapter, spec.mixer_config())).float()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.generation_config.use_cache = True
-    copy_kept_weights(teacher, student, adapter, spec.grafted_layers)
+    copy_kept_weights(teacher, student, adapter, spec.mixer_layers)
     if init == "attention":
-        start_from_attention(teacher, student, adapter, spec.grafted_layers)
+        start_from_attention(teacher, student, adapter, spec.mixer_layers)
     else:
-        start_as_published(student, spec.layers, spec.attention, spec.grafted_layers)
+        start_as_published(student, spec.layers, spec.attention, spec.mixer_layers)
     return student.to(teacher.device).eval()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
+
 
 class RecurrentLayer(CacheLayerMixin):
     """One mixer's memory: the last inputs of its convolutions and its state.
@@ -150,14 +152,14 @@ class StudentCache(Cache):
     The student's forward leaves its ``padding_mask`` here, (b, at least l) and 0 at padding, or None.
 
     Args:
-        config: the student's configuration; ``config.mixer["grafted_layers"]`` names the recurrent ones.
+        config: the student's configuration; ``config.mixer["layer_specs"]`` says which layers are recurrent.
     """
 
     padding_mask: torch.Tensor | None = None
 
     def __init__(self, config: Any) -> None:
-        grafted = set(config.mixer["grafted_layers"])
-        kept = DynamicCache(config=config).layers  # knows the windows of every family
+        kept = DynamicCache(config=config).layers  # with the windows of every family
+        grafted = mixer_layers(read_layer_specs(config.mixer))
         super().__init__(layers=[RecurrentLayer() if index in grafted else each for index, each in enumerate(kept)])
 
 
@@ -173,7 +175,7 @@ def require_states(cache: Any, config: Any) -> None:
     Raises:
         ValueError: the cache has no states for the mixers, and cannot get them.
     """
-    first = config.mixer["grafted_layers"][0]
+    first = mixer_layers(read_layer_specs(config.mixer))[0]
     layers = getattr(cache, "layers", [])
     if first < len(layers) and hasattr(layers[first], "state_bhpn"):
         return

@@ -17,6 +17,7 @@ from torch import nn
 from mohawkify.families.decoder_layers import attention_implementation, find_layers
 from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS, DiscreteMamba2
 from mohawkify.student.cache import StudentCache, require_states
+from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
 
 
 def graft_mixers(model: nn.Module, config: Any) -> None:
@@ -29,7 +30,7 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
     """
     mixer = config.mixer
     layers = find_layers(model, mixer["layers"])
-    for index in mixer["grafted_layers"]:
+    for index in mixer_layers(read_layer_specs(mixer)):
         old = getattr(layers[index], mixer["attention"])
         reference = next(old.parameters())
         with reference.device:

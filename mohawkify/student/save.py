@@ -45,7 +45,7 @@ CARRIED_FILES = {
     "mohawkify.families": ("decoder_layers.py",),
     "mohawkify.mixers": ("mamba2.py",),
     "mohawkify.ops": ("conv.py", "decode.py", "scan.py"),
-    "mohawkify.student": ("cache.py", "graft.py"),
+    "mohawkify.student": ("cache.py", "graft.py", "layer_spec.py"),
 }
 
 _OUR_IMPORT = re.compile(r"^from mohawkify\.\w+\.(\w+) import", re.MULTILINE)
@@ -59,6 +59,7 @@ from .conv import causal_conv  # noqa: F401
 from .decode import decode_step  # noqa: F401
 from .decoder_layers import find_layers  # noqa: F401
 from .graft import GraftedModel, grafted_forward
+from .layer_spec import LayerSpec  # noqa: F401
 from .mamba2 import DiscreteMamba2  # noqa: F401
 from .scan import scan_chunked  # noqa: F401
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mohawkify.student.layer_spec import LayerSpec, mixer_layers
+
 
 @dataclass(frozen=True)
 class StudentSpec:
@@ -16,7 +18,7 @@ class StudentSpec:
         teacher_type: the teacher's key.
         layers: attribute path from the model to its decoder layers.
         attention: attribute of a decoder layer where the mixer stands.
-        grafted_layers: layers whose attention becomes a mixer; the others keep theirs.
+        layer_specs: how each decoder layer mixes its tokens.
         num_heads: heads per mixer.
         head_dim: width of x, z and y per head.
         state_size: width of B and C per head.
@@ -35,7 +37,7 @@ class StudentSpec:
     teacher_type: str
     layers: str
     attention: str
-    grafted_layers: tuple[int, ...]
+    layer_specs: tuple[LayerSpec, ...]
     num_heads: int
     head_dim: int
     state_size: int
@@ -48,6 +50,11 @@ class StudentSpec:
     mixer_parameters: int
     state_elements: int
 
+    @property
+    def mixer_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with a mixer."""
+        return mixer_layers(self.layer_specs)
+
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""
         return asdict(self)
@@ -57,7 +64,7 @@ class StudentSpec:
         return {
             "layers": self.layers,
             "attention": self.attention,
-            "grafted_layers": list(self.grafted_layers),
+            "layer_specs": [asdict(layer) for layer in self.layer_specs],
             "num_heads": self.num_heads,
             "head_dim": self.head_dim,
             "state_size": self.state_size,

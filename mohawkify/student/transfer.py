@@ -21,15 +21,13 @@ LONGEST_HALF_LIFE = 60.0  # tokens; measured on stories260k, see docs/log.md
 
 
 @torch.no_grad()
-def copy_kept_weights(
-    teacher: nn.Module, student: nn.Module, adapter: Adapter, grafted_layers: tuple[int, ...]
-) -> None:
+def copy_kept_weights(teacher: nn.Module, student: nn.Module, adapter: Adapter, mixer_layers: tuple[int, ...]) -> None:
     """Copy every tensor of the teacher, buffers too, but those of the replaced attention modules.
 
     The names of those are left alone even where a mixer's are the same: some families call their output projection
     ``out_proj`` or ``c_proj`` too.
     """
-    replaced = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in grafted_layers)
+    replaced = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in mixer_layers)
     target = student.state_dict()
     for name, tensor in teacher.state_dict().items():
         if not name.startswith(replaced):
@@ -37,13 +35,13 @@ def copy_kept_weights(
 
 
 @torch.no_grad()
-def start_as_published(student: nn.Module, layers: str, attention: str, grafted_layers: tuple[int, ...]) -> None:
+def start_as_published(student: nn.Module, layers: str, attention: str, mixer_layers: tuple[int, ...]) -> None:
     """The published start: identity convolution, gate and skip; random projections, the last one scaled down.
 
     Source: Llamba (arXiv 2502.14458), section 3 and the authors' initializer map.
     """
     stack = find_layers(student, layers)
-    for index in grafted_layers:
+    for index in mixer_layers:
         mixer = getattr(stack[index], attention)
         mixer.reset_parameters()
         mixer.out_proj.weight.mul_(1.0 / math.sqrt(len(stack)))
@@ -54,11 +52,11 @@ def start_from_attention(
     teacher: nn.Module,
     student: nn.Module,
     adapter: Adapter,
-    grafted_layers: tuple[int, ...],
+    mixer_layers: tuple[int, ...],
 ) -> None:
     """The attention start of every grafted layer: x from V, out from O, C from Q, B from K, head by head."""
     teacher_stack, student_stack = find_layers(teacher, adapter.layers), find_layers(student, adapter.layers)
-    for index in grafted_layers:
+    for index in mixer_layers:
         weights = read_attention(adapter, getattr(teacher_stack[index], adapter.attention))
         start_mixer_from_attention(getattr(student_stack[index], adapter.attention), weights)
 

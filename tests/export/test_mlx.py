@@ -100,8 +100,8 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
         "intermediate_size": 48, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 64, "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "mixer": {
-            "attention": "self_attn", "grafted_layers": [0, 1], "num_heads": 4, "head_dim": 8, "state_size": 16,
-            "conv_kernel": 4, "decay_bias": True, "out_bias": False,
+            "attention": "self_attn", "layer_specs": [{"mixer_heads": heads} for heads in (4, 4, 0, 0)],
+            "num_heads": 4, "head_dim": 8, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": False,
         },
     }  # fmt: skip
     mx.random.seed(0)

@@ -41,6 +41,7 @@ RESULTS = {
     "stages": {"init": {"tokens": 0, "perplexity": 90.5, "kl": 3.0, "top1": 0.25, "seconds": 0.0}},
     "evaluation_tokens": 200,
 }
+LAYER = {"kind": "discrete_mamba2", "mixer_heads": 4, "attention_heads": 0}
 FACTS = {"source": "demo", "folder": "/nowhere/teacher", "files": {"config.json": "2" * 64}, "num_hidden_layers": 3}
 RECIPE = """\
 name: tiny
@@ -65,7 +66,7 @@ def make_run(folder: Path) -> Path:
     )
     (folder / "final").mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
-    for name, value in (("results", RESULTS), ("teacher", FACTS), ("student", {"name": "x", "grafted_layers": [0, 1]})):
+    for name, value in (("results", RESULTS), ("teacher", FACTS), ("student", {"name": "x", "layer_specs": [LAYER]})):
         atomic.write_json(folder / f"{name}.json", value)
     for line in LINES:
         atomic.append_line(folder / "metrics.jsonl", line)

@@ -25,6 +25,7 @@ from tests.commands import copy_of
 from tests.finished import finished_run
 from tests.teacher.damage import edit_json
 
+MIXER = {"kind": "discrete_mamba2", "mixer_heads": 4, "attention_heads": 0}
 SECONDS = 3  # of the processor
 EXPORT = {
     "dtype": "bfloat16", "tokens": 5, "kl": 0.0, "top1": 1.0, "max_logit_difference": 0.0, "run_perplexity": 12.5,
@@ -58,7 +59,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a width beyond all": ({"intermediate_size": 2 * 10**7}, "intermediate_size is 2e\\+07"),
     "a width beyond its weights": ({"intermediate_size": 10**6}, "parameters, the weights hold"),
     "a state beyond its weights": (
-        {"mixer": {"layers": "model.layers", "attention": "self_attn", "grafted_layers": [0], "num_heads": 4,
+        {"mixer": {"layers": "model.layers", "attention": "self_attn", "layer_specs": [MIXER], "num_heads": 4,
                    "head_dim": 2**20, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": True,
                    "reads_mask": False}},
         "parameters, the weights hold",
@@ -188,7 +189,9 @@ def test_layers_by_other_names_are_counted(tmp_path: Path) -> None:
 FACTS: dict[str, tuple[str, Any]] = {
     "student is a list": ("student.json", []),
     "name is a number": ("student.json", {"name": 5}),
-    "layers are a number": ("student.json", {"grafted_layers": 5}),
+    "layers are a number": ("student.json", {"layer_specs": 5}),
+    "layers are numbers": ("student.json", {"layer_specs": [5]}),
+    "a layer of both kinds": ("student.json", {"layer_specs": [MIXER | {"attention_heads": 4}]}),
     "parameters are a text": ("student.json", {"num_parameters": "many"}),
     "source is a list": ("teacher.json", {"source": [], "folder": "x", "files": {}}),
     "teacher is a list": ("teacher.json", []),

@@ -47,7 +47,7 @@ def test_everything_but_the_grafted_attention_is_the_teachers(pair):
 @torch.no_grad()
 def test_with_the_attention_put_back_the_logits_are_the_teachers(pair):
     batch = packed()
-    for index in pair.spec.grafted_layers:
+    for index in pair.spec.mixer_layers:
         find_layers(pair.student, "model.layers")[index].self_attn = find_layers(pair.teacher, "model.layers")[
             index
         ].self_attn
@@ -187,7 +187,7 @@ def test_the_state_does_not_grow(pair):
     sizes = []
     for length in (5, 40):
         cache = pair.student(ids[:, :length], use_cache=True).past_key_values
-        layers = [cache.layers[index] for index in pair.spec.grafted_layers]
+        layers = [cache.layers[index] for index in pair.spec.mixer_layers]
         sizes.append(sum(layer.tail_bkf.numel() + layer.state_bhpn.numel() for layer in layers))
     assert sizes[0] == sizes[1] == ids.shape[0] * pair.spec.state_elements
 
