@@ -1,4 +1,4 @@
-"""What is compared: each operator's forms, ours and others', on the same random tensors.
+"""The benchmarked operators: each one's forms, ours and others', on the same random tensors.
 
 Shapes: b batch, l length, h heads, p head width, n state width, d model width, v vocabulary, k convolution taps,
 f features.
@@ -42,13 +42,13 @@ class Case:
 
     Args:
         name: of the operator.
-        build: random inputs of given sizes in float32, and which of them want gradients.
-        plain: the definition, which is run in float64 to judge the others.
-        forms: what is judged and timed; the names of others' begin with `FOREIGN`.
+        build: random inputs of given sizes in float32, and the names of those with gradients.
+        plain: the definition, which is run in float64 as the reference of the others.
+        forms: those that are checked and timed; the names of others' begin with `FOREIGN`.
         base: the form that others' times are given as ratios of.
         sizes: of the timing.
-        judged_at: sizes of the judgement, where they differ: rows and heads do not know each other.
-        quick: sizes for a first look.
+        checked_at: sizes of the check of errors, which may be smaller: rows and heads are independent.
+        quick: tiny sizes.
         small: sizes that load whatever a form needs before its memory is measured.
     """
 
@@ -58,7 +58,7 @@ class Case:
     forms: dict[str, Form]
     base: str
     sizes: Sizes
-    judged_at: Sizes
+    checked_at: Sizes
     quick: Sizes
     small: Sizes = field(default_factory=dict)
 
@@ -133,7 +133,7 @@ def scan_case(device: torch.device) -> Case:
     return Case(
         "scan", build, form_of(scan_recurrent), forms, FOREIGN + "ssd_minimal",
         sizes={"batch": 4, "length": 1024, "heads": 16, **width},
-        judged_at={"batch": 1, "length": 1024, "heads": 2, **width},
+        checked_at={"batch": 1, "length": 1024, "heads": 2, **width},
         quick={"batch": 1, "length": 128, "heads": 2, "head_dim": 8, "state_size": 16},
         small={"batch": 1, "length": 64, "heads": 2, **width},
     )  # fmt: skip
@@ -170,7 +170,7 @@ def orient_case(device: torch.device) -> Case:
     return Case(
         "orient", build, form_of(orient_loss_direct), forms, "direct",
         sizes={"batch": 1, "length": 2048, "heads": 16, **width},
-        judged_at={"batch": 1, "length": 2048, "heads": 1, **width},
+        checked_at={"batch": 1, "length": 2048, "heads": 1, **width},
         quick={"batch": 1, "length": 96, "heads": 2, "head_dim": 8, "state_size": 16},
         small={"batch": 1, "length": 64, "heads": 2, **width},
     )  # fmt: skip
@@ -213,7 +213,7 @@ def distill_case(device: torch.device) -> Case:
     return Case(
         "distill", build, direct, forms, "direct",
         sizes={"tokens": 1024, "width": 256, "vocabulary": 128256},
-        judged_at={"tokens": 48, "width": 256, "vocabulary": 32000},
+        checked_at={"tokens": 48, "width": 256, "vocabulary": 32000},
         quick={"tokens": 24, "width": 8, "vocabulary": 97},
     )  # fmt: skip
 
@@ -240,7 +240,7 @@ def conv_case() -> Case:
     return Case(
         "conv", build, library, {"taps": taps, FOREIGN + "conv1d": library}, FOREIGN + "conv1d",
         sizes={"batch": 4, "length": 1024, "features": 1024, "taps": 4},
-        judged_at={"batch": 1, "length": 1024, "features": 64, "taps": 4},
+        checked_at={"batch": 1, "length": 1024, "features": 64, "taps": 4},
         quick={"batch": 1, "length": 32, "features": 16, "taps": 4},
     )  # fmt: skip
 
@@ -292,7 +292,7 @@ def step_case(device: torch.device) -> Case:
     return Case(
         "decode_step", build, by_parts, forms, "parts",
         sizes={"batch": 16, "heads": 12, **width},
-        judged_at={"batch": 2, "heads": 2, **width},
+        checked_at={"batch": 2, "heads": 2, **width},
         quick={"batch": 2, "heads": 2, "head_dim": 8, "state_size": 16, "taps": 4},
     )  # fmt: skip
 
@@ -308,5 +308,5 @@ def _normal(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def task_of(case: Case, form: str, sizes: Sizes) -> dict[str, Any]:
-    """What `mohawkify.bench.child` is given to measure a form's memory."""
+    """The task of `mohawkify.bench.child` that measures a form's memory."""
     return {"kind": "op", "case": case.name, "form": form, "sizes": sizes}

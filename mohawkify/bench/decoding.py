@@ -36,13 +36,13 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The sizes of the measurement.
 
     Args:
         width, layers, vocabulary: of the teacher, a Llama whose heads are 64 wide.
-        batches: sequences side by side, of figure 4.
-        generated: tokens each of them has in figure 4, half of which are the context that a step is timed at.
-        contexts: of figure 5, with one sequence; the first and the last are compared.
+        batches: sequences side by side, of the plot over batches.
+        generated: tokens each of them has in that plot; a step is timed at half of them as context.
+        contexts: of the plot over contexts, with one sequence; the first and the last are compared.
         many: sequences side by side that are timed at the last context too, where caches and not weights are most of
             what a step reads.
         steps: tokens in a row per timing.
@@ -104,7 +104,7 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
 
     Args:
         device: where it runs; the size of the models and the lists of batches and contexts follow from it.
-        quick: a tiny model, for a first look.
+        quick: a tiny model.
         report: receives a line for every step of the way.
 
     Returns:
@@ -112,7 +112,7 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
         last context) and ``measures``.
 
     Raises:
-        NumericsError: token by token the student says something else than all at once.
+        NumericsError: the student's logits token by token differ from those of one forward pass.
     """
     plan = QUICK if quick else ON_GPU if device.type == "cuda" else ON_CPU
     report(f"random models of width {plan.width} and {plan.layers} layers")
@@ -194,7 +194,7 @@ def _rows(models: Models, batch: int, context: int, steps: int) -> list[dict[str
 
 
 def _decoders(models: Models, batch: int, context: int, steps: int) -> dict[str, Callable[[], Callable[[], Tensor]]]:
-    """What makes, for each way to decode, a function that decodes ``steps`` tokens; memory is taken when it is made."""
+    """For each way to decode, a maker of a function that decodes ``steps`` tokens; the maker allocates the memory."""
     student, teacher, room = models.student, models.teacher, steps * (ROUNDS + 1)
     found = {
         STUDENT: lambda: steps_of(student, student_cache(student, batch, context), batch, context, steps),
@@ -291,7 +291,7 @@ def _fill(cache: Any, teacher: PreTrainedModel, batch: int, context: int) -> Non
 
 
 def _cache_bytes(models: Models, name: str, batch: int, context: int) -> int:
-    """What a cache holds per batch: constant for the student, linear in the context for the teacher."""
+    """The size of a cache for a batch: constant for the student, linear in the context for the teacher."""
     if name in (STUDENT, STUDENT_CAPTURED):
         layers: Any = student_cache(models.student, 1, context).layers
         held = [t for layer in layers for t in (layer.tail_bkf, layer.state_bhpn)]

@@ -1,4 +1,4 @@
-"""What the benchmarks found, as JSON, Markdown and plots."""
+"""The results of the benchmarks as JSON, Markdown and plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Report = Callable[[str], None]
 
 
 class Bound(Enum):
-    """Which side of its bound a figure should be on."""
+    """Whether a value should be above or below its bound."""
 
     AT_LEAST = "at least"
     AT_MOST = "at most"
@@ -23,7 +23,7 @@ class Measure:
 
     Args:
         name: what is measured.
-        found: the figure; None where it could not be measured.
+        found: the value.
         side: where it should be.
         bound: of what.
     """
@@ -152,7 +152,7 @@ def _percent(share: float | None) -> str:
 
 
 def curves(name: str, found: dict[str, Any]) -> dict[str, tuple[str, str, dict[str, list[tuple[float, float]]]]]:
-    """What is plotted: file name to label of x, label of y, and points by curve."""
+    """The plots by file name: label of x, label of y, and points by curve."""
     if name != "decode":
         return {}
     plots = {}

@@ -58,7 +58,7 @@ def side_by_side(functions: dict[str, Callable[[], object]], rounds: int, device
     Args:
         functions: by name.
         rounds: how often each is timed.
-        device: is waited for around each call.
+        device: synchronised around each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for each in range(-1, rounds):
@@ -79,7 +79,7 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Let a GPU finish what it was given."""
+    """Wait until a GPU has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -120,7 +120,7 @@ def peak_in_child(task: dict[str, Any]) -> int:
 
 
 def can_measure_memory() -> bool:
-    """Whether this system says how much memory a process used at most."""
+    """Whether this system reports the peak memory of a process."""
     return Path("/proc/self/status").is_file()
 
 
@@ -131,7 +131,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free for use, or None where the system does not say."""
+    """Free memory in bytes, or None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")
@@ -140,7 +140,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the metrics were measured on."""
+    """The machine of the measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

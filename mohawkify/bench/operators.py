@@ -1,4 +1,4 @@
-"""The operators: every form is judged against the definition in float64 first, and timed only if all of ours pass."""
+"""Benchmarks of operators: every form is checked against the definition in float64, and timed if all of ours pass."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LONG = 8192
 
 
 def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dict[str, Any]:
-    """Judge and time every operator.
+    """Check and time every operator.
 
     Args:
         device: where it runs.
-        quick: tiny sizes and no memory, for a first look; the measures then say little.
+        quick: tiny sizes and no memory; the measures then mean little.
         report: receives a line for every step of the way.
 
     Returns:
@@ -48,7 +48,7 @@ def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dic
     errors = {}
     for name, case in cases.items():
         report(f"{name}: errors against float64")
-        errors[name] = judge(case, case.quick if quick else case.judged_at, torch.float32, device)
+        errors[name] = check_errors(case, case.quick if quick else case.checked_at, torch.float32, device)
     require_small(errors, torch.float32)
     rows: list[dict[str, Any]] = []
     for name, case in cases.items():
@@ -62,7 +62,7 @@ def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dic
     return {"rows": rows, "measures": [measure.to_json() for measure in measures]}
 
 
-def judge(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def check_errors(case: Case, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """How far each form is from the definition in float64: |difference| / |exact| of its worst tensor."""
     inputs, learned = make_inputs(case, sizes, dtype, device)
     exact = run_form(case.plain, cast_inputs(inputs, torch.float64, CPU), learned)
@@ -121,7 +121,7 @@ def time_case(
 
 
 def peak_of(case: Case, form: str, sizes: Sizes, device: torch.device) -> int | None:
-    """The memory a form needs beside its inputs; None where the system does not say."""
+    """The memory of a form beside its inputs; None if the system does not report it."""
     if device.type == "cuda":
         inputs, learned = make_inputs(case, sizes, torch.float32, device)
         return peak_over(lambda: run_form(case.forms[form], inputs, learned), device)

@@ -1,6 +1,6 @@
 """One step of each stage, as it is trained and as it is defined: the same losses, then time and memory.
 
-The direct formulation writes everything down that the method speaks of: the teacher's attention matrices as
+The direct formulation materialises all of the method's definitions: the teacher's attention matrices as
 transformers returns them, every mixer's matrix, the logits of the whole batch and of both models.
 """
 
@@ -313,7 +313,7 @@ def _keep_in(calls: dict[int, LayerCall]) -> Callable[[LayerCall], None]:
 
 @contextmanager
 def _mixing_by_matrix(student: nn.Module) -> Iterator[None]:
-    """Within the block every mixer writes its matrix down and multiplies by it."""
+    """Within the block every mixer materialises its matrix and multiplies by it."""
 
     def by_matrix(
         x_blhp: Tensor,

@@ -1,6 +1,6 @@
-"""What a model has answered so far, kept on the disk so that an evaluation that was stopped does not ask it again.
+"""Keeps a model's answers on the disk, so that a stopped evaluation continues without repeating them.
 
-A request is known by a hash of its kind and content: the questions themselves are not kept.
+A request is identified by a hash of its kind and content: the questions themselves are not kept.
 """
 
 from __future__ import annotations

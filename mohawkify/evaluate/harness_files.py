@@ -151,7 +151,7 @@ def read_task_file(path: Path, known_metrics: frozenset[str]) -> dict[str, Any]:
 
 
 def group_members(settings: dict[str, Any]) -> list[Any]:
-    """What the settings of a group list under ``task``: names of members, or their settings."""
+    """The list under ``task`` in the settings of a group: names of members, or their settings."""
     members = settings.get("task")
     return members if isinstance(members, list) else []
 

@@ -1,4 +1,4 @@
-"""What metrics were measured with: versions, and the hashes of models, tokenizer and text. For whoever doubts them."""
+"""The provenance of metrics: versions, and the hashes of models, tokenizer and text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mohawkify.run.folder import RunFolder
 
 
 def provenance(run: RunFolder, models: Mapping[str, PreTrainedModel], device: torch.device) -> dict[str, Any]:
-    """What the models of a run are, all checked before by loading them.
+    """The provenance of a run's models, which are loaded and so checked already.
 
     Args:
         run: a finished run.

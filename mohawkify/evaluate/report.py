@@ -79,7 +79,7 @@ def _agreement_table(results: dict[str, Any]) -> _Table:
 
 
 def _phases_table(results: dict[str, Any]) -> _Table:
-    """What ended each phase, where a stage has several or one was cut short."""
+    """The end of each phase, for stages with several phases or with one that was cut short."""
     stages = {name: stage.get("phases") or [] for name, stage in (results.get("stages") or {}).items()}
     rows: list[list[str | None]] = [
         [f"{name}, {phase['data']} text", _count(phase["steps"]), _count(phase["tokens"]), phase["ended_by"]]

@@ -1,4 +1,4 @@
-"""What the files of an export hold, tensor by tensor, against what its target and precision say they hold."""
+"""Checks the tensors in an export's files, one by one, against those of its target and precision."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a target that quantises has made of a model's modules.
+    """The modules of a model after quantisation by a target.
 
     Args:
         bits: that it is named after.
@@ -62,7 +62,7 @@ class Quantised:
 def expected_tensors(
     shapes: Mapping[str, tuple[int, ...]], dtype: str, quantised: Quantised | None
 ) -> dict[str, Stored]:
-    """What the files of an export must hold: of a quantised one every matrix packed that is neither precise nor plain.
+    """The tensors an export must have; in a quantised one every matrix is packed that is neither precise nor plain.
 
     Args:
         shapes: of the student's tensors, all floating-point, by the name they have in the export.

@@ -25,7 +25,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Target:
-    """What can be exported to.
+    """The formats of exports.
 
     Args:
         library: ``transformers`` or ``mlx``.
@@ -118,7 +118,7 @@ def _export_mlx(
 
 
 def _least_bytes(student: Any, dtype: torch.dtype, bits: int | None) -> int:
-    """What an export takes on the disk at the least: of a quantised one, what leaves every number its bits."""
+    """The least size of an export on the disk; of a quantised one, that of its packed elements."""
     return weight_bytes(student, dtype) if bits is None else student.num_parameters() * bits // 8
 
 

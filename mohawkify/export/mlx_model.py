@@ -171,7 +171,7 @@ class DiscreteMamba2(nn.Module):
 
 
 class GraftedMemory:
-    """What the family's model sees as the cache of a grafted layer.
+    """The cache of a grafted layer in the form that the family's model expects.
 
     The model may take its attention mask from any layer's cache, so this one answers with the mask of a layer of the
     same kind that kept its attention. Where there is none, nobody reads the mask.
@@ -201,7 +201,7 @@ FamilyModel: Any = object  # the second base brings mlx-lm's
 
 
 class GraftedModel(FamilyModel):
-    """What a student adds to its teacher's model; the first base, mlx-lm's model of the family the second."""
+    """The additions of a student to its teacher's model: the first base; mlx-lm's model of the family is the second."""
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)

@@ -30,7 +30,7 @@ def silent(line: str) -> None:
 @pytest.mark.parametrize("name", ["scan", "orient", "distill", "conv", "decode_step"])
 def test_every_form_agrees_with_its_definition(name):
     case = find_cases(CPU)[name]
-    errors = bench_ops.judge(case, case.quick, torch.float32, CPU)
+    errors = bench_ops.check_errors(case, case.quick, torch.float32, CPU)
     assert errors.keys() == case.forms.keys()
     assert all(error < 1e-5 for error in errors.values()), errors
     assert case.base in case.forms
@@ -59,7 +59,7 @@ def test_a_peer_that_gives_the_divergence_alone_is_judged_by_it(monkeypatch):
         peers, "distill_peers", lambda device: {"right": divergence, "wrong": lambda *i: 1.001 * divergence(*i)}
     )
     case = find_cases(CPU)["distill"]
-    errors = bench_ops.judge(case, case.quick, torch.float32, CPU)
+    errors = bench_ops.check_errors(case, case.quick, torch.float32, CPU)
     assert errors[FOREIGN + "right"] < 1e-5
     assert errors[FOREIGN + "wrong"] > 5e-4
 
@@ -91,7 +91,7 @@ def test_a_result_that_is_not_finite_is_an_error():
     case = find_cases(CPU)["scan"]
     broken = replace(case, forms={"chunked": lambda i: tuple(t * float("nan") for t in case.forms["chunked"](i))})
     with pytest.raises(NumericsError, match="error of inf"):
-        bench_ops.require_small({"scan": bench_ops.judge(broken, case.quick, torch.float32, CPU)}, torch.float32)
+        bench_ops.require_small({"scan": bench_ops.check_errors(broken, case.quick, torch.float32, CPU)}, torch.float32)
 
 
 def test_stages_and_their_definitions_agree():
@@ -117,10 +117,10 @@ def test_stages_that_differ_get_no_speed():
 
 def test_a_step_leaves_the_weights_alone():
     workload = bench_train.Workload.make("demo", 1, 16, CPU)
-    before = {name: p.clone() for name, p in workload.pair.student.named_parameters()}
+    before = {name: p.clone() for name, p in workload.models.student.named_parameters()}
     for form in ("mohawkify", "direct"):
         workload.step("distill", form)()
-    assert all(torch.equal(before[name], p) for name, p in workload.pair.student.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in workload.models.student.named_parameters())
 
 
 def test_a_student_that_steps_wrongly_gets_no_speed():
