@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | soak. PYTHON picks the interpreter, CONSTRAINTS the file of tested versions.
+# make setup | demo | test | test-all | lint | soak. PYTHON picks the interpreter, CONSTRAINTS the file of tested versions.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint soak soak-trials soak-fuzz
+.PHONY: setup demo test test-all lint soak soak-trials soak-fuzz
 
 setup: $(STAMP)
 
@@ -20,8 +20,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: setup
 	$(BIN)/mohawkify demo
 
+# A file stays in one process, which builds its teachers and runs once; tests/conftest.py puts the slowest files first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(PYTEST)
+
+test-all: setup
+	$(PYTEST) -m full
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,8 +47,8 @@ soak: setup
 
 soak-trials:
 	OMP_NUM_THREADS=1 MOHAWKIFY_SOAK=1 MOHAWKIFY_SOAK_SHARE=$(SOAK_SHARE) MOHAWKIFY_SOAK_LOG=$(CURDIR)/$(SOAK)/soak.jsonl \
-		$(BIN)/python -m pytest tests/soak
+		$(BIN)/python -m pytest -m "" tests/soak
 
 soak-fuzz:
 	OMP_NUM_THREADS=1 MOHAWKIFY_FUZZ=$(FUZZ_FACTOR) MOHAWKIFY_FUZZ_LOG=$(CURDIR)/$(SOAK)/fuzz.jsonl \
-		$(BIN)/python -m pytest tests/fuzz
+		$(BIN)/python -m pytest -m "" tests/fuzz

@@ -42,3 +42,17 @@ def stories_text() -> Path:
 def teacher_configs() -> Path:
     """The folder of real config.json files of teachers people use."""
     return _shared("configs")
+
+
+# By time, so that no process is left alone with a long file at the end; all other files follow in their order.
+SLOWEST_FIRST = (
+    "test_adapters_cli", "test_adapters_save", "test_adapters_mlx", "test_engines", "test_ranks", "test_adapters",
+    "test_memory", "test_kill", "test_main", "test_device", "test_ranks_ending", "test_trust", "test_triton",
+    "test_second_teacher", "test_space", "test_numbers", "test_stories", "test_huggingface", "test_mlx", "test_convert",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the slowest files to the front."""
+    order = {name: index for index, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -18,7 +18,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_real_llama_is_followed_after_seconds_of_training(stories_teacher, stories_text, tmp_path):
     recipe = apply_overrides(load_recipe("stories"), SMALL)
     run = convert(str(stories_teacher), recipe, ConvertOptions(output=tmp_path / "run", resume="never"))

@@ -143,7 +143,7 @@ def test_a_filled_cache_is_as_large_as_a_real_one():
         assert made.num_tokens == layer.num_tokens == 5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_is_measured_in_a_process_of_its_own():
     case = find_cases(CPU)["orient"]
     sizes = {"batch": 1, "length": 1024, "heads": 4, "head_dim": 16, "state_size": 16}

@@ -44,12 +44,14 @@ def test_zero_0_under_torchrun(workshop):
     require_finished(workshop, "zero-0", workshop.start("zero-0", *options, launcher=TORCHRUN))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("zero", ["1", "2", "3"])
 def test_every_other_zero_by_processes_of_its_own(workshop, zero):
     options = ("--processes", "2", "--engine", "deepspeed", "--zero", zero, *FEW_CHECKPOINTS)
     require_finished(workshop, f"zero-{zero}", workshop.start(f"zero-{zero}", *options))
 
 
+@pytest.mark.full
 def test_fsdp_with_a_teacher_that_is_spread_too_and_without_a_pickle(workshop):
     site = workshop.folder / "careful"
     site.mkdir()
@@ -58,6 +60,7 @@ def test_fsdp_with_a_teacher_that_is_spread_too_and_without_a_pickle(workshop):
     require_finished(workshop, "fsdp", workshop.start("fsdp", *options, PYTHONPATH=str(site)))
 
 
+@pytest.mark.full
 def test_a_run_goes_on_in_one_process_and_in_two_again_under_another_zero(workshop, monkeypatch):
     """A signal to one of two under ZeRO-2, a step without an engine, the rest under ZeRO-3: the curve of one process.
 

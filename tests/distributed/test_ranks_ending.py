@@ -35,6 +35,7 @@ def workshop(tmp_path_factory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("ranks-ending"))
 
 
+@pytest.mark.full
 def test_a_run_survives_an_error_in_one_process_and_a_kill(workshop):
     """An error in one process under ZeRO-1, a kill under ZeRO-3, and the end still is the curve of one process."""
     folder = workshop.folder / "chain"

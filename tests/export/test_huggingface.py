@@ -99,7 +99,7 @@ def bf16_export(run, tmp_path_factory):
     return folder, export_run(run[0], "hf", folder, report=lambda line: None)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("code", "module"), [(TRUSTED, "transformers_modules"), (REGISTERED, "mohawkify")])
 def test_transformers_uses_an_export_in_a_fresh_process(exports, bf16_export, tmp_path, code, module):
     answers = foreign_use(code, [*exports, str(bf16_export[0])], tmp_path)
@@ -129,7 +129,7 @@ print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits[0, -1].toli
 )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_student_saved_by_transformers_still_brings_its_code(run, tmp_path):
     folder, student = run
     register_family(load_adapter("llama"))

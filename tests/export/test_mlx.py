@@ -152,7 +152,7 @@ COMMAND_LINE = (
 ARGUMENTS = ("generate", "--trust-remote-code", "--ignore-chat-template", "--temp", "0", "--verbose", "False")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_teacher):
     from mohawkify.files.atomic import atomic_directory, write_json
     from mohawkify.recipe.schema import StudentRecipe

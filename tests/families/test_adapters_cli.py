@@ -16,6 +16,7 @@ from mohawkify.families.registry import adapter_names
 from mohawkify.families.unsupported import UNSUPPORTED
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.commands import run, run_well
+from tests.families.layouts import each_family
 from tests.tiny import save_teacher, tiny_teacher
 
 RECIPE = """
@@ -44,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ada
 STAGES = ("orient", "align", "distill")
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=each_family(CASES))
 def teacher(request, tmp_path, monkeypatch):
     """A random teacher with a tokenizer and text in the current folder, beside a recipe; the name of its case."""
     family, changes = CASES[request.param]

@@ -45,7 +45,7 @@ def test_the_family_is_listed(environment, tmp_path):
     assert listed["details"][FAMILY]["title"] == "Persimmon"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_family_passes_every_familys_tests(environment):
     done = run(
         environment,

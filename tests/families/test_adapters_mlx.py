@@ -10,6 +10,7 @@ from mohawkify.errors import ExportError
 from mohawkify.export.export import export_run
 from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.student.save import is_precise
+from tests.families.layouts import each_family
 from tests.finished import finished_run
 
 pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install 'mohawkify[mlx]'")
@@ -84,7 +85,7 @@ def require_same_text(student, model):
         assert [int(token) for token, _ in steps] == expected
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=each_family(FAMILIES))
 def grafted(request, tmp_path_factory):
     """A family, a run of it without any attention, and the student."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -117,7 +118,7 @@ def test_quantised_exports_keep_the_decay_precise_and_quantise_experts(grafted):
     assert mx.isfinite(model(mx.array([PROMPT]))).all()
 
 
-@pytest.mark.parametrize(("family", "layer"), HYBRIDS)
+@pytest.mark.parametrize(("family", "layer"), [each_family([name], layer)[0] for name, layer in HYBRIDS])
 def test_logits_and_text_equal_the_hybrid_students(tmp_path, family, layer):
     student = run_of(tmp_path, family, keep=(layer,))
     export_run(tmp_path, "mlx", tmp_path / "out", dtype="float32", report=quiet)
@@ -126,6 +127,7 @@ def test_logits_and_text_equal_the_hybrid_students(tmp_path, family, layer):
     require_same_text(student, model)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("keep", [(), (0,), (1,)], ids=["all-grafted", "first-kept", "last-kept"])
 def test_learned_positions_of_a_batch_are_those_of_single_runs(tmp_path, keep):
     run_of(tmp_path, "gpt2", keep)
@@ -139,6 +141,7 @@ def test_learned_positions_of_a_batch_are_those_of_single_runs(tmp_path, keep):
         assert batch.token_ids == alone
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -187,7 +190,7 @@ def test_a_kept_full_layer_that_mlx_lm_windows_is_refused(tmp_path):
         export_run(tmp_path, "mlx", tmp_path / "out", report=quiet)
 
 
-@pytest.mark.parametrize("family", LACKING)
+@pytest.mark.parametrize("family", each_family(LACKING))
 def test_what_mlx_lm_lacks_is_refused_before_rounding_hides_it(tmp_path, family):
     layer, wording = LACKING[family]
     finished_run(tmp_path, family, () if layer is None else (layer,), num_hidden_layers=LAYERS)
@@ -197,6 +200,7 @@ def test_what_mlx_lm_lacks_is_refused_before_rounding_hides_it(tmp_path, family)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", COARSE)
 def test_what_mlx_lm_rounds_otherwise_is_exported_in_bfloat16(tmp_path, family):
     finished_run(tmp_path, family, (0,), num_hidden_layers=LAYERS)

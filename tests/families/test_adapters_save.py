@@ -19,12 +19,11 @@ from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import mixers_of
 from mohawkify.student.save import is_precise, load_student
 from tests.close import TOLERANCE, assert_close
+from tests.families.layouts import REPRESENTATIVES
 from tests.finished import WITHOUT_MOHAWKIFY, finished_run, run_python
 
 # Exports are compared on texts of 160 tokens, for which learned positions must suffice; MPT has its own key.
 SIZES = {"num_hidden_layers": 2, "max_position_embeddings": 256, "max_seq_len": 256}
-pytestmark = pytest.mark.slow
-
 PROMPT = torch.randint(3, 256, (1, 21), generator=torch.Generator().manual_seed(3))
 
 # A process costs seconds, so one of each kind serves all families; it reads folders and writes what they compute.
@@ -58,6 +57,19 @@ LOADED_BY_TRANSFORMERS = WITHOUT_MOHAWKIFY + IN_A_FRESH_PROCESS.format(
 )
 
 
+# The processes of a group are shared by its families.
+GROUPS = [
+    (tuple(name for name in adapter_names() if name in REPRESENTATIVES), []),
+    (tuple(name for name in adapter_names() if name not in REPRESENTATIVES), pytest.mark.full),
+]
+each_family_of_a_group = pytest.mark.parametrize(
+    ("everything", "family"),
+    [pytest.param(group, name, id=name, marks=marks) for group, marks in GROUPS for name in group],
+    indirect=["everything"],
+    scope="module",
+)
+
+
 @dataclass
 class Made:
     """What was written of one family's student, which keeps the attention of layer 0.
@@ -81,9 +93,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> dict[str, Made]:
+def everything(request, tmp_path_factory) -> dict[str, Made]:
     made = {}
-    for family in adapter_names():
+    for family in request.param:
         run = tmp_path_factory.mktemp(family)
         student = finished_run(run, family, keep=(0,), **SIZES)
         folders, results = {"final": run / "final"}, {}
@@ -111,14 +123,14 @@ def by_transformers(everything, tmp_path_factory) -> dict[str, Tensor]:
     return computed(LOADED_BY_TRANSFORMERS, everything, folder, "float32", "bfloat16")
 
 
-@pytest.mark.parametrize("family", adapter_names())
+@each_family_of_a_group
 def test_a_saved_student_computes_the_same_in_a_fresh_process(everything, by_us, family):
     logits, greedy = everything[family].expected()
     assert torch.equal(by_us[f"{family}.final.logits"], logits)
     assert torch.equal(by_us[f"{family}.final.greedy"], greedy)
 
 
-@pytest.mark.parametrize("family", adapter_names())
+@each_family_of_a_group
 def test_an_export_computes_the_same_where_mohawkify_is_absent(everything, by_transformers, family):
     logits, greedy = everything[family].expected()
     assert everything[family].results["float32"]["max_logit_difference"] == 0.0
@@ -126,7 +138,7 @@ def test_an_export_computes_the_same_where_mohawkify_is_absent(everything, by_tr
     assert torch.equal(by_transformers[f"{family}.float32.greedy"], greedy)
 
 
-@pytest.mark.parametrize("family", adapter_names())
+@each_family_of_a_group
 def test_a_bf16_export_is_near_and_only_its_mixers_keep_float32(everything, by_transformers, family):
     made = everything[family]
     assert 0 < made.results["bfloat16"]["kl"] < 0.03

@@ -44,20 +44,20 @@ def dominating(parts):
 @pytest.mark.parametrize(
     ("name", "stage", "checkpointing", "most"),
     [
-        ("weights", "orient", False, "models"),
-        ("weights", "align", False, "models"),
+        pytest.param("weights", "orient", False, "models", marks=pytest.mark.full),
+        pytest.param("weights", "align", False, "models", marks=pytest.mark.full),
         ("weights", "distill", False, "models"),
-        ("activations", "align", False, "activations"),
-        ("activations", "distill", False, "activations"),
+        pytest.param("activations", "align", False, "activations", marks=pytest.mark.full),
+        pytest.param("activations", "distill", False, "activations", marks=pytest.mark.full),
         ("activations", "distill", True, "activations"),
-        ("activations in bf16", "align", False, "activations"),
-        ("activations in bf16", "distill", False, "activations"),
-        ("activations in bf16", "distill", True, "activations"),
-        ("activations of another family", "align", False, "models"),
-        ("activations of another family", "distill", False, "activations"),
+        pytest.param("activations in bf16", "align", False, "activations", marks=pytest.mark.full),
+        pytest.param("activations in bf16", "distill", False, "activations", marks=pytest.mark.full),
+        pytest.param("activations in bf16", "distill", True, "activations", marks=pytest.mark.full),
+        pytest.param("activations of another family", "align", False, "models", marks=pytest.mark.full),
+        pytest.param("activations of another family", "distill", False, "activations", marks=pytest.mark.full),
         ("logits", "distill", False, "loss"),
         ("bands", "orient", False, "activations"),
-        ("bands in bf16", "orient", False, "loss"),
+        pytest.param("bands in bf16", "orient", False, "loss", marks=pytest.mark.full),
     ],
 )
 def test_planned_memory_is_what_the_allocator_measures(name, stage, checkpointing, most):
@@ -67,6 +67,7 @@ def test_planned_memory_is_what_the_allocator_measures(name, stage, checkpointin
     assert sum(parts.values()) == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's peak is read from /proc")
 def test_planned_memory_is_what_the_system_gives_the_process():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

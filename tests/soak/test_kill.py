@@ -37,6 +37,7 @@ def test_p1_kills_at_random_times(workshop, tmp_path):
                 workshop.finish(run)
 
 
+@pytest.mark.full
 def test_p1_kills_through_the_real_command(workshop, tmp_path):
     script = Path(sys.executable).parent / "mohawkify"
     with Tally("P1", "the installed command, killed when its log has grown to a random line") as tally:

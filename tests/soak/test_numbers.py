@@ -99,6 +99,7 @@ def test_p15_training_that_does_not_train(workshop, tmp_path, kind):
         assert IDLE[kind] in ended.output
 
 
+@pytest.mark.full
 def test_p16_a_leap_of_the_loss_is_judged_alike_after_a_resume(workshop, tmp_path):
     long = ("--set", "stages.orient.tokens=0", "--set", "stages.align.tokens=0", "--set", "stages.distill.tokens=2048")
     leap = {"stage": "distill", "step": 28, "factor": 3.0}

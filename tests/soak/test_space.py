@@ -64,6 +64,7 @@ def trained(workshop, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.full
 def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
     """The error comes while the report and the finished student are written."""
     count, count_to = copy_run(trained, tmp_path / "count"), tmp_path / "count.json"
@@ -87,6 +88,7 @@ def test_p6_an_error_at_every_operation_of_the_end(workshop, trained, tmp_path):
                 workshop.finish(run)
 
 
+@pytest.mark.full
 def test_p6_a_log_that_takes_no_lines(workshop, tmp_path):
     """Of stage 3, whose only checkpoint is at its end, no line can be written for a while."""
     sparse = ("--set", "checkpoint.every_steps=100")

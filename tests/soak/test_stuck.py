@@ -159,6 +159,7 @@ def test_p22_an_export_is_whole_or_absent(workshop, exported, tmp_path):
         assert content_of(run) == before, "an export has changed its run"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", ["hf", "mlx-q4"])
 def test_p22_an_export_beyond_the_limit_on_the_size_of_files(workshop, tmp_path, target):
     if target != "hf":

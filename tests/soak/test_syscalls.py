@@ -74,6 +74,7 @@ def killed_by_strace(syscall: str, number: int, work: Callable[[], None]) -> boo
     return code != 0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_p2_a_kill_at_every_system_call(tmp_path):
     whole = tmp_path / "whole"

@@ -22,7 +22,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_write_the_shards_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_teacher(tmp_path / "teacher")
     (tmp_path / "r.yaml").write_text(RECIPE)

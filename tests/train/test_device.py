@@ -71,6 +71,7 @@ def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
     assert run_on_device("generate", str(run), "hello", "--max-tokens", "5", "--teacher") == said
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,6 +90,7 @@ def test_other_ways_to_convert_run_on_a_device(folder, tmp_path, options):
     run_on_device(*command(folder, str(tmp_path / "run")), *given)
 
 
+@pytest.mark.full
 def test_a_teacher_is_asked_on_a_device(folder, tmp_path):
     asked = ["cache-logits", str(folder / "teacher"), "--recipe", str(folder / "tiny.yaml"), "--stage-phase", "train"]
     run_on_device(*asked, "--top-k", "8", "--output", str(tmp_path / "device"))

@@ -258,7 +258,7 @@ STORIES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_offline_equals_online_finishing_on_a_real_teacher(stories_teacher, tmp_path):
     """The real one finished by itself with noise in its weights; docs/log.md has the long form."""
     noisy = copy_of(stories_teacher, tmp_path / "noisy")

@@ -17,6 +17,9 @@ from tests.train.engines import cases
 from tests.train.engines.processes import run_processes
 
 STEPS = 4
+each_engine = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("zero-2", "fsdp") else pytest.mark.full) for kind in cases.ENGINES]
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def found(folders) -> Callable[[str], dict[str, list[Any]]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_two_processes_train_as_one_does(kind, family, found, alone):
     for rank in found(kind)[f"stages {family}"]:
         for stage, expected in alone[family].items():
@@ -73,6 +76,7 @@ def same(left: cases.Saved, right: cases.Saved) -> bool:
     )
 
 
+@pytest.mark.full
 def test_a_run_goes_on_under_any_engine_on_any_number_of_processes(folders):
     family, stage = "llama", "distill"
     links = [("zero-2", 2), ("zero-2", 1), ("zero-3", 2), ("fsdp", 2), ("single", 1), ("zero-1", 2), ("zero-0", 2)]
@@ -88,13 +92,13 @@ def test_a_run_goes_on_under_any_engine_on_any_number_of_processes(folders):
         assert pair[0] == pytest.approx(pair[1], rel=1e-5), f"{link}: loss, norm"
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_on_as_many_processes_a_run_goes_on_to_the_bit(kind, found):
     whole, resumed = found(kind)["resumed"][0]
     assert same(resumed, whole)
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_a_gradient_that_is_not_finite_anywhere_updates_nothing(kind, folders, found):
     expected = cases.meet_a_nan(World(), "single", "llama", folders["llama"])
     assert not np.isfinite(expected["norm"])
@@ -104,19 +108,20 @@ def test_a_gradient_that_is_not_finite_anywhere_updates_nothing(kind, folders, f
         assert rank["next"] == pytest.approx(expected["next"], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_a_loss_that_is_not_finite_in_one_process_is_refused_by_all(kind, found):
     for said, before, after in found(kind)["number"]:
         assert said == "loss is nan at step 1; the weights were not updated with it"
         assert same(before, after)
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_the_guard_notices_gradients_that_get_lost(kind, found):
     for message in found(kind)["lost"]:
         assert re.match(r"model\.layers\.0\..* has no gradient at step 2", message)
 
 
+@pytest.mark.full
 def test_what_the_guard_cannot_see_the_comparison_does(folders):
     taken = run_processes(cases.keep_gradients, 2, "zero-3", "llama", folders["llama"])[0]
     pair = cases.make_pair("llama", folders["llama"])
@@ -127,26 +132,27 @@ def test_what_the_guard_cannot_see_the_comparison_does(folders):
     assert taken[2][1] > 1.01 * expected[2][1], "gradients of the step before are added"
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_motion_is_watched_in_parts(kind, found):
     assert found(kind)["motion"] == ["no weight has changed by step 3 since the last check"] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_a_function_may_use_the_heads_weight_directly(kind, family, folders, found):
     expected = cases.use_the_head(World(), "single", family, folders[family])
     for rank in found(kind)[f"head {family}"]:
         assert np.array(rank) == pytest.approx(np.array(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", cases.ENGINES)
+@each_engine
 def test_bf16_is_autocast_in_every_engine(kind, folders, found):
     expected = cases.in_half(World(), "single", "llama", folders["llama"])
     for rank in found(kind)["bf16"]:
         assert np.array(rank) == pytest.approx(np.array(expected), rel=2e-2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "offload"), [("zero-2", "optimizer"), ("zero-3", "all")])
 def test_offloading_changes_nothing(kind, offload, folders):
     expected = cases.run_stages(World(), "single", "llama", folders["llama"], 2)
@@ -155,6 +161,7 @@ def test_offloading_changes_nothing(kind, offload, folders):
             assert np.array(rank[stage]) == pytest.approx(np.array(expected[stage]), rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "kind", "how"), [
     ("llama", "zero-3", "deepspeed"),
     ("qwen2", "fsdp", "fsdp"),
@@ -170,6 +177,7 @@ def test_a_teacher_in_parts_teaches_the_same(family, kind, how, folders):
         assert here < 0.75 * size, "the embedding of a tied head stays whole, the rest is halved"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["single", "zero-3"])
 def test_memory_of_layerwise_stages_does_not_grow_with_layers(kind, tmp_path):
     teachers = {}
