@@ -366,8 +366,6 @@ MANY_ARGUMENTS = {
     *("evaluate/evaluation.py:evaluate_run", "evaluate/evaluation.py:_measure", "evaluate/generation.py:generate_text"),
     *("plan/planner.py:make_plan", "plan/planner.py:_phases", "plan/planner.py:_stage", "plan/planner.py:_work"),
     *("run/checkpoint.py:save_checkpoint", "teacher/capture.py:capturing_attention"),
-    *("train/cache_logits.py:cache_logits", "train/cache_logits.py:_begin", "train/cache_logits.py:_write_missing"),
-    "train/tracking.py:__init__",
 }
 
 

@@ -84,20 +84,18 @@ def cache_logits(
         with joined(recipe.compute.device) as world:
             from mohawkify.distributed.device import choose_device
             from mohawkify.teacher.locate import teacher_name
+            from mohawkify.train.cache_logits import CacheOptions
             from mohawkify.train.cache_logits import cache_logits as write_logits
 
-            done = write_logits(
-                teacher,
-                recipe,
-                phase=stage_phase,
-                for_source=for_source,
-                top_k=top_k,
-                output=output or Path("teacher-logits") / teacher_name(teacher),
+            options = CacheOptions(
+                output or Path("teacher-logits") / teacher_name(teacher),
+                stage_phase,
+                for_source,
+                top_k,
                 bits=None if bits is None else int(bits),
-                device=choose_device(recipe.compute.device),
-                world=world,
                 prepared=prepared,
                 report=say if world.is_rank0 else lambda line: None,
             )
+            done = write_logits(teacher, recipe, options, choose_device(recipe.compute.device), world)
     if world.is_rank0:
         click.echo(json.dumps(done, indent=2) if as_json else done["folder"])

@@ -1,4 +1,4 @@
-"""Ask a teacher once what it would say after every token of a recipe's text, and keep its likeliest answers on disk."""
+"""Run a teacher once over a recipe's text, and cache its likeliest next tokens on the disk."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from mohawkify.teacher.vocabulary import require_same_vocabulary
 Report = Callable[[str], None]
 
 SECONDS_BETWEEN_LINES = 10.0
-TOKENS_AT_ONCE = 512  # whose logits exist at a time, in float32
-VOCABULARY_BYTES = 64  # of a token with its id in about/vocabulary.json, at most as a rule
+TOKENS_AT_ONCE = 512  # of which the logits are in memory, in float32
+VOCABULARY_BYTES = 64  # for a token with its id in about/vocabulary.json, rarely more
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a teacher is asked.
+    """The text that a teacher reads.
 
     Args:
         corpus: the text.
         sequence_length: tokens per sequence.
-        sequences: (n,) which sequences, sorted.
+        sequences: (n,) their numbers, sorted.
         batch_sequences: sequences per forward pass.
     """
 
@@ -57,34 +57,53 @@ class Task:
     batch_sequences: int
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is cached of a teacher's logits, and how.
+
+    Args:
+        output: the folder of logits; one that was begun is continued.
+        phase: ``final_phase`` or ``train``.
+        for_source: the teacher that is converted, whose tokenizer cuts the text; None for the teacher itself.
+        top_k: tokens per position.
+        bits: 8 or 4 to load the teacher's weights in so many bits.
+        prepared: folder in which `mohawkify data prepare` wrote tokenised text.
+        report: receives a line for every step of the way.
+    """
+
+    output: Path
+    phase: str = "final_phase"
+    for_source: str | None = None
+    top_k: int = 64
+    bits: int | None = None
+    prepared: Path | None = None
+    report: Report = print
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The teacher, its task and what it runs on."""
+
+    recipe: Recipe
+    output: Path
+    report: Report
+    device: torch.device
+    world: World
+    first: SecondTeacher
+    teacher: SecondTeacher
+
+
 def cache_logits(
-    source: str,
-    recipe: Recipe,
-    *,
-    phase: str,
-    for_source: str | None,
-    top_k: int,
-    output: Path,
-    bits: int | None,
-    device: torch.device,
-    world: World,
-    report: Report,
-    prepared: Path | None = None,
+    source: str, recipe: Recipe, options: CacheOptions, device: torch.device, world: World
 ) -> dict[str, Any]:
     """Write a teacher's logits for a phase of a recipe's stage 3.
 
     Args:
         source: the teacher: a Hub id or a folder.
         recipe: names text, lengths, order and precision.
-        phase: ``final_phase`` or ``train``.
-        for_source: the teacher that is converted, whose tokenizer cuts the text; None for the teacher itself.
-        top_k: tokens kept per position.
-        output: the folder of logits; one that was begun is continued.
-        bits: 8 or 4 to take the teacher's weights in so many bits.
+        options: the rest.
         device: where the teacher runs.
         world: the processes that share the work, shard by shard.
-        report: receives a line for every step of the way.
-        prepared: where tokenised text may lie that `mohawkify data prepare` made.
 
     Returns:
         A JSON object: ``folder``, ``sequences``, ``tokens``, ``top_k``, ``bytes``, ``bytes_per_token``, ``seconds``.
@@ -93,9 +112,10 @@ def cache_logits(
         Interrupted: Ctrl-C or SIGTERM; the same call continues.
         MohawkifyError: anything foreseeable; nothing is left half-written.
     """
+    output, report, top_k, for_source = options.output, options.report, options.top_k, options.for_source
     begin = time.monotonic()
-    segment = _segment(recipe, phase)
-    teacher = world.rank0_first(partial(find_teacher, source, bits))
+    segment = _segment(recipe, options.phase)
+    teacher = world.rank0_first(partial(find_teacher, source, options.bits))
     first = teacher if for_source is None else world.rank0_first(partial(find_teacher, for_source, None))
     if first is not teacher:
         names = (first.name, teacher.name)
@@ -107,12 +127,13 @@ def cache_logits(
     if not 1 <= top_k <= rows:
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
     corpora = output / "corpora"
-    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocab_size, prepared, report=report)
+    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocab_size, options.prepared, report=report)
     text.require_files(segment.data)
     layout = Layout(segment.sequence_length, top_k, rows).with_shards()
+    job = _Job(recipe, output, report, device, world, first, teacher)
     with Shutdown() as stop:
         try:
-            # The main process alone locks and sweeps; the others wait until the folder is as it should be.
+            # The main process alone locks and sweeps; the others wait for it.
             with run_lock(output) if world.is_rank0 else nullcontext():
                 if world.is_rank0:
                     atomic.ensure_writable(output)
@@ -121,8 +142,8 @@ def cache_logits(
                     _require_room(text, segment, layout, output)
                 report("reading the text")
                 task = world.rank0_first(lambda: _task(text, segment))
-                logits = world.rank0_first(lambda: _begin(first, teacher, task, layout, recipe, output, report))
-                _write_missing(logits, task, teacher, recipe, device, world, report, stop)
+                logits = world.rank0_first(lambda: _begin(job, task, layout))
+                _write_missing(job, logits, task, stop)
                 world.barrier()
         except KeyboardInterrupt:
             stop.check("; the shards that are written stay")
@@ -175,45 +196,30 @@ def _task(text: TextReader, segment: Segment) -> Task:
     return Task(sample_range.corpus, segment.sequence_length, sequences, micro if isinstance(micro, int) else 1)
 
 
-def _begin(
-    first: SecondTeacher,
-    teacher: SecondTeacher,
-    task: Task,
-    layout: Layout,
-    recipe: Recipe,
-    output: Path,
-    report: Report,
-) -> TeacherLogits:
-    """Estimate the space, and write what the logits are of, unless an earlier call or process did."""
+def _begin(job: _Job, task: Task, layout: Layout) -> TeacherLogits:
+    """Estimate the space, and write the facts of the logits, unless an earlier call or process did."""
+    output = job.output
     total = len(task.sequences) * layout.record_bytes
     needed = max(0, len(task.sequences) - _num_written(output, layout)) * layout.record_bytes
-    report(
+    job.report(
         f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
         f" per token: {total:,} bytes, {disk.free_bytes(output):,} are free"
     )
-    vocabulary = first.tokenizer.get_vocab()
+    vocabulary = job.first.tokenizer.get_vocab()
     disk.require_space(output, needed + VOCABULARY_BYTES * len(vocabulary))
     facts = {
-        "teacher": teacher.facts(),
-        "tokenizer": tokenizer_hash(first.tokenizer),
+        "teacher": job.teacher.facts(),
+        "tokenizer": tokenizer_hash(job.first.tokenizer),
         "text": task.corpus.fingerprint,
         "temperature": 1.0,
-        "precision": recipe.compute.precision,
+        "precision": job.recipe.compute.precision,
     }
     return TeacherLogits.create(output, layout, facts, vocabulary, task.sequences)
 
 
-def _write_missing(
-    logits: TeacherLogits,
-    task: Task,
-    teacher: SecondTeacher,
-    recipe: Recipe,
-    device: torch.device,
-    world: World,
-    report: Report,
-    stop: Shutdown,
-) -> None:
+def _write_missing(job: _Job, logits: TeacherLogits, task: Task, stop: Shutdown) -> None:
     """Write this process's share of the shards that are not there yet."""
+    teacher, device, world, report = job.teacher, job.device, job.world, job.report
     missing = world.on_rank0(logits.missing)  # one list for all: the first process may be writing before the last looks
     if not missing:
         report(f"{logits.folder} is already finished")
@@ -224,7 +230,7 @@ def _write_missing(
     if not share:
         return
     report(f"loading {teacher.name}" + (f" in {teacher.bits} bits" if teacher.bits else ""))
-    is_bf16 = recipe.compute.precision == "bf16"
+    is_bf16 = job.recipe.compute.precision == "bf16"
     model = teacher.load(torch.bfloat16 if is_bf16 else torch.float32, device)
     progress = _Progress(sum(len(logits.shard_sequences(number)) for number in share), task.sequence_length, report)
     for number in share:
@@ -235,14 +241,14 @@ def _write_missing(
                 stop.check("; the shards that are written stay")
                 part = sequences[first : first + task.batch_sequences]
                 with torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext():
-                    yield _ask(model, teacher, task, part, logits.layout, device)
+                    yield _top_tokens(model, teacher, task, part, logits.layout, device)
                 progress.advance(len(part))
 
         logits.write_shard(number, answers())
 
 
 @torch.no_grad()
-def _ask(
+def _top_tokens(
     model: PreTrainedModel,
     teacher: SecondTeacher,
     task: Task,

@@ -10,7 +10,7 @@ from mohawkify.run.metrics import MetricsLog
 from mohawkify.train.checks import RefusedStepError
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.loop import StepReport
-from mohawkify.train.tracking import Tracking, tracking_id
+from mohawkify.train.tracking import TrackedRun, Tracking, tracking_id
 from mohawkify.train.training_state import TrainingState
 
 
@@ -31,12 +31,14 @@ class StepLog:
             self._tracking = Tracking(
                 options.track,
                 first_step,
-                project=options.track_project,
-                run_id=tracking_id(run.tracking_file),
-                run_name=conversion.models.spec.name,
-                folder=run.tracking,
-                config=conversion.recipe.model_dump(mode="json"),
-                report=options.report,
+                TrackedRun(
+                    options.track_project,
+                    tracking_id(run.tracking_file),
+                    conversion.models.spec.name,
+                    run.tracking,
+                    conversion.recipe.model_dump(mode="json"),
+                ),
+                options.report,
             )
 
     def __enter__(self) -> StepLog:

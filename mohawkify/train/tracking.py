@@ -1,7 +1,7 @@
-"""Figures of a run sent to a tracker as well: Accelerate's own classes for TensorBoard, Weights & Biases and Trackio.
+"""Metrics of a run for trackers: Accelerate's own classes for TensorBoard, Weights & Biases and Trackio.
 
-A tracker is a convenience. One that cannot be had is refused before anything begins; one that fails later, because the
-network is gone or its disk is full, is told of once and left alone.
+A tracker that is not installed is refused before anything begins; one that fails later, because the network is gone or
+its disk is full, is reported once and dropped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,50 +49,54 @@ def tracking_id(file: Path) -> str:
     return str(found["id"])
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """How trackers show a run.
+
+    Args:
+        project: groups runs.
+        run_id: see `tracking_id`.
+        name: of the run, for people.
+        folder: where trackers keep files of their own.
+        config: shown beside the metrics; a fresh run sends it once.
+    """
+
+    project: str
+    run_id: str
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+
+
 class Tracking:
     """The trackers of a run.
 
     Args:
-        names: keys of `TRACKERS`.
-        step: optimiser steps taken so far.
-        project: groups runs.
-        run_id: see `tracking_id`.
-        run_name: of the run, for people.
-        folder: where trackers keep files of their own.
-        config: what to show beside the metrics; a fresh run gives it once.
+        trackers: keys of `TRACKERS`.
+        step: optimizer steps taken so far.
+        run: how the trackers show it.
         report: receives a line where a tracker fails.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        step: int,
-        *,
-        project: str,
-        run_id: str,
-        run_name: str,
-        folder: Path,
-        config: Mapping[str, Any],
-        report: Callable[[str], None],
-    ) -> None:
+    def __init__(self, trackers: Sequence[str], step: int, run: TrackedRun, report: Callable[[str], None]) -> None:
         self.report = report
         self._trackers: dict[str, Any] = {}
-        for name in names:
+        for name in trackers:
             with self._spared(name):
-                tracker = _start(name, project, run_id, run_name, folder, step)
+                tracker = _start(name, run, step)
                 self._trackers[name] = tracker
-                if step == 0 and config:
-                    tracker.store_init_configuration(_flat(config))
+                if step == 0 and run.config:
+                    tracker.store_init_configuration(_flat(run.config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Send the numbers among some metrics."""
+        """Send the metrics that are numbers."""
         numbers = {key: value for key, value in metrics.items() if type(value) in (int, float)}
         for name, tracker in list(self._trackers.items()):
             with self._spared(name):
                 tracker.log(numbers, step=step)
 
     def close(self) -> None:
-        """Let every tracker write what it still holds."""
+        """Flush and close every tracker."""
         for name, tracker in list(self._trackers.items()):
             with self._spared(name):
                 tracker.finish()
@@ -99,7 +104,7 @@ class Tracking:
 
     @contextmanager
     def _spared(self, name: str) -> Iterator[None]:
-        """Spare the run what a tracker raises, whatever it is: told once, and the tracker is left alone."""
+        """Report any exception of a tracker once, drop the tracker, and let the run go on."""
         try:
             yield
         except Exception as error:
@@ -108,23 +113,23 @@ class Tracking:
             self.report(f"--track {name} is given up, the run goes on: {reason}")
 
 
-def _start(name: str, project: str, run_id: str, run_name: str, folder: Path, step: int) -> Any:
+def _start(name: str, run: TrackedRun, step: int) -> Any:
     from accelerate import PartialState, tracking
 
     threads = torch.get_num_threads()
-    PartialState()  # Accelerate's loggers ask for it
+    PartialState()  # Accelerate's loggers need it
     torch.set_num_threads(threads)  # which it may have changed
-    label = f"{run_name}-{run_id}"
+    label = f"{run.name}-{run.run_id}"
     if name == "tensorboard":
-        # What a killed process logged behind the checkpoint is logged again: the older points go. TensorBoard names
-        # files by the second: without a suffix of its own a run continued within it would overwrite its beginning.
+        # Steps after the checkpoint are logged again, so their older points are purged. TensorBoard names files by the
+        # second: without a suffix, a run continued within the same second would overwrite its beginning.
         tracker: Any = tracking.TensorBoardTracker(
-            label, logging_dir=folder / name, purge_step=step + 1, filename_suffix=f".after-{step}"
+            label, logging_dir=run.folder / name, purge_step=step + 1, filename_suffix=f".after-{step}"
         )
     elif name == "wandb":
-        tracker = tracking.WandBTracker(project, id=run_id, name=label, resume="allow", dir=str(folder))
+        tracker = tracking.WandBTracker(run.project, id=run.run_id, name=label, resume="allow", dir=str(run.folder))
     else:
-        tracker = tracking.TrackioTracker(project, name=label, resume="allow")
+        tracker = tracking.TrackioTracker(run.project, name=label, resume="allow")
     tracker.start()
     return tracker
 

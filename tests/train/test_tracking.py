@@ -71,9 +71,8 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(teacher, tmp_p
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the tracker wants a folder")
     lines: list[str] = []
-    tracked = tracking.Tracking(
-        ["tensorboard"], 0, project="p", run_id="i", run_name="r", folder=blocked, config={}, report=lines.append
-    )
+    shown = tracking.TrackedRun("p", "i", "r", blocked, {})
+    tracked = tracking.Tracking(["tensorboard"], 0, shown, lines.append)
     for step in range(1, 4):
         tracked.log({"loss": 1.0}, step)
     tracked.close()
