@@ -43,18 +43,18 @@ class Case:
     found: Inspection
 
     def attentions(self, model: nn.Module) -> dict[int, nn.Module]:
-        adapter = self.models.adapter
+        adapter = self.pair.adapter
         return {i: getattr(layer, adapter.attention) for i, layer in enumerate(find_layers(model, adapter.layers))}
 
     def heard(self, batch: Batch) -> list[LayerCall]:
         """The calls of the teacher's attention modules as stage 1 hears them."""
-        teacher, calls = self.models.teacher, []
+        teacher, calls = self.pair.teacher, []
         with (
             torch.no_grad(),
-            capture_attention(teacher, self.models.adapter),
+            capture_attention(teacher, self.pair.adapter),
             layer_hooks(self.attentions(teacher), calls.append),
         ):
-            teacher(**model_inputs(teacher, batch, self.models.spec))
+            teacher(**model_inputs(teacher, batch, self.pair.spec))
         return calls
 
 
