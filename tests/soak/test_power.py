@@ -126,10 +126,11 @@ def test_p4_a_power_cut_leaves_no_checkpoint_without_its_lines_of_the_log(tmp_pa
     top = tmp_path / "run"
     top.mkdir()
     recipe = parse_recipe(RECIPE, "tiny.yaml")
+    models, text, loaders = (None, None), ({}, []), (None, None, None)
+    device, world = torch.device("cpu"), World()
     conversion = Conversion(
-        RunFolder(top), recipe, ConvertOptions(), "identity", *5 * [None], torch.device("cpu"), World(), *3 * [None]
+        RunFolder(top), recipe, ConvertOptions(), "identity", *models, *text, device, world, *loaders
     )  # type: ignore[arg-type]
-    conversion.__dict__["corpora"] = {}
     log, state = StepLog(conversion, 0), TrainingState(stage="orient")
     writer = CheckpointWriter(conversion, log, Shutdown(), 0)
     tensors = {group: {"weight": torch.ones(3)} for group in ("model", "optimizer")} | {"rng": {}}
