@@ -16,7 +16,7 @@ from mohawkify.files.atomic import atomic_directory, write_json
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.student.save import save_student
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.tiny import save_teacher, tiny_teacher
 
@@ -37,7 +37,7 @@ def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **change
     """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``."""
     teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
     save_teacher(teacher, folder)
-    found = inspect_teacher(str(folder))
+    found = resolve_teacher(str(folder))
     recipe = StudentRecipe(state_size=16, keep_attention=keep)
     spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
     student = build_student(teacher, found.adapter, spec, "attention", seed=0)

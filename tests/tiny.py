@@ -16,7 +16,7 @@ from mohawkify.families.registry import load_adapter
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -73,7 +73,7 @@ def tiny_pair(
     """A random teacher and its student."""
     teacher = tiny_teacher(family, **changes)
     save_teacher(teacher, folder)
-    inspection = inspect_teacher(str(folder))
+    inspection = resolve_teacher(str(folder))
     adapter: Adapter = inspection.adapter
     recipe = StudentRecipe(**{"state_size": 16, "init": init, **(student or {})})
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)

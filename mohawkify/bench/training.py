@@ -34,9 +34,8 @@ from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import build_student, design_student, mixers_of
 from mohawkify.teacher.capture import LayerCall, layer_hooks
-from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.load import load_teacher
-from mohawkify.teacher.locate import find_folder
+from mohawkify.teacher.resolve import resolve_teacher
 
 ROUNDS = 5
 OWN, DIRECT = "mohawkify", "direct"
@@ -65,22 +64,22 @@ class Workload:
             length: tokens per sequence.
             device: where all of it goes.
         """
-        inspection = inspect_teacher(teacher)
+        resolved = resolve_teacher(teacher, need="weights")
         sizes = [
             f"stages.{name}.{key}={value}"
             for name in STAGES
             for key, value in (("sequence_length", length), ("batch_sequences", batch))
         ]
         recipe = apply_overrides(load_recipe("demo"), tuple(sizes))
-        spec = design_student("bench", inspection.spec, inspection.config, inspection.adapter, recipe.student)
-        loaded = load_teacher(find_folder(teacher), dtype=torch.float32, device=device)
-        student = build_student(loaded, inspection.adapter, spec, recipe.student.init, seed=0)
+        spec = design_student("bench", resolved.spec, resolved.config, resolved.adapter, recipe.student)
+        loaded = load_teacher(resolved, dtype=torch.float32, device=device)
+        student = build_student(loaded, resolved.adapter, spec, recipe.student.init, seed=0)
         generator = torch.Generator().manual_seed(0)
-        ids_bl = torch.randint(inspection.spec.vocab_size, (batch, length), generator=generator)
+        ids_bl = torch.randint(resolved.spec.vocab_size, (batch, length), generator=generator)
         positions_bl = (torch.arange(length) % max(length // 2, 1)).expand(batch, -1).clone()
         packed = Batch(ids_bl.to(device), positions_bl.to(device), torch.ones_like(ids_bl, dtype=torch.bool).to(device))
         return cls(
-            TeacherStudent(loaded, student, spec, inspection.adapter), packed, recipe, plan(teacher, recipe), device
+            TeacherStudent(loaded, student, spec, resolved.adapter), packed, recipe, plan(teacher, recipe), device
         )
 
     def stage(self, name: str) -> Objective:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mohawkify.student.student_spec import StudentSpec
 
 if TYPE_CHECKING:
-    from mohawkify.teacher.inspect import Inspection
+    from mohawkify.teacher.resolve import ResolvedTeacher
 
 # The stages of a recipe that leaves `train` at its defaults.
 MIXER_LEARNS = ("orient", "align", "distill")
@@ -26,19 +26,19 @@ def inspect_source(source: str) -> dict[str, Any]:
     """
     from mohawkify.recipe.schema import StudentRecipe
     from mohawkify.student.build import design_student
-    from mohawkify.teacher.inspect import inspect_teacher
-    from mohawkify.teacher.locate import teacher_name
+    from mohawkify.teacher.resolve import resolve_teacher
 
-    found = inspect_teacher(source)
-    name = f"{teacher_name(source)}-mohawk"
-    return describe_teacher(found, design_student(name, found.spec, found.config, found.adapter, StudentRecipe()))
+    teacher = resolve_teacher(source)
+    name = f"{teacher.name}-mohawk"
+    student = design_student(name, teacher.spec, teacher.config, teacher.adapter, StudentRecipe())
+    return describe_teacher(teacher, student)
 
 
-def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, Any]:
+def describe_teacher(teacher: ResolvedTeacher, student: StudentSpec) -> dict[str, Any]:
     """List the parts of a teacher and what becomes of each.
 
     Args:
-        inspection: the teacher on the meta device.
+        teacher: the teacher, resolved.
         student: the student that would be made of it.
 
     Returns:
@@ -46,10 +46,10 @@ def describe_teacher(inspection: Inspection, student: StudentSpec) -> dict[str, 
         the stages in which each learns. Tensors that two parts share are counted in the first.
     """
     from mohawkify.families.decoder_layers import find_layers
-    from mohawkify.teacher.inspect import embedding_tables
+    from mohawkify.teacher.meta_model import embedding_tables
 
-    spec, adapter = inspection.spec, inspection.adapter
-    modules: Any = inspection.modules
+    spec, adapter = teacher.spec, teacher.adapter
+    modules: Any = teacher.modules
     mixer = student.mixer_parameters // len(student.mixer_layers)
     counted: set[int] = set()
 

@@ -332,14 +332,14 @@ def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temper
     chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
     with working() as output:
         from mohawkify.distributed.device import choose_device
-        from mohawkify.evaluate.evaluation import load_run_models, teacher_folder
+        from mohawkify.evaluate.evaluation import load_run_models, run_teacher
         from mohawkify.evaluate.generation import generate_text
 
         def show(text: str) -> None:
             click.echo(text, file=output, nl=False)
 
         device = choose_device(chosen.recipe().compute.device)
-        teacher = teacher_folder(chosen) if with_teacher else None
+        teacher = run_teacher(chosen) if with_teacher else None
         models, tokenizer = load_run_models(chosen, teacher, device)
         for name, model in models.items():
             show(f"{name}: {words[-1]}" if with_teacher else words[-1])

@@ -12,7 +12,7 @@ from mohawkify.cli.tables import inspection_text, short_time
 from mohawkify.demo import split_stories
 from mohawkify.distributed.device import choose_device
 from mohawkify.errors import MissingExtraError
-from mohawkify.evaluate.evaluation import evaluate_run, load_run_models, teacher_folder
+from mohawkify.evaluate.evaluation import evaluate_run, load_run_models, run_teacher
 from mohawkify.evaluate.generation import generate_text
 from mohawkify.evaluate.report import console_table
 from mohawkify.evaluate.speed import decode_speed
@@ -58,9 +58,10 @@ def run_demo(output: Path, *, report: Report) -> str:
     report(console_table(evaluate_run(run, device=device, report=report)))
 
     report("\n[5/6] export\n")
-    teacher = teacher_folder(run)
-    sizes = {"teacher": _bytes(teacher), "student": _bytes(run.final)}
-    places = {"teacher": teacher, "run": run.path, "student": run.final}
+    teacher = run_teacher(run)
+    teacher_folder = teacher.require_folder()
+    sizes = {"teacher": _bytes(teacher_folder), "student": _bytes(run.final)}
+    places = {"teacher": teacher_folder, "run": run.path, "student": run.final}
     for target in TARGETS:
         try:
             places[target] = _export(run, target, report)

@@ -17,17 +17,11 @@ from mohawkify.data.corpus import noted_corpus, verify_corpus
 from mohawkify.data.teacher_logits import ABOUT, TeacherLogits
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
 from mohawkify.files.atomic import MANIFEST_NAME, file_sha256, read_json, read_lines, verify_directory
+from mohawkify.files.safetensors_headers import TensorHeader, read_header, read_tensors, require_own_files
 from mohawkify.run.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from mohawkify.run.folder import RunFolder, changed_files, run_identity
 from mohawkify.teacher.tokenizer_files import require_tokenizer_files, text_hashes
-from mohawkify.teacher.validate import (
-    ClaimedTensor,
-    read_header,
-    read_tensors,
-    require_config,
-    require_own_files,
-    require_plain_weights,
-)
+from mohawkify.teacher.validate import require_config, require_plain_weights
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
 UNKNOWN = "unknown"
@@ -233,7 +227,7 @@ def _require_identity(checkpoint: Checkpoint, run: RunFolder) -> None:
         raise CheckpointError(f"{checkpoint.path.name} belongs to another recipe or teacher")
 
 
-def _require_finite(tensors: dict[str, ClaimedTensor]) -> None:
+def _require_finite(tensors: dict[str, TensorHeader]) -> None:
     """Refuse a floating-point tensor with a value that is not finite; read in parts, so memory stays small."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NUMPY_DTYPES:

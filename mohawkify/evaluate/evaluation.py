@@ -25,49 +25,49 @@ from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
 from mohawkify.run.folder import RunFolder, changed_files
 from mohawkify.student.save import load_student
-from mohawkify.teacher.load import load_teacher, teacher_hashes
-from mohawkify.teacher.locate import find_folder
+from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.tokenizer import load_tokenizer
-from mohawkify.teacher.tokenizer_files import text_hashes
 
 Report = Callable[[str], None]
 EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
 ANSWERS = "answers"  # the folder of a run where answers are kept until its evaluation is done
 
 
-def teacher_folder(run: RunFolder, override: str | None = None) -> Path:
-    """The folder of a run's teacher, proved to hold the very files the run was made from.
+def run_teacher(run: RunFolder, override: str | None = None) -> ResolvedTeacher:
+    """Resolve a run's teacher; its files are those that the run was made from, by their hashes.
 
     Args:
         run: the run.
-        override: where the teacher is now; None looks where it was.
+        override: where the teacher is now; None for the folder that the run records.
 
     Raises:
         TeacherError: it is not there, or its files have changed.
     """
     facts = run.teacher()
     recorded = Path(facts["folder"])
-    folder = recorded if override is None and recorded.is_dir() else find_folder(override or facts["source"])
-    changed = changed_files(facts["files"], teacher_hashes(folder))
+    source = str(recorded) if override is None and recorded.is_dir() else override or facts["source"]
+    teacher = resolve_teacher(source, need="weights")
+    changed = changed_files(facts["files"], teacher.file_hashes)
     text_files = run.text_files()
     if text_files is not None:
-        changed += changed_files(text_files, text_hashes(folder))
+        changed += changed_files(text_files, teacher.text_hashes)
     if changed:
         raise TeacherError(
-            f"{folder} is not the teacher that {run.path} was made from: {changed[0]} differs",
+            f"{teacher.folder} is not the teacher that {run.path} was made from: {changed[0]} differs",
             hint="name the folder of the original teacher with --teacher",
         )
-    return folder
+    return teacher
 
 
 def load_run_models(
-    run: RunFolder, teacher: Path | None, device: torch.device
+    run: RunFolder, teacher: ResolvedTeacher | None, device: torch.device
 ) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
     """Load what a run is made of.
 
     Args:
         run: a finished run.
-        teacher: the folder that `teacher_folder` found; None leaves the teacher out.
+        teacher: as `run_teacher` returned it; None leaves the teacher out.
         device: where the models go.
 
     Returns:
@@ -150,9 +150,9 @@ def _measure(
     batch_size: int,
 ) -> dict[str, Any]:
     recipe = run.recipe()
-    teacher_path = teacher_folder(run, teacher_source) if against == "teacher" else None
-    report(f"loading the student from {run.final}" + (f" and the teacher from {teacher_path}" if teacher_path else ""))
-    models, tokenizer = load_run_models(run, teacher_path, device)
+    resolved = run_teacher(run, teacher_source) if against == "teacher" else None
+    report(f"loading the student from {run.final}" + (f" and the teacher from {resolved.folder}" if resolved else ""))
+    models, tokenizer = load_run_models(run, resolved, device)
     student, teacher = models["student"], models.get("teacher")
     found: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
     if questions is not None:
@@ -160,7 +160,7 @@ def _measure(
         answers = _answers(run, found["provenance"], models, batch_size, report)
         found["tasks"] = ask_models(models, tokenizer, questions, batch_size=batch_size, limit=limit, answers=answers)
     # Text beside the teacher is found without it being compared, or even whole.
-    text_base = teacher_path or Path(run.teacher()["folder"])
+    text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
     known = _corpora(run)
     rows = text.held_out()

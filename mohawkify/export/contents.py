@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from mohawkify.errors import CheckpointError, ExportError, TeacherError
+from mohawkify.files.safetensors_headers import read_tensors
 from mohawkify.student.save import is_precise
-from mohawkify.teacher.validate import read_tensors
 
 STORED_AS = {"bfloat16": "BF16", "float32": "F32"}  # safetensors' names of the precisions
 PRECISE = "F32"

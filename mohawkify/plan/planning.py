@@ -19,8 +19,7 @@ from mohawkify.plan.planner import Machine, layout_of, make_plan
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import design_student
 from mohawkify.student.student_spec import StudentSpec
-from mohawkify.teacher.inspect import Inspection, inspect_teacher
-from mohawkify.teacher.locate import teacher_name
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         UsageError: an unknown GPU, several without a kind on a machine that has none, or a batch that so many cannot
             share.
     """
-    inspection = inspect_teacher(source)
-    student = student_of(source, inspection, recipe)
+    teacher = resolve_teacher(source)
+    student = student_of(teacher, recipe)
     device = recipe.compute.device
     if options.gpu is not None:
         device = "cuda"
@@ -86,21 +85,21 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         memory_bytes=_memory_bytes(),
         free_bytes=None if options.output is None else disk.free_bytes(options.output),
     )
-    footprint = _footprint(inspection, student, recipe) if options.count else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+    footprint = _footprint(teacher, student, recipe) if options.count else None
+    return make_plan(teacher.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(teacher))
 
 
 def plan_run(
-    inspection: Inspection, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
+    teacher: ResolvedTeacher, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
 ) -> dict[str, Any]:
     """The plan that a run's folder keeps; activations are counted on a GPU only, because counting takes seconds."""
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
     layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
-    footprint = _footprint(inspection, student, recipe) if device == "cuda" else None
-    return make_plan(inspection.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(inspection))
+    footprint = _footprint(teacher, student, recipe) if device == "cuda" else None
+    return make_plan(teacher.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(teacher))
 
 
-def student_of(source: str, inspection: Inspection, recipe: Recipe) -> StudentSpec:
+def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
     """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
 
     Raises:
@@ -111,17 +110,17 @@ def student_of(source: str, inspection: Inspection, recipe: Recipe) -> StudentSp
         for name, block in recipe.stages.blocks().items()
         if block.num_steps and set(getattr(block, "train", ())) == {"head"}
     ]
-    if inspection.spec.tie_word_embeddings and alone:
+    if teacher.spec.tie_word_embeddings and alone:
         raise RecipeError(
             f"stages.{alone[0]}.train: found head alone, and this teacher's head is its embedding",
             hint="name embedding too, and both learn as one",
         )
-    name = recipe.student.name or f"{teacher_name(source)}-mohawk"
-    return design_student(name, inspection.spec, inspection.config, inspection.adapter, recipe.student)
+    name = recipe.student.name or f"{teacher.name}-mohawk"
+    return design_student(name, teacher.spec, teacher.config, teacher.adapter, recipe.student)
 
 
-def _makes_whole_logits(inspection: Inspection) -> bool:
-    return inspection.adapter.logits.unknown is not None
+def _makes_whole_logits(teacher: ResolvedTeacher) -> bool:
+    return teacher.adapter.logits.unknown is not None
 
 
 def _memory_bytes() -> int | None:
@@ -139,8 +138,8 @@ def _gpu_at_hand(device: str) -> Gpu | None:
     return gpu_at_hand(properties.name, properties.total_memory)
 
 
-def _footprint(inspection: Inspection, student: StudentSpec, recipe: Recipe) -> Footprint | None:
+def _footprint(teacher: ResolvedTeacher, student: StudentSpec, recipe: Recipe) -> Footprint | None:
     """Activations counted by the family's own code; None for routers of experts, which need real values to run."""
-    if inspection.spec.active_parameters < inspection.spec.num_parameters:
+    if teacher.spec.active_parameters < teacher.spec.num_parameters:
         return None
-    return count_footprint(inspection.config, inspection.adapter, student, recipe)
+    return count_footprint(teacher.config, teacher.adapter, student, recipe)

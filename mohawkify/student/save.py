@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from mohawkify.errors import CheckpointError, is_out_of_memory
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.autodetect import find_classes
+from mohawkify.files.safetensors_headers import read_tensors
 from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import classes_for
 from mohawkify.teacher.generation_settings import plain_generation
 from mohawkify.teacher.no_remote_code import never_ask
 from mohawkify.teacher.validate import (
-    read_tensors,
     require_config,
     require_generation_settings,
     require_plain_weights,

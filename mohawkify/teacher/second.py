@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +13,47 @@ from mohawkify.data.loader import SampleRange, sequences_of
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.errors import DataError
-from mohawkify.families.adapter import Adapter
 from mohawkify.recipe.schema import Recipe
-from mohawkify.teacher.inspect import inspect_teacher
 from mohawkify.teacher.lm_head import prove_head
-from mohawkify.teacher.load import load_teacher, teacher_hashes
-from mohawkify.teacher.locate import find_folder, teacher_name
+from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.quantize import require_quantiser
-from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 
 @dataclass(frozen=True)
 class SecondTeacher:
-    """A teacher whose files were looked at and found to be whole, but whose weights are not in memory.
+    """A teacher beside the first: its files are validated, its weights are not in memory.
 
     Args:
-        source: as the user wrote it.
-        folder: where its files are.
-        adapter: its family.
+        teacher: resolved, with its weights at hand.
         tokenizer: its tokenizer.
-        vocab_size: rows of its embedding.
-        bits: 8 or 4 to take its weights in so many bits; None to leave them.
+        bits: 8 or 4 to quantise its weights when they are loaded; None to leave them.
     """
 
-    source: str
-    folder: Path
-    adapter: Adapter
+    teacher: ResolvedTeacher
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
     bits: int | None
 
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """The sha256 of every file that decides what it computes; reads them all once."""
-        return teacher_hashes(self.folder)
-
-    @property
-    def name(self) -> str:
-        """The last part of its path or Hub id."""
-        return teacher_name(self.source)
-
     def facts(self) -> dict[str, Any]:
-        """What a run or a folder of logits records of it."""
-        return {"name": self.name, "model_type": self.adapter.model_type, "files": self.files, "bits": self.bits}
+        """Its record in a run or a folder of logits."""
+        teacher = self.teacher
+        return {
+            "name": teacher.name,
+            "model_type": teacher.adapter.model_type,
+            "files": teacher.file_hashes,
+            "bits": self.bits,
+        }
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Its weights, frozen, and its head as its family says; see `load_teacher` and `prove_head`."""
-        teacher = load_teacher(self.folder, dtype=dtype, device=device, bits=self.bits)
-        prove_head(teacher, self.adapter, self.vocab_size)
-        return teacher
+        """Load its weights, frozen, and verify its head; see `load_teacher` and `prove_head`."""
+        model = load_teacher(self.teacher, dtype=dtype, device=device, bits=self.bits)
+        prove_head(model, self.teacher.adapter, self.teacher.spec.vocab_size)
+        return model
 
 
 def find_teacher(source: str, bits: int | None) -> SecondTeacher:
-    """Look at a teacher's files; everything that can be refused without loading weights is refused here.
+    """Resolve a second teacher; everything that can be refused without loading weights is refused here.
 
     Args:
         source: a Hub id or a folder.
@@ -79,17 +65,8 @@ def find_teacher(source: str, bits: int | None) -> SecondTeacher:
     """
     if bits is not None:
         require_quantiser(bits)
-    inspection = inspect_teacher(source)
-    folder = find_folder(source)
-    rows = inspection.spec.vocab_size
-    return SecondTeacher(
-        source=source,
-        folder=folder,
-        adapter=inspection.adapter,
-        tokenizer=load_tokenizer(folder, rows),
-        vocab_size=rows,
-        bits=bits,
-    )
+    teacher = resolve_teacher(source, need="weights")
+    return SecondTeacher(teacher, teacher.tokenizer(), bits)
 
 
 def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> str | None:
@@ -125,7 +102,7 @@ def find_final_teacher(recipe: Recipe) -> FinalTeacher | None:
 def final_teacher_hashes(final_teacher: FinalTeacher | None) -> dict[str, str]:
     """The hashes that make it part of a run's identity, under names that no file of the first teacher has."""
     if isinstance(final_teacher, SecondTeacher):
-        return {f"final_phase/{name}": digest for name, digest in final_teacher.files.items()}
+        return {f"final_phase/{name}": digest for name, digest in final_teacher.teacher.file_hashes.items()}
     return {} if final_teacher is None else {"final_phase/logits": final_teacher.identity()}
 
 
@@ -147,8 +124,8 @@ def require_fitting_tokens(final_teacher: FinalTeacher, name: str, tokenizer: Pr
     if isinstance(final_teacher, TeacherLogits):
         require_same_vocabulary(ours, final_teacher.vocabulary(), (name, str(final_teacher.folder)))
         return None
-    require_same_vocabulary(ours, final_teacher.tokenizer.get_vocab(), (name, final_teacher.name))
-    return tokenizer_note(tokenizer, final_teacher.tokenizer, final_teacher.name)
+    require_same_vocabulary(ours, final_teacher.tokenizer.get_vocab(), (name, final_teacher.teacher.name))
+    return tokenizer_note(tokenizer, final_teacher.tokenizer, final_teacher.teacher.name)
 
 
 def require_fitting_text(logits: TeacherLogits, sample_range: SampleRange, batch_sequences: int, seed: int) -> None:

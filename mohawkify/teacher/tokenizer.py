@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from mohawkify.teacher.validate import require_config
 _STANDS_FOR_ANY = ("PythonBackend", "PreTrainedTokenizer")
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, vocab_size: int, config_values: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer and check that every token has a row in the embedding, and an id of its own.
 
     Rows without a token are fine: vocabularies are padded.
@@ -32,6 +35,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     Args:
         folder: of the teacher or the student, with its config.json.
         vocab_size: rows of the embedding.
+        config_values: the content of config.json; None reads it.
 
     Raises:
         TeacherError: no tokenizer, damaged files, a class that is no tokenizer, token ids beyond the vocabulary, or two
@@ -47,7 +51,11 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     unfollowed: dict[str, Any] = dict.fromkeys(names_of_files(settings))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=_family(folder / "config.json"), local_files_only=True, trust_remote_code=False, **unfollowed
+            folder,
+            config=_family(folder / "config.json", config_values),
+            local_files_only=True,
+            trust_remote_code=False,
+            **unfollowed,
         )
         vocabulary = tokenizer.get_vocab()
     except BaseException as error:
@@ -73,12 +81,12 @@ def _unusable(folder: Path, reason: str) -> TeacherError:
     )
 
 
-def _family(path: Path) -> Any:
+def _family(path: Path, values: Mapping[str, Any] | None) -> Any:
     """What transformers chooses the tokenizer's class by: the type of the model and the class its config.json names.
 
     Left to itself it would read the whole configuration, and follow what else that names.
     """
-    facts = require_config(path)
+    facts = require_config(path) if values is None else values
     model_type, tokenizer_class = facts.get("model_type"), facts.get("tokenizer_class")
     _require_tokenizer_class(path, tokenizer_class)
     config: Any = PreTrainedConfig()

@@ -11,7 +11,7 @@ from typing import Any
 
 from mohawkify.errors import TeacherError
 from mohawkify.files.atomic import file_sha256
-from mohawkify.teacher.validate import read_json_object, refuse_pointer, require_own_files
+from mohawkify.files.safetensors_headers import read_json_object, refuse_pointer, require_own_files
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mohawkify.errors import MohawkifyError, TeacherError
+from mohawkify.errors import TeacherError
 from mohawkify.files.atomic import read_json
-from mohawkify.files.strict_json import parse_json
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-# Bytes per number. What is not here (8 bits and fewer for floats) are the weights of a quantised model.
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INTEGER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+from mohawkify.files.safetensors_headers import (
+    INTEGER_BYTES,
+    TensorHeader,
+    read_json_object,
+    refuse_pointer,
+    same_content,
+)
 
 # Keys that make transformers run code of the folder or, where its package `kernels` is installed, of the Hub.
 _CODE_KEYS = re.compile(r"auto_map|_?(attn|experts)_implementation(_internal)?")
 
-_AGAIN = "download or copy the file again"
-_POINTER = b"version https://git-lfs"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_ONE_OF_A_SET = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-_LONGEST_HEADER = 10_000_000
 _LONGEST_CONFIG = 10_000_000
-_BYTES_AT_ONCE = 1 << 24
 
 # Masks and tables that a family computes when it is loaded may take this many bytes, and this many times the weights.
 # Assumed: GPT-2's square mask in every layer, the largest known, is far below at its published length.
@@ -52,25 +42,6 @@ _AT_LEAST_ONE = re.compile(
 )
 # Weights that no parameter of the model can hold, or that lie elsewhere than in the files that are checked here.
 _UNREAD_KEYS = ("quantization_config", "compression_config", "transformers_weights")
-
-
-@dataclass(frozen=True)
-class ClaimedTensor:
-    """A tensor as the header of its file describes it.
-
-    Args:
-        file: where it lies.
-        dtype: safetensors' name of its type, such as ``BF16``.
-        shape: its sizes.
-        begin: offset of its first byte in the file.
-        end: offset behind its last byte.
-    """
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def require_config(path: Path) -> dict[str, Any]:
@@ -153,7 +124,7 @@ def require_token_ids(path: Path, config: Any) -> None:
                 )
 
 
-def require_room(path: Path, model: Any, tensors: Mapping[str, ClaimedTensor]) -> None:
+def require_room(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -> None:
     """Refuse a configuration of a model that is far larger than its weights, before any memory is taken for it.
 
     Args:
@@ -179,64 +150,28 @@ def require_room(path: Path, model: Any, tensors: Mapping[str, ClaimedTensor]) -
         )
 
 
-def require_own_files(folder: Path) -> None:
-    """Refuse a folder whose entries lead out of it, or that is an adapter to another model.
+def require_weights(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -> None:
+    """Refuse weights that are not those of the model in config.json, before any memory is taken for it.
 
-    The Hub's cache is a folder of links into the same model's ``blobs``; those are its own files.
-    """
-    home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    for entry in _links(home):
-        if not any(_target(entry).is_relative_to(root) for root in allowed):
-            raise TeacherError(
-                f"{folder / entry.relative_to(home)} is a link that leads out of the folder",
-                hint="put a copy of the file in its place",
-            )
-    if (folder / "adapter_config.json").exists():
-        raise TeacherError(
-            f"{folder} holds adapter_config.json: an adapter to another model, expected the model itself",
-            hint="merge the adapter into its model (peft: merge_and_unload) and save that, without the adapter",
-        )
-
-
-def read_tensors(folder: Path) -> dict[str, ClaimedTensor]:
-    """Read the headers of a folder's weights.
-
-    Returns:
-        Every tensor by name.
+    Args:
+        path: of the config.json.
+        model: the model that it describes, on the meta device.
+        tensors: the weights' headers.
 
     Raises:
-        TeacherError: no safetensors; an index that names what it must not, lacks a file or disagrees with one; a file
-            that is empty, damaged, truncated or a pointer; an unexpected dtype; a tensor in two files.
+        TeacherError: too few elements for the parameters; a head that contradicts tie_word_embeddings; integers where
+            the model has weights.
     """
-    require_own_files(folder)
-    index = folder / INDEX_FILE
-    places = _read_index(index) if index.is_file() else None
-    if places is not None:
-        names = sorted(set(places.values()))
-    elif (folder / SINGLE_FILE).is_file():
-        names = [SINGLE_FILE]
-    else:
-        raise _no_weights(folder)
-    for name in names:
-        if not (folder / name).is_file():
-            raise TeacherError(f"{folder / name} is missing; {INDEX_FILE} names it", hint="download the teacher again")
-    if places is not None:
-        _refuse_unlisted(folder, names)
-    tensors: dict[str, ClaimedTensor] = {}
-    for name in names:
-        for key, tensor in read_header(folder / name).items():
-            if key in tensors:
-                raise TeacherError(
-                    f"tensor {key!r} lies in two files of {folder}: {tensors[key].file.name} and {name}",
-                    hint="the files are of different downloads: fetch the teacher again",
-                )
-            tensors[key] = tensor
-    if places is not None:
-        _compare_index(index, places, tensors)
-    return tensors
+    require_room(path, model, tensors)
+    _require_head(path, model, tensors)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in tensors.items():
+        is_weight = name.endswith(".weight") or name in names or f"{model.base_model_prefix}.{name}" in names
+        if tensor.dtype in INTEGER_BYTES and is_weight:
+            raise TeacherError(
+                f"{tensor.file} holds tensor {name} as {tensor.dtype}, expected floating-point numbers",
+                hint="quantised weights cannot be trained against: use the teacher's plain version",
+            )
 
 
 def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:
@@ -251,19 +186,6 @@ def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a small JSON file of a model.
-
-    Raises:
-        TeacherError: a pointer, not strict JSON, or no object.
-    """
-    refuse_pointer(path)
-    content = _parsed(path, path.read_bytes())
-    if not isinstance(content, dict):
-        raise TeacherError(f"{path} holds a {type(content).__name__}, expected a JSON object", hint=_AGAIN)
-    return content
-
-
 def require_generation_settings(folder: Path) -> None:
     """Refuse a generation_config.json that is no JSON object; transformers alone would go on as if there were none.
 
@@ -275,44 +197,37 @@ def require_generation_settings(folder: Path) -> None:
         read_json_object(path)
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse what git-lfs leaves in the place of a file that was not fetched; raises TeacherError."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise TeacherError(
-                f"{path} is a git-lfs pointer, expected the file that it stands for",
-                hint=f"run `git lfs pull` in {path.parent}",
-            )
-
-
-def same_content(one: ClaimedTensor, other: ClaimedTensor) -> bool:
-    """Whether two tensors are equal to the bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.begin)
-        right.seek(other.begin)
-        remaining = one.end - one.begin
-        while remaining:
-            length = min(remaining, _BYTES_AT_ONCE)
-            if left.read(length) != right.read(length):
-                return False
-            remaining -= length
-    return True
-
-
-def _links(home: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(home):
-        for name in sorted(folders + files):
-            if os.path.islink(os.path.join(folder, name)):
-                yield Path(folder, name)
-
-
-def _target(link: Path) -> Path:
-    try:
-        return link.resolve()
-    except (OSError, RuntimeError):  # links that lead in a circle
-        return Path("/")
+def _require_head(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -> None:
+    """Refuse a tie_word_embeddings that the weights contradict: transformers would make up a head, or drop one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return
+    is_tied = head.weight is embedding.weight
+    head_name, embedding_name = (f"{names[id(module)]}.weight" for module in (head, embedding))
+    prefix = f"{model.base_model_prefix}."
+    found_embedding = tensors.get(embedding_name) or tensors.get(embedding_name.removeprefix(prefix))
+    # Some families' files have other names than their modules, such as embed_out; the shape of a head is rare.
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    renamed = (
+        tensor
+        for name, tensor in tensors.items()
+        if tensor.shape == tuple(head.weight.shape) and not {name, prefix + name} & known
+    )
+    found_head = tensors.get(head_name) or next(renamed, None)
+    if found_embedding is None:
+        return  # said in other words when the weights are loaded
+    if found_head is None and not is_tied:
+        raise TeacherError(
+            f"{path} says that head and embedding differ (tie_word_embeddings false), but the weights lack {head_name}",
+            hint="is the download complete? If the model's head is its embedding, set tie_word_embeddings to true",
+        )
+    if found_head is not None and is_tied and not same_content(found_head, found_embedding):
+        raise TeacherError(
+            f"{path} says that head and embedding are one (tie_word_embeddings true), but {head_name} in the weights"
+            f" differs from {embedding_name}",
+            hint="set tie_word_embeddings to false if the model has a head of its own",
+        )
 
 
 def _require_sizes(path: Path, values: Mapping[str, Any], depth: int) -> None:
@@ -337,107 +252,3 @@ def _require_sizes(path: Path, values: Mapping[str, Any], depth: int) -> None:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, float) or abs(value) < 10**18 else "a number of too many digits"
-
-
-def _no_weights(folder: Path) -> TeacherError:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    found = f"only {pickles[0]}, a pickle," if pickles else "no weights,"
-    return TeacherError(
-        f"{folder} holds {found} expected {SINGLE_FILE}" + ("" if pickles else " or shards with an index"),
-        hint="convert it to safetensors first: pickles can run code and are never read" if pickles else None,
-    )
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """The file of every tensor by its name."""
-    refuse_pointer(index)
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise TeacherError(f"{index} has no weight_map")
-    for name in places.values():
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-            raise TeacherError(f"{index} names {name!r:.100}, expected a .safetensors file inside the folder")
-    return places
-
-
-def _refuse_unlisted(folder: Path, names: list[str]) -> None:
-    """A file that is named like a part of the model but is not in its index; others beside it are nobody's concern."""
-    for path in sorted(folder.iterdir()):
-        is_part = path.name == SINGLE_FILE or _ONE_OF_A_SET.fullmatch(path.name)
-        if is_part and path.name not in names:
-            raise TeacherError(
-                f"{path} is not listed in {INDEX_FILE}: it is unclear which files are the model",
-                hint="remove the file, or download the teacher again",
-            )
-
-
-def _compare_index(index: Path, places: dict[str, str], tensors: dict[str, ClaimedTensor]) -> None:
-    hint = "index and files are of different downloads: fetch the teacher again"
-    for key, name in places.items():
-        if key not in tensors or tensors[key].file.name != name:
-            raise TeacherError(f"{index} says tensor {key!r:.100} is in {name}, which lacks it", hint=hint)
-    for key, tensor in tensors.items():
-        if key not in places:
-            raise TeacherError(f"{tensor.file} has tensor {key!r:.100}, which {INDEX_FILE} does not list", hint=hint)
-    if not isinstance(read_json(index).get("metadata"), dict):
-        raise TeacherError(f"{index} has no metadata, which transformers looks into", hint='add "metadata": {}')
-
-
-def read_header(path: Path) -> dict[str, ClaimedTensor]:
-    """The tensors of one file; together they must fill it to the byte."""
-    size = path.stat().st_size
-    if size == 0:
-        raise TeacherError(f"{path} is empty", hint=_AGAIN)
-    refuse_pointer(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER and length + 8 <= size:
-            raise TeacherError(f"{path} has a header of {length:,} bytes, expected at most {_LONGEST_HEADER:,}")
-        if length + 8 > size:
-            raise _damaged(path, f"its header claims {length:,} bytes, the file has {size:,}")
-        header = _parsed(path, file.read(length))
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
-    tensors = {key: _read_entry(path, key, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"}
-    place = 8 + length
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
-        if tensor.begin != place:
-            raise _damaged(path, "its tensors overlap or leave gaps")
-        place = tensor.end
-    if place != size:
-        raise _damaged(path, f"its tensors end at byte {place:,}, the file has {size:,}")
-    return tensors
-
-
-def _read_entry(path: Path, key: str, entry: Any, start: int) -> ClaimedTensor:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"the entry of {key!r:.100} is incomplete")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    width = {**FLOAT_BYTES, **INTEGER_BYTES}.get(dtype) if isinstance(dtype, str) else None
-    if width is None:
-        raise TeacherError(
-            f"{path} holds tensor {key!r:.100} as {dtype!r:.20}, expected one of {', '.join(FLOAT_BYTES)}",
-            hint="quantised weights cannot be trained against: use the teacher's plain version",
-        )
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"the entry of {key!r:.100} has no shape or place")
-    begin, end = offsets
-    if end - begin != math.prod(shape) * width:
-        raise _damaged(path, f"tensor {key!r:.100} has {end - begin:,} bytes, which do not fit its shape")
-    return ClaimedTensor(path, dtype, tuple(shape), start + begin, start + end)
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _damaged(path: Path, reason: str) -> TeacherError:
-    return TeacherError(f"{path} is damaged or truncated ({reason})", hint=_AGAIN)
-
-
-def _parsed(path: Path, data: bytes) -> Any:
-    try:
-        return parse_json(data, "it")
-    except MohawkifyError as error:
-        raise _damaged(path, error.message) from error

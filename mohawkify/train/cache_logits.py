@@ -118,16 +118,17 @@ def cache_logits(
     teacher = world.rank0_first(partial(find_teacher, source, options.bits))
     first = teacher if for_source is None else world.rank0_first(partial(find_teacher, for_source, None))
     if first is not teacher:
-        names = (first.name, teacher.name)
+        names = (first.teacher.name, teacher.teacher.name)
         require_same_vocabulary(first.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), names)
-        note = tokenizer_note(first.tokenizer, teacher.tokenizer, teacher.name)
+        note = tokenizer_note(first.tokenizer, teacher.tokenizer, teacher.teacher.name)
         if note:
             report(note)
-    rows = min(first.vocab_size, teacher.vocab_size)
+    rows = min(first.teacher.spec.vocab_size, teacher.teacher.spec.vocab_size)
     if not 1 <= top_k <= rows:
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
     corpora = output / "corpora"
-    text = TextReader(recipe, first.tokenizer, corpora, first.folder, first.vocab_size, options.prepared, report=report)
+    folder, vocab_size = first.teacher.require_folder(), first.teacher.spec.vocab_size
+    text = TextReader(recipe, first.tokenizer, corpora, folder, vocab_size, options.prepared, report=report)
     text.require_files(segment.data)
     layout = Layout(segment.sequence_length, top_k, rows).with_shards()
     job = _Job(recipe, output, report, device, world, first, teacher)
@@ -229,7 +230,7 @@ def _write_missing(job: _Job, logits: TeacherLogits, task: Task, stop: Shutdown)
     share = missing[world.rank :: world.size]
     if not share:
         return
-    report(f"loading {teacher.name}" + (f" in {teacher.bits} bits" if teacher.bits else ""))
+    report(f"loading {teacher.teacher.name}" + (f" in {teacher.bits} bits" if teacher.bits else ""))
     is_bf16 = job.recipe.compute.precision == "bf16"
     model = teacher.load(torch.bfloat16 if is_bf16 else torch.float32, device)
     progress = _Progress(sum(len(logits.shard_sequences(number)) for number in share), task.sequence_length, report)
@@ -258,9 +259,9 @@ def _top_tokens(
 ) -> TopK:
     batch = packed_batch(task.corpus, task.sequence_length, sequences)
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
-    inputs = model_inputs(model, batch, teacher.adapter)
-    if teacher.adapter.logits.unknown is None:
-        head = run_to_lm_head(model, teacher.adapter, **inputs)
+    inputs = model_inputs(model, batch, teacher.teacher.adapter)
+    if teacher.teacher.adapter.logits.unknown is None:
+        head = run_to_lm_head(model, teacher.teacher.adapter, **inputs)
         hidden_td = head.hidden_bld.flatten(0, 1)
         chunks = (head_logits(head._replace(hidden_bld=part)) for part in hidden_td.split(TOKENS_AT_ONCE))
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +29,9 @@ from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.student.build import build_student, checkpoint_activations, use_kernels
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.verify import prove_family
-from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.lm_head import prove_head
-from mohawkify.teacher.load import load_teacher, teacher_hashes
-from mohawkify.teacher.locate import find_folder, teacher_name
+from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.second import (
     FinalTeacher,
     SecondTeacher,
@@ -42,8 +40,6 @@ from mohawkify.teacher.second import (
     require_fitting_text,
     require_fitting_tokens,
 )
-from mohawkify.teacher.tokenizer import load_tokenizer
-from mohawkify.teacher.tokenizer_files import text_hashes
 from mohawkify.train.conversion import Conversion, ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
     choose_engine,
@@ -58,22 +54,20 @@ class Request:
     """A conversion that was asked for and can be made, as far as configurations tell.
 
     Args:
-        source: the teacher: a Hub id or a folder.
         recipe: the resolved recipe.
         options: how it runs; nothing is reported outside of the main process.
         world: the processes.
-        inspection: the teacher's facts.
+        teacher: resolved from its configuration; its weights may not be here yet.
         student: the student's facts.
         device: where models and batches will be.
         run: the folder.
         is_new: whether this run makes its folder.
     """
 
-    source: str
     recipe: Recipe
     options: ConvertOptions
     world: World
-    inspection: Inspection
+    teacher: ResolvedTeacher
     student: StudentSpec
     device: torch.device
     run: RunFolder
@@ -94,14 +88,14 @@ def read_request(source: str, recipe: Recipe, options: ConvertOptions, world: Wo
     require_even_shares(recipe, world)
     choose_engine(recipe.compute, world)
     require_agreeing_settings(recipe, world)
-    inspection = world.rank0_first(lambda: inspect_teacher(source))
-    student = student_of(source, inspection, recipe)
+    teacher = world.rank0_first(lambda: resolve_teacher(source))
+    student = student_of(teacher, recipe)
     device = choose_device(recipe.compute.device)
     dispatch.require(recipe.compute.kernels, device)
     if recipe.compute.threads is not None:
         torch.set_num_threads(recipe.compute.threads)
     run = RunFolder(options.output or RUNS / student.name)
-    return Request(source, recipe, options, world, inspection, student, device, run, not run.path.exists())
+    return Request(recipe, options, world, teacher, student, device, run, not run.path.exists())
 
 
 def prepare(request: Request) -> Conversion | None:
@@ -115,12 +109,12 @@ def prepare(request: Request) -> Conversion | None:
     """
     run, recipe, world, report = request.run, request.recipe, request.world, request.options.report
     try:
-        folder = world.rank0_first(lambda: find_folder(request.source))
-        final_teacher, facts = _hashed_teachers(request, folder)
+        teacher = world.rank0_first(lambda: request.teacher.fetch("weights"))
+        final_teacher, facts = _hashed_teachers(request, teacher)
         identity = world.on_rank0(lambda: _open(request, facts))
         if identity is None:
             return None
-        conversion = _load(request, identity, folder, final_teacher)
+        conversion = _load(request, identity, teacher, final_teacher)
     except MohawkifyError:
         # Nothing was trained: a folder made for this run would refuse the corrected command. But text that is half
         # tokenised is worth keeping: the same command goes on with it.
@@ -135,16 +129,16 @@ def prepare(request: Request) -> Conversion | None:
     return conversion
 
 
-def _hashed_teachers(request: Request, folder: Path) -> tuple[FinalTeacher | None, dict[str, Any]]:
+def _hashed_teachers(request: Request, teacher: ResolvedTeacher) -> tuple[FinalTeacher | None, dict[str, Any]]:
     """The second teacher, if any, and what teacher.json records: the first one's facts and the hashes of all files."""
-    world = request.world
+    world, folder = request.world, teacher.require_folder()
     is_first_here = world.local_rank == 0  # one process on every machine reads all bytes
-    files = same_everywhere(teacher_hashes(folder) if is_first_here else None, f"the teacher in {folder}", world)
-    text = same_everywhere(text_hashes(folder) if is_first_here else None, f"the tokenizer in {folder}", world)
+    files = same_everywhere(teacher.file_hashes if is_first_here else None, f"the teacher in {folder}", world)
+    text = same_everywhere(teacher.text_hashes if is_first_here else None, f"the tokenizer in {folder}", world)
     final_teacher = world.rank0_first(lambda: find_final_teacher(request.recipe))
     own = final_teacher_hashes(final_teacher) if is_first_here else None
     final_files = same_everywhere(own, "the second teacher", world)
-    facts = {**request.inspection.spec.to_json(), "folder": str(folder.resolve()), "files": files, "text_files": text}
+    facts = {**teacher.spec.to_json(), "folder": str(folder.resolve()), "files": files, "text_files": text}
     return final_teacher, facts | ({"final_teacher_files": final_files} if final_files else {})
 
 
@@ -178,7 +172,7 @@ def _open(request: Request, facts: dict[str, Any]) -> str | None:
     for folder in (run.path, run.checkpoints, run.corpora):
         atomic.sweep_temporaries(folder, alone=True)
     checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
-    planned = plan_run(request.inspection, request.student, recipe, request.device.type, request.world.size)
+    planned = plan_run(request.teacher, request.student, recipe, request.device.type, request.world.size)
     atomic.write_json(run.plan_file, planned)
     atomic.write_json(run.teacher_file, facts)
     atomic.write_json(run.student_file, request.student.to_json())
@@ -218,17 +212,17 @@ def _claim(run: RunFolder, recipe: Recipe, facts: dict[str, Any], resume: str) -
     return run_identity(recipe, hashes)
 
 
-def _load(request: Request, identity: str, folder: Path, final_teacher: FinalTeacher | None) -> Conversion:
+def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teacher: FinalTeacher | None) -> Conversion:
     """Read tokenizer and text, load the teacher, build the student."""
     recipe, options, world, spec = request.recipe, request.options, request.world, request.student
-    inspection, device, vocab_size = request.inspection, request.device, request.inspection.spec.vocab_size
-    tokenizer = load_tokenizer(folder, vocab_size)
+    adapter, device, vocab_size = resolved.adapter, request.device, resolved.spec.vocab_size
+    folder, tokenizer = resolved.require_folder(), resolved.tokenizer()
     text = TextReader(
         recipe, tokenizer, request.run.corpora, folder, vocab_size, options.prepared, report=options.report
     )
     text.require_files()
     world.on_rank0(lambda: _require_room(request.run, text))
-    note = final_teacher and require_fitting_tokens(final_teacher, teacher_name(str(folder)), tokenizer)
+    note = final_teacher and require_fitting_tokens(final_teacher, resolved.name, tokenizer)
     if note:
         options.report(note)
     options.report(f"loading the teacher from {folder}")
@@ -237,7 +231,7 @@ def _load(request: Request, identity: str, folder: Path, final_teacher: FinalTea
     load_device = torch.device("cpu") if is_sharded else device
 
     def load_first() -> PreTrainedModel:
-        first = load_teacher(folder, dtype=dtype, device=load_device)
+        first = load_teacher(resolved, dtype=dtype, device=load_device)
         if is_sharded:
             _shard(first, spec.layers, request)
         return first
@@ -246,15 +240,15 @@ def _load(request: Request, identity: str, folder: Path, final_teacher: FinalTea
         assert isinstance(final_teacher, SecondTeacher)
         second = final_teacher.load(dtype, load_device)
         if is_sharded:
-            _shard(second, final_teacher.adapter.layers, request)
+            _shard(second, final_teacher.teacher.adapter.layers, request)
         return second
 
-    teacher = load_teacher(folder, dtype=dtype, device=load_device)
-    student = build_student(teacher, inspection.adapter, spec, recipe.student.init, recipe.seed)
-    prove_head(teacher, inspection.adapter, vocab_size)
-    if inspection.adapter.recognised:
+    teacher = load_teacher(resolved, dtype=dtype, device=load_device)
+    student = build_student(teacher, adapter, spec, recipe.student.init, recipe.seed)
+    prove_head(teacher, adapter, vocab_size)
+    if adapter.recognised:
         options.report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
-        prove_family(teacher, student, inspection.adapter, vocab_size)
+        prove_family(teacher, student, adapter, vocab_size)
     if is_sharded:  # only now: the student is built from whole weights
         student.to(device)  # type: ignore[arg-type]
         _shard(teacher, spec.layers, request)
@@ -269,7 +263,7 @@ def _load(request: Request, identity: str, folder: Path, final_teacher: FinalTea
         recipe=recipe,
         options=options,
         identity=identity,
-        models=TeacherStudent(teacher, student, spec, inspection.adapter, recipe.compute.kernels),
+        models=TeacherStudent(teacher, student, spec, adapter, recipe.compute.kernels),
         tokenizer=tokenizer,
         corpora=corpora,
         held_out=held_out,

@@ -20,9 +20,7 @@ from mohawkify.errors import MohawkifyError, UsageError
 from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
 from mohawkify.recipe.schema import Recipe
-from mohawkify.teacher.inspect import inspect_teacher
-from mohawkify.teacher.locate import find_tokenizer_folder
-from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.resolve import resolve_teacher
 
 _SHOWN_TOKENS = 80  # of a document
 _BEGIN, _END = "⟦", "⟧"  # around completions
@@ -47,11 +45,9 @@ def prepare_text(
         MohawkifyError: the teacher or the text is missing, damaged or not enough; nothing is left half-written.
     """
     begin = time.perf_counter()
-    folder = find_tokenizer_folder(source)
-    vocab_size = inspect_teacher(source).spec.vocab_size
-    text = TextReader(
-        recipe, load_tokenizer(folder, vocab_size), output, folder, vocab_size, num_workers=num_workers, report=report
-    )
+    teacher = resolve_teacher(source, need="tokenizer")
+    folder, vocab_size = teacher.require_folder(), teacher.spec.vocab_size
+    text = TextReader(recipe, teacher.tokenizer(), output, folder, vocab_size, num_workers=num_workers, report=report)
     text.require_files()
     with run_lock(output):
         atomic.ensure_writable(output)
@@ -115,8 +111,7 @@ def _tokenizer(facts: dict[str, Any], teacher: str | None) -> PreTrainedTokenize
     if teacher is None and not os.path.isdir(source):
         return None  # a name of the Hub in a stranger's text fetches nothing
     try:
-        folder = find_tokenizer_folder(source)
-        tokenizer = load_tokenizer(folder, inspect_teacher(str(folder)).spec.vocab_size)
+        tokenizer = resolve_teacher(source, need="tokenizer").tokenizer()
     except MohawkifyError:
         if teacher is not None:
             raise

@@ -38,10 +38,10 @@ class TeacherSwitch:
         if not self.must_load(stage, data):
             return
         assert isinstance(final_teacher, SecondTeacher)
-        stop.end_at_once(f"before {final_teacher.name} was loaded; all steps are saved")
-        conversion.options.report(f"{final_teacher.name} finishes the run: loading it")
+        stop.end_at_once(f"before {final_teacher.teacher.name} was loaded; all steps are saved")
+        conversion.options.report(f"{final_teacher.teacher.name} finishes the run: loading it")
         with hang.paused():
-            conversion.models.replace_teacher(conversion.load_final, final_teacher.adapter)
+            conversion.models.replace_teacher(conversion.load_final, final_teacher.teacher.adapter)
             conversion.world.barrier()  # loading takes longer in some processes, and is no hang of theirs
         self._has_second = True
 

@@ -138,7 +138,7 @@ def test_a_teacher_that_text_names_is_not_fetched(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError(f"looked for {arguments}")
 
-    monkeypatch.setattr("mohawkify.train.prepare_text.find_tokenizer_folder", fetch)
+    monkeypatch.setattr("mohawkify.train.prepare_text.resolve_teacher", fetch)
     reseal(corpus_folder, teacher=teacher)
     shown = inspect_text(corpus_folder, None, 2)["corpora"][corpus_folder.name]["shown"]
     assert [entry["text"] for entry in shown] == [None, None]

@@ -189,7 +189,7 @@ def test_figures_say_what_they_were_measured_with(inside: Path) -> None:
 
 def test_tasks_are_refused_before_a_model_is_loaded(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "load_run_models", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(evaluation, "teacher_folder", lambda *_: pytest.fail("the teacher was hashed"))
+    monkeypatch.setattr(evaluation, "run_teacher", lambda *_: pytest.fail("the teacher was hashed"))
     Path("unsafe.yaml").write_text(Path("choice.yaml").read_text() + "unsafe_code: true\n")
     result = run("eval", "run", "--tasks", "unsafe.yaml")
     assert (result.exit_code, "has the key unsafe_code" in result.stderr) == (2, True)

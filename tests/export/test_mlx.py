@@ -157,12 +157,12 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     from mohawkify.files.atomic import atomic_directory, write_json
     from mohawkify.recipe.schema import StudentRecipe
     from mohawkify.student.build import build_student, design_student
-    from mohawkify.teacher.inspect import inspect_teacher
     from mohawkify.teacher.load import load_teacher
+    from mohawkify.teacher.resolve import resolve_teacher
     from mohawkify.teacher.tokenizer import load_tokenizer
 
-    found = inspect_teacher(str(stories_teacher))
-    teacher = load_teacher(stories_teacher, dtype=torch.float32, device=torch.device("cpu"))
+    found = resolve_teacher(str(stories_teacher))
+    teacher = load_teacher(found, dtype=torch.float32, device=torch.device("cpu"))
     spec = design_student("stories", found.spec, found.config, found.adapter, StudentRecipe(state_size=16))
     student = build_student(teacher, found.adapter, spec, "attention", 0).eval()
     tokenizer = load_tokenizer(stories_teacher, 512)

@@ -23,8 +23,8 @@ from mohawkify.ops.losses import distill_loss
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
-from mohawkify.teacher.inspect import Inspection, inspect_teacher
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from tests.close import assert_close
 from tests.conftest import ROOT
 from tests.tiny import packed, tiny_pair, tiny_teacher
@@ -40,7 +40,7 @@ class Case:
 
     name: str
     pair: TeacherStudent
-    found: Inspection
+    found: ResolvedTeacher
 
     def attentions(self, model: nn.Module) -> dict[int, nn.Module]:
         adapter = self.pair.adapter
@@ -62,7 +62,7 @@ class Case:
 def case(request, tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     pair = tiny_pair(request.param, folder, num_hidden_layers=LAYERS)
-    return Case(request.param, pair, inspect_teacher(str(folder)))
+    return Case(request.param, pair, resolve_teacher(str(folder)))
 
 
 def test_inspected_facts_are_the_configurations(case):

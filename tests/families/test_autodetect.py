@@ -17,7 +17,7 @@ from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.student.verify import prove_family
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.commands import make_recipe, run, run_well
 from tests.tiny import COMMON, randomise, tiny_config, tiny_teacher
@@ -124,7 +124,7 @@ def prove(model_type: str, teacher: Any, folder: Path) -> None:
     """Convert a teacher as if its family had no file."""
     teacher.save_pretrained(folder)
     adapter = recognise(model_type, teacher.config.to_dict())
-    spec = inspect_teacher(str(folder)).spec
+    spec = resolve_teacher(str(folder)).spec
     student_spec = design_student("tiny", spec, teacher.config, adapter, StudentRecipe(state_size=8))
     student = build_student(teacher, adapter, student_spec, "attention", seed=0)
     prove_family(teacher, student, adapter, 97)

@@ -13,7 +13,7 @@ import transformers
 
 from mohawkify.errors import CheckpointError, TeacherError
 from mohawkify.families.registry import adapter_names, load_adapter
-from mohawkify.teacher.inspect import inspect_teacher, read_config
+from mohawkify.teacher.resolve import read_config, resolve_teacher
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, render, render_twice
 from tests.tiny import FAMILIES, tiny_config
@@ -91,12 +91,12 @@ def draw_bytes(rng: Random) -> bytes:
 def test_any_configuration(folder: Path, name: str, number: int, draw: Any) -> None:
     file = folder / "config.json"
     file.write_text(render(config_of("llama")))
-    inspect_teacher(str(file))  # what is imported once does not count
+    resolve_teacher(str(file))  # what is imported once does not count
 
     def check(case: bytes) -> None:
         file.write_bytes(case)
         try:
-            found = inspect_teacher(str(file))
+            found = resolve_teacher(str(file))
         except (TeacherError, CheckpointError) as error:  # the second for what is not strict JSON
             require_message(error)
             return

@@ -17,9 +17,10 @@ from torch import Tensor
 from mohawkify.doctor.check_folder import check_folder
 from mohawkify.errors import CheckpointError, TeacherError, UsageError
 from mohawkify.files import atomic
+from mohawkify.files.safetensors_headers import INDEX_FILE
 from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
-from mohawkify.teacher.load import load_teacher, weight_files
-from mohawkify.teacher.validate import INDEX_FILE
+from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
@@ -212,7 +213,7 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
             checks = check_folder(folder)["checks"] if facts.get("judged", True) else []
             is_valid = all(each["passed"] for each in checks if each["name"] in WEIGHTS)
             try:
-                files = weight_files(folder)
+                files = {tensor.file for tensor in resolve_teacher(str(folder)).tensors.values()}
                 assert all(file.parent == folder and file.is_file() for file in files)
                 assert is_valid, "the doctor refuses weights that are read"
                 if name == "loaded":
@@ -226,4 +227,4 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
 
 
 def _state(folder: Path) -> dict[str, Tensor]:
-    return load_teacher(folder, dtype=torch.float32, device=torch.device("cpu")).state_dict()
+    return load_teacher(resolve_teacher(str(folder)), dtype=torch.float32, device=torch.device("cpu")).state_dict()

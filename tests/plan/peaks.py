@@ -27,7 +27,7 @@ from mohawkify.plan.planner import trained_parameters
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import checkpoint_activations
-from mohawkify.teacher.inspect import Inspection, inspect_teacher
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.train.engines.engine import LocalEngine
 from tests.tiny import packed, tiny_pair
 
@@ -68,12 +68,12 @@ CASES = {
 
 
 @cache
-def _built(name: str) -> tuple[TeacherStudent, Inspection]:
+def _built(name: str) -> tuple[TeacherStudent, ResolvedTeacher]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         sizes = {**case.sizes, "max_position_embeddings": 1024}
         pair = tiny_pair(case.family, Path(folder) / "teacher", student={"state_size": case.state}, **sizes)
-        inspection = inspect_teacher(str(Path(folder) / "teacher"))
+        inspection = resolve_teacher(str(Path(folder) / "teacher"))
     if case.precision == "bf16":
         pair.teacher.to(torch.bfloat16)
     return pair, inspection

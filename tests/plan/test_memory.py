@@ -27,7 +27,7 @@ from mohawkify.plan.planner import longest, trained_parameters
 from mohawkify.plan.planning import PlanOptions, plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.student.build import design_student
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from tests.plan.peaks import allocated_peak, planned_parts
 from tests.tiny import save_teacher, tiny_teacher
 
@@ -83,7 +83,7 @@ def test_planned_memory_is_what_the_system_gives_the_process():
 @pytest.fixture(scope="module")
 def llamba(teacher_configs):
     """Sizes of Llamba-1B's stages, and what a sequence takes by the rule of thumb."""
-    inspection = inspect_teacher(str(teacher_configs / "Llama-3.2-1B-Instruct.json"))
+    inspection = resolve_teacher(str(teacher_configs / "Llama-3.2-1B-Instruct.json"))
     recipe = load_recipe("llamba-1b")
     student = design_student("s", inspection.spec, inspection.config, inspection.adapter, recipe.student)
     lengths = {stage: longest(getattr(recipe.stages, stage)) for stage in STAGES}

@@ -18,7 +18,7 @@ from mohawkify.plan.planner import _work, layout_of, trained_parameters
 from mohawkify.plan.planning import PlanOptions, plan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from mohawkify.train.schedule import learning_rate
 from tests.commands import run, run_well
 from tests.tiny import packed, tiny_pair
@@ -263,7 +263,7 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, ove
         parameter.requires_grad_(name in trained)
     with FlopCounterMode(display=False) as counter:
         made.run(packed(length, batch), Runner(lambda loss: loss.backward()))
-    teacher = inspect_teacher(str(tmp_path / "teacher")).spec
+    teacher = resolve_teacher(str(tmp_path / "teacher")).spec
     own = getattr(recipe.stages, stage)
     sums = trained_parameters(stage, own, teacher, pair.spec)
     # Norms count with the MLPs, the last one among them.

@@ -18,8 +18,8 @@ from mohawkify.export.mlx import require_mlx
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import load_student
 from mohawkify.teacher.generation_settings import plain_generation
-from mohawkify.teacher.inspect import read_config
 from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import read_config, resolve_teacher
 from mohawkify.teacher.tokenizer import load_tokenizer
 from tests.commands import copy_of
 from tests.finished import finished_run
@@ -136,7 +136,7 @@ def test_generation_settings_that_are_none(run: RunFolder, text: str) -> None:
 
 
 def load_a_teacher(folder: Path) -> object:
-    return load_teacher(folder, dtype=torch.float32, device=torch.device("cpu"))
+    return load_teacher(resolve_teacher(str(folder)), dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_the_usual_generation_settings_are_kept() -> None:
@@ -232,5 +232,5 @@ def test_a_teacher_may_have_a_mixer_of_its_own(run: RunFolder) -> None:
 
     path = run.path / "teacher-folder" / "config.json"
     edit_json(path, mixer={"a": 1})
-    config, adapter = read_config(path)
+    _, config, adapter = read_config(path)
     assert student_config(config, adapter, {"layers": "ours"}).mixer == {"layers": "ours"}

@@ -22,6 +22,7 @@ from mohawkify.student.build import build_student
 from mohawkify.student.save import load_student, save_student
 from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
 from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
@@ -173,7 +174,7 @@ def test_a_student_writes_with_its_cache_whatever_its_teacher_does(tmp_path):
 def test_capped_attention_is_never_fused(tmp_path, monkeypatch):
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as transformers has it before 5.21
     pair = tiny_pair("gemma2", tmp_path / "teacher", student={"keep_attention": (1,)}, num_hidden_layers=2)
-    teacher = load_teacher(tmp_path / "teacher", dtype=torch.float32, device=torch.device("cpu"))
+    teacher = load_teacher(resolve_teacher(str(tmp_path / "teacher")), dtype=torch.float32, device=torch.device("cpu"))
     with atomic_directory(tmp_path / "student") as folder:
         save_student(pair.student, bytes_tokenizer(), folder)
     for model in (pair.teacher, pair.student, teacher, load_student(tmp_path / "student")):

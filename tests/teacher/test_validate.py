@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from mohawkify.errors import INPUT, RECIPE, TeacherError
 from mohawkify.families.registry import adapter_names
 from mohawkify.files.atomic import read_json, remove_directory, write_json
-from mohawkify.teacher.inspect import read_config
-from mohawkify.teacher.load import require_fit
-from mohawkify.teacher.validate import read_tensors, require_config, require_own_files
+from mohawkify.files.safetensors_headers import read_tensors, require_own_files
+from mohawkify.teacher.resolve import read_config, resolve_teacher
+from mohawkify.teacher.validate import require_config
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.files.faults import content_of
 from tests.teacher.damage import (
@@ -380,7 +380,7 @@ def test_whole_teachers_pass(teacher: Path, tmp_path: Path) -> None:
 def test_no_part_of_a_configuration_names_code(teacher: Path) -> None:
     kernel = {"_attn_implementation": "evil/kernel", "attn_implementation": "evil/kernel", "auto_map": {"A": "evil.B"}}
     config(text_config={"inner": kernel, **kernel}, rope_scaling=None, **kernel)(teacher)
-    found = read_config(teacher / "config.json")[0]
+    found = read_config(teacher / "config.json")[1]
     assert "text_config" in found.to_dict()
     assert "evil" not in found.to_json_string()
 
@@ -473,7 +473,7 @@ def test_a_head_of_another_name_is_found(tmp_path: Path) -> None:
     """GPT-NeoX writes its head as embed_out, which is no name of its modules."""
     folder = save_teacher(tiny_teacher("gpt_neox", tie_word_embeddings=False), tmp_path / "neox")
     assert "embed_out.weight" in read_tensors(folder)
-    require_fit(folder)
+    assert resolve_teacher(str(folder)).tensors
     config(tie_word_embeddings=True)(folder)
     with pytest.raises(TeacherError, match="tie_word_embeddings true"):
-        require_fit(folder)
+        assert resolve_teacher(str(folder)).tensors

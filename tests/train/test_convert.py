@@ -24,6 +24,7 @@ from mohawkify.files.lock import run_lock
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import Recipe
+from mohawkify.teacher.resolve import ResolvedTeacher
 from mohawkify.train import preparation
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.prepare_text import prepare_text
@@ -196,8 +197,13 @@ def test_a_run_that_never_began_leaves_no_folder(teacher_folder, recipe, tmp_pat
 
 
 def test_a_folder_in_use_is_refused_before_the_teacher_is_read(teacher_folder, recipe, tmp_path, monkeypatch):
-    for name in ("find_folder", "teacher_hashes", "find_final_teacher", "final_teacher_hashes"):
-        monkeypatch.setattr(preparation, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
+    for owner, name in (
+        (ResolvedTeacher, "fetch"),
+        (ResolvedTeacher, "tensors"),
+        (preparation, "find_final_teacher"),
+        (preparation, "final_teacher_hashes"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *args: pytest.fail("it takes minutes, and the folder is in use"))
     with run_lock(tmp_path / "run"), pytest.raises(UsageError, match="another process"):
         convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
 
@@ -243,9 +249,9 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
 
 
 def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path):
-    from mohawkify.teacher.inspect import inspect_teacher
+    from mohawkify.teacher.resolve import resolve_teacher
 
-    assert inspect_teacher(str(teacher_folder)).spec.tie_word_embeddings
+    assert resolve_teacher(str(teacher_folder)).spec.tie_word_embeddings
     alone = apply_overrides(recipe, ["stages.distill.train=[head]"])
     with pytest.raises(RecipeError, match="this teacher's head is its embedding"):
         convert(str(teacher_folder), alone, ConvertOptions(output=tmp_path / "run"))

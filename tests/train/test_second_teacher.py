@@ -297,10 +297,13 @@ def test_a_quantised_teacher_computes_with_the_weights_it_says(first, tmp_path, 
     from bitsandbytes import functional
 
     from mohawkify.teacher.load import load_teacher
+    from mohawkify.teacher.resolve import resolve_teacher
 
     folder = make_teacher(tmp_path / "teacher", hidden_size=64, intermediate_size=128)
     device = torch.device("cpu")
-    plain, quantised = (load_teacher(folder, dtype=torch.float32, device=device, bits=b) for b in (None, bits))
+    plain, quantised = (
+        load_teacher(resolve_teacher(str(folder)), dtype=torch.float32, device=device, bits=b) for b in (None, bits)
+    )
     with torch.no_grad():
         for name, module in quantised.named_modules():
             if type(module).__name__ == "Linear4bit":
@@ -339,6 +342,7 @@ def test_four_bits_on_a_cpu_need_rows_that_can_be_packed(tmp_path):
     pytest.importorskip("bitsandbytes")
     folder = make_teacher(tmp_path / "teacher", hidden_size=64, intermediate_size=44)
     from mohawkify.teacher.load import load_teacher
+    from mohawkify.teacher.resolve import resolve_teacher
 
     with pytest.raises(TeacherError, match="has 44 rows, expected a multiple of 32"):
-        load_teacher(folder, dtype=torch.float32, device=torch.device("cpu"), bits=4)
+        load_teacher(resolve_teacher(str(folder)), dtype=torch.float32, device=torch.device("cpu"), bits=4)

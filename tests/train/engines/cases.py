@@ -26,7 +26,7 @@ from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, model_inputs
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe, StudentRecipe
 from mohawkify.student.build import build_student, design_student
-from mohawkify.teacher.inspect import inspect_teacher
+from mohawkify.teacher.resolve import resolve_teacher
 from mohawkify.train.checks import require_finite, require_gradients
 from mohawkify.train.engines.deepspeed_config import EngineFacts, engine_config
 from mohawkify.train.engines.deepspeed_engine import DeepSpeedEngine, ZeroSettings
@@ -56,7 +56,7 @@ def make_pair(family: str, folder: Path, **changes: Any) -> TeacherStudent:
     """The same teacher and student in every process; the folder holds the teacher."""
     torch.manual_seed(0)
     teacher = make_teacher(family, **changes)
-    inspection = inspect_teacher(str(folder))
+    inspection = resolve_teacher(str(folder))
     adapter = inspection.adapter
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, StudentRecipe(state_size=16))
     return TeacherStudent(teacher, build_student(teacher, adapter, spec, "attention", seed=0), spec, adapter)

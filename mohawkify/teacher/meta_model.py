@@ -1,8 +1,7 @@
-"""Read what a teacher is from its configuration; its modules are laid out on the meta device, without weights."""
+"""Lay a teacher's modules out on the meta device, without weights, and read its facts from them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,91 +11,43 @@ from torch import nn
 
 from mohawkify.errors import TeacherError
 from mohawkify.families.adapter import Adapter, AttentionWeights
-from mohawkify.families.autodetect import find_adapter
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
-from mohawkify.teacher.locate import find_config
 from mohawkify.teacher.teacher_spec import TeacherSpec
-from mohawkify.teacher.validate import require_config, require_settings, require_token_ids, without_code
 
-LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence, by whichever name
-CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token, by whichever name
-# Not architecture: what transformers would hand back beside the results, which nobody here reads.
-UNUSED_KEYS = ("output_attentions", "output_hidden_states")
+LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence; families have one or the other
+CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A teacher's facts, its configuration, its family, and its modules on the meta device."""
-
-    spec: TeacherSpec
-    config: transformers.PretrainedConfig
-    adapter: Adapter
-    modules: nn.Module
-
-
-def inspect_teacher(source: str) -> Inspection:
-    """Inspect a teacher without loading weights.
+def lay_out(
+    source: str, path: Path, config: transformers.PretrainedConfig, adapter: Adapter
+) -> tuple[nn.Module, TeacherSpec]:
+    """Build a teacher's modules on the meta device.
 
     Args:
-        source: a Hub id, a folder or a config.json.
+        source: the teacher as the user gave it.
+        path: its config.json, for messages.
+        config: its configuration.
+        adapter: its family.
 
     Raises:
-        TeacherError: no such teacher, a broken configuration, or an unknown family.
+        TeacherError: sizes that do not fit each other, or attention that differs between layers.
     """
-    path = find_config(source)
-    config, adapter = read_config(path)
     try:
         with torch.device("meta"):
             modules = getattr(transformers, adapter.model_class)(config)
-        spec = _facts(source, config, adapter, modules)
+        return modules, _read_spec(source, config, adapter, modules)
     except TeacherError:
         raise
     except Exception as error:  # sizes that do not fit each other fail in whatever way the family's modules do
+        reason = " ".join(str(error).split())[:300]
         raise TeacherError(
-            f"no {adapter.title} model can be laid out from {path}: {type(error).__name__}: {_one_line(error)}",
+            f"no {adapter.title} model can be laid out from {path}: {type(error).__name__}: {reason}",
             hint="the sizes in config.json do not fit each other: fetch the file again",
         ) from error
-    return Inspection(spec, config, adapter, modules)
 
 
-def read_config(path: Path) -> tuple[transformers.PretrainedConfig, Adapter]:
-    """Read a config.json with its family's own configuration class; keys that would run code are dropped.
-
-    Raises:
-        TeacherError: a broken configuration, sizes that no model has, keys that are no settings, tokens that the
-            vocabulary does not have, or an unknown family.
-        CheckpointError: not strict JSON.
-    """
-    raw = require_config(path)
-    if not isinstance(raw.get("model_type"), str):
-        raise TeacherError(f"{path} has no model_type", hint="expected the config.json of a transformers model")
-    if raw["model_type"].startswith("mohawk_"):
-        raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")
-    values = {key: value for key, value in without_code(raw).items() if key not in UNUSED_KEYS}
-    adapter = find_adapter(raw["model_type"], values)
-    require_settings(path, values, getattr(transformers, adapter.config_class))
-    try:
-        config = getattr(transformers, adapter.config_class)(**values)
-        reason = adapter.refuse(config) if adapter.refuse else None
-    except Exception as error:
-        raise TeacherError(f"{path} is not a valid {adapter.model_type} configuration: {_one_line(error)}") from error
-    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) in (
-        True,
-        "all",
-    ):
-        reason = "its attention sees the future"
-    require_token_ids(path, config)
-    if reason:
-        raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
-    return config, adapter
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _facts(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherSpec:
+def _read_spec(source: str, config: Any, adapter: Adapter, modules: Any) -> TeacherSpec:
     layers = find_layers(modules, adapter.layers)
     attentions: list[nn.Module] = [getattr(layer, adapter.attention) for layer in layers]
     weights = [read_attention(adapter, attention) for attention in attentions]
