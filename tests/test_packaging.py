@@ -24,7 +24,6 @@ def wheel(tmp_path_factory) -> Path:
     return next(target.glob("mohawkify-*.whl"))
 
 
-@pytest.mark.full
 def test_the_wheel_holds_every_module_recipe_and_the_demo_teacher(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"mohawkify/{path.relative_to(ROOT / 'mohawkify')}" for path in (ROOT / "mohawkify").rglob("*.py")}
@@ -36,7 +35,6 @@ def test_the_wheel_holds_every_module_recipe_and_the_demo_teacher(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"mohawkify"}
 
 
-@pytest.mark.full
 def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# Every feature that an adapter describes is in at least one of them.
+# Layouts that differ: fused and separate projections, masks, norms, windows, caps, positions and experts.
 REPRESENTATIVES = {
     "cohere2": "attention beside the MLP, windows, a scale of the logits",
     "falcon": "one fused matrix, its own capture, document borders in a mask",

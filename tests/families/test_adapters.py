@@ -15,16 +15,21 @@ from mohawkify.errors import UnknownFamilyError
 from mohawkify.families.adapter import Logits
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
-from mohawkify.families.registry import adapter_names
-from mohawkify.objectives.objective import TeacherStudent, model_inputs
+from mohawkify.families.registry import adapter_names, load_adapter
+from mohawkify.objectives.hidden_state import HiddenStateObjective
+from mohawkify.objectives.logits import LogitsObjective
+from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs
 from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
 from mohawkify.plan.planning import plan
 from mohawkify.recipe.loading import load_recipe
+from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
+from mohawkify.train.engines.engine import LocalEngine
 from tests.close import assert_close
 from tests.conftest import ROOT
 from tests.tiny import packed, tiny_pair, tiny_teacher
@@ -63,6 +68,14 @@ def case(request, tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     pair = tiny_pair(request.param, folder, num_hidden_layers=LAYERS)
     return Case(request.param, pair, resolve_teacher(str(folder)))
+
+
+def test_the_file_describes_its_family(case):
+    adapter = load_adapter(case.name)
+    assert adapter.title
+    assert adapter.examples
+    assert adapter.notes
+    assert all(sentence.endswith(".") for sentence in adapter.notes)
 
 
 def test_inspected_facts_are_the_configurations(case):
@@ -175,6 +188,24 @@ def test_with_its_attention_kept_the_student_is_the_teacher(case, tmp_path):
     batch = packed()
     logits = pair.student(**model_inputs(pair.student, batch, pair.spec)).logits
     assert torch.equal(logits, pair.teacher(**model_inputs(pair.teacher, batch, pair.spec)).logits)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["orient", "align", "align-mixer", "distill"])
+def test_every_stage_lowers_its_loss(case, name, tmp_path):
+    models = tiny_pair(case.name, tmp_path, init="identity", num_hidden_layers=LAYERS)
+    objective = {
+        "orient": lambda: MatrixObjective(models, OrientRecipe(**STAGE)),
+        "align": lambda: HiddenStateObjective(models, AlignRecipe(**STAGE)),
+        "align-mixer": lambda: HiddenStateObjective(models, AlignRecipe(target="mixer", **STAGE)),
+        "distill": lambda: LogitsObjective(models, DistillRecipe(**STAGE)),
+    }[name]()
+    engine = LocalEngine(models.student, objective.parameters(), OptimizerRecipe(), "fp32", torch.device("cpu"))
+    losses = []
+    for _ in range(20):
+        losses.append(objective.run(packed(), Runner(engine.backward))["loss"].item())
+        engine.step(1e-3)
+    assert losses[-1] < losses[0]
 
 
 @pytest.fixture(
