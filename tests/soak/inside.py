@@ -271,7 +271,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
             place["step"] += 1
             place["micro"] = 0
             if place["stage"] == stage and place["step"] == step:
-                hashes["before"] = _hash_of(seen["objective"].pair.student)
+                hashes["before"] = _hash_of(seen["objective"].models.student)
             yield batch
 
     save = saving.CheckpointWriter.save
@@ -290,7 +290,7 @@ def poison(site: str, stage: str, step: int, micro_batch: int, value: float, say
             yield
     finally:
         if "objective" in seen:
-            hashes["after"] = _hash_of(seen["objective"].pair.student)
+            hashes["after"] = _hash_of(seen["objective"].models.student)
         Path(say_to).write_text(json.dumps(hashes))
 
 
