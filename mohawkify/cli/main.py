@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Data goes to standard output, everything else to standard error.
 
-Nothing heavy is imported before a verb runs, so that help and completion come at once.
+Nothing heavy is imported before a command runs, so that help and completion come at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from click.shell_completion import get_completion_class
 from mohawkify import __version__
 from mohawkify.cli import tables
 from mohawkify.cli.bench_commands import bench
-from mohawkify.cli.data_commands import data as data_verbs
+from mohawkify.cli.data_commands import data as data_commands
 from mohawkify.cli.data_commands import prepared_option
 from mohawkify.cli.error_lines import CommandGroup
 from mohawkify.cli.logits_commands import cache_logits
@@ -39,13 +39,6 @@ from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
-
-teacher_moved = click.option(
-    "--teacher",
-    "teacher_source",
-    metavar="TEACHER",
-    help="Where the teacher is now; by default where it was when the run was made.",
-)
 
 
 @click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,10 +65,10 @@ def inspect(teacher: str, as_json: bool) -> None:
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
     with working():
-        from mohawkify.cli.inspection import inspect_source
+        from mohawkify import api
 
-        found = inspect_source(teacher)
-    print_result(found, tables.inspection_text, as_json)
+        described = api.inspect(teacher)
+    print_result(described, tables.inspection_text, as_json)
 
 
 @main.command()
@@ -121,18 +114,18 @@ def inspect(teacher: str, as_json: bool) -> None:
     "--output", type=FOLDER, metavar="DIR", help="Where the run will lie: compare the disk with what is free."
 )
 @as_json
-def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bool, **wanted: Any) -> None:
+def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Dry run: steps, FLOPs, memory, disk, time, cost.
 
-    Everything is worked out from configuration and recipe; all but steps and tokens are estimates, explained in
+    Everything is computed from configuration and recipe; all but steps and tokens are estimates, explained in
     docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
     recipe = chosen_recipe(recipe_name, overrides)
     with working():
+        from mohawkify import api
         from mohawkify.cli.plan_tables import plan_text
-        from mohawkify.plan import planning
 
-        planned = planning.plan(teacher, recipe, planning.PlanOptions(**wanted, count=True))
+        planned = api.plan(teacher, recipe, options=api.PlanOptions(**options, count=True))
     print_result(planned, plan_text, as_json)
 
 
@@ -236,11 +229,10 @@ def convert(
 
         start_processes(processes)
         with joined(recipe.compute.device) as world:
-            from mohawkify.train import trainer
-            from mohawkify.train.conversion import ConvertOptions
+            from mohawkify import api
 
-            options = ConvertOptions(output, resume, hang_timeout, disk_wait, prepared, track, track_project, say)
-            run = trainer.convert(teacher, recipe, options, world)
+            options = api.ConvertOptions(output, resume, hang_timeout, disk_wait, prepared, track, track_project, say)
+            run = api.convert(teacher, recipe, options=options, world=world)
     if world.is_rank0:
         click.echo(str(run.path))
 
@@ -265,25 +257,26 @@ main.add_command(cache_logits)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions per forward pass."
 )
-@teacher_moved
+@click.option("--speed", is_flag=True, help="Also time how many tokens per second are generated.")
+@click.option(
+    "--teacher",
+    "teacher_source",
+    metavar="TEACHER",
+    help="Where the teacher is now; by default where it was when the run was made.",
+)
 @as_json
-def evaluate(run: Path | None, as_json: bool, **wanted: Any) -> None:
+def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
     """Measure a student against its teacher.
 
     Perplexity, KL(teacher || student) and top-1 agreement on the run's held-out text, and lm-eval tasks. Also writes
     eval.json and eval.md into the run.
     """
-    from mohawkify.run.folder import finished_run
-
-    chosen = finished_run(run)
     with working():
-        from mohawkify.distributed.device import choose_device
-        from mohawkify.evaluate.evaluation import evaluate_run
+        from mohawkify import api
         from mohawkify.evaluate.report import console_table
 
-        device = choose_device(chosen.recipe().compute.device)
-        found = evaluate_run(chosen, **wanted, device=device, report=say)
-    print_result(found, console_table, as_json)
+        results = api.evaluate(run, api.EvaluateOptions(**options), say)
+    print_result(results, console_table, as_json)
 
 
 @main.command()
@@ -299,13 +292,10 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
 
     The export is loaded again and compared with the run before it is kept. Prints the folder.
     """
-    from mohawkify.run.folder import finished_run
-
-    chosen = finished_run(run)
     with working():
-        from mohawkify.export.export import export_run
+        from mohawkify import api
 
-        done = export_run(chosen.path, target, output or chosen.path / "exports" / target, dtype=dtype, report=say)
+        done = api.export(run, target, output, dtype, say)
     say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
     click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
 
@@ -320,33 +310,26 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
     "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the drawn tokens.")
-def generate(words: tuple[str, ...], with_teacher: bool, max_tokens: int, temperature: float, seed: int) -> None:
+def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None:
     """Continue PROMPT with a run's student.
 
     The text is printed as it comes; no chat template is put around the prompt.
     """
-    from mohawkify.run.folder import finished_run
-
     if len(words) > 2:
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
-    chosen = finished_run(Path(words[0]) if len(words) == 2 else None)
+    run = Path(words[0]) if len(words) == 2 else None
+    started: list[str] = []
     with working() as output:
-        from mohawkify.distributed.device import choose_device
-        from mohawkify.evaluate.evaluation import load_run_models, run_teacher
-        from mohawkify.evaluate.generation import generate_text
+        from mohawkify import api
 
-        def show(text: str) -> None:
+        def show(name: str, text: str) -> None:
+            if name not in started:
+                click.echo(("\n" if started else "") + (f"{name}: " if with_teacher else ""), file=output, nl=False)
+                started.append(name)
             click.echo(text, file=output, nl=False)
 
-        device = choose_device(chosen.recipe().compute.device)
-        teacher = run_teacher(chosen) if with_teacher else None
-        models, tokenizer = load_run_models(chosen, teacher, device)
-        for name, model in models.items():
-            show(f"{name}: {words[-1]}" if with_teacher else words[-1])
-            generate_text(
-                model, tokenizer, words[-1], max_tokens=max_tokens, temperature=temperature, seed=seed, on_text=show
-            )
-            show("\n")
+        api.generate(run, words[-1], api.GenerateOptions(**options, with_teacher=with_teacher), show)
+        click.echo(file=output)
 
 
 @main.command()
@@ -366,7 +349,7 @@ def demo(output: Path) -> None:
     click.echo(summary)
 
 
-main.add_command(data_verbs)
+main.add_command(data_commands)
 
 
 @main.group(invoke_without_command=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mohawkify.evaluate.harness import ask_models
 from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
 from mohawkify.evaluate.provenance import provenance, text_sha256
 from mohawkify.evaluate.report import markdown_report
+from mohawkify.evaluate.speed import decode_speed
 from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
 from mohawkify.run.folder import RunFolder, changed_files
@@ -31,6 +33,7 @@ from mohawkify.teacher.tokenizer import load_tokenizer
 
 Report = Callable[[str], None]
 EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
+SPEED_PROMPT_TOKENS, SPEED_NEW_TOKENS = 16, 64
 ANSWERS = "answers"  # the folder of a run where answers are kept until its evaluation is done
 
 
@@ -86,85 +89,87 @@ def load_run_models(
     return models, load_tokenizer(run.final, student.config.vocab_size)
 
 
-def evaluate_run(
-    run: RunFolder,
-    *,
-    device: torch.device,
-    report: Report,
-    against: str = "teacher",
-    teacher_source: str | None = None,
-    tasks: str | None = None,
-    preset: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    include_path: Path | None = None,
-    batch_size: int = 8,
-) -> dict[str, Any]:
-    """Measure the finished student of a run, and write what was found into the run.
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured.
 
     Args:
-        run: a finished run.
-        device: where to compute.
-        report: receives a line for every step of the way.
         against: ``teacher`` measures both and compares them; ``none`` the student alone.
-        teacher_source: where the teacher is now; None looks where it was.
-        tasks: tasks of lm-eval, with commas between.
+        teacher_source: where the teacher is now; None for the folder that the run records.
+        tasks: names of lm-eval tasks, with commas between.
         preset: the name of a set of such tasks.
         limit: only the first questions of each task.
         num_fewshot: examples in front of each question; None leaves it to the task.
         include_path: a folder with more tasks.
         batch_size: questions per forward pass.
+        speed: whether to time generation too.
+    """
+
+    against: str = "teacher"
+    teacher_source: str | None = None
+    tasks: str | None = None
+    preset: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+    batch_size: int = 8
+    speed: bool = False
+
+
+def evaluate_run(run: RunFolder, options: EvaluateOptions, *, device: torch.device, report: Report) -> dict[str, Any]:
+    """Measure the finished student of a run, and write eval.json and eval.md into the run.
+
+    Args:
+        run: a finished run.
+        options: what is measured.
+        device: where to compute.
+        report: receives a line for every step of the way.
 
     Returns:
         What `mohawkify.evaluate.report` reads: ``name`` and the metrics of the ``student``; with a teacher its own,
-        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` where some were asked for, and
+        and ``evaluation_tokens``, how many predictions were compared; ``tasks`` and ``speed`` on request, and
         ``provenance`` (`mohawkify.evaluate.provenance`).
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the same call does not ask again what was answered.
+        Interrupted: Ctrl-C or SIGTERM; the same call takes the answers that are stored already.
         MohawkifyError: anything foreseeable, such as a teacher that is gone, or another process at work in the run.
     """
     # First of all, because a mistyped task should not cost the loading of two models.
-    questions = _questions(tasks, preset, limit, num_fewshot, include_path)
+    questions = _questions(options)
     with run_lock(run.path), Shutdown() as stop:
         try:
-            found = _measure(run, questions, device, report, against, teacher_source, limit, batch_size)
-            atomic.write_text(run.path / EVAL_MARKDOWN, markdown_report(found))
-            atomic.write_json(run.path / EVAL_JSON, found)
+            results = _measure(run, questions, options, device, report)
+            atomic.write_text(run.path / EVAL_MARKDOWN, markdown_report(results))
+            atomic.write_json(run.path / EVAL_JSON, results)
             if (run.path / ANSWERS).is_dir():
                 atomic.remove_directory(run.path / ANSWERS)
         except KeyboardInterrupt:
             stop.check("before all was measured" + ("; the answers so far are kept" if questions else ""))
             raise
-    return found
+    return results
 
 
 def _measure(
-    run: RunFolder,
-    questions: Questions | None,
-    device: torch.device,
-    report: Report,
-    against: str,
-    teacher_source: str | None,
-    limit: int | None,
-    batch_size: int,
+    run: RunFolder, questions: Questions | None, options: EvaluateOptions, device: torch.device, report: Report
 ) -> dict[str, Any]:
     recipe = run.recipe()
-    resolved = run_teacher(run, teacher_source) if against == "teacher" else None
+    resolved = run_teacher(run, options.teacher_source) if options.against == "teacher" else None
     report(f"loading the student from {run.final}" + (f" and the teacher from {resolved.folder}" if resolved else ""))
     models, tokenizer = load_run_models(run, resolved, device)
     student, teacher = models["student"], models.get("teacher")
-    found: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
+    results: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
     if questions is not None:
-        report(f"asking the questions of {questions.preset or ', '.join(questions.names)}")
-        answers = _answers(run, found["provenance"], models, batch_size, report)
-        found["tasks"] = ask_models(models, tokenizer, questions, batch_size=batch_size, limit=limit, answers=answers)
+        report(f"running the tasks {questions.preset or ', '.join(questions.names)}")
+        answers = _answers(run, results["provenance"], models, options.batch_size, report)
+        results["tasks"] = ask_models(
+            models, tokenizer, questions, batch_size=options.batch_size, limit=options.limit, answers=answers
+        )
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
     text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
     known = _corpora(run)
     rows = text.held_out()
-    found["provenance"]["text"] = text_sha256(rows)
+    results["provenance"]["text"] = text_sha256(rows)
     report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
     if _corpora(run) != known:
         report(
@@ -172,13 +177,18 @@ def _measure(
         )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
     if teacher is None:
-        found["student"] = {"perplexity": measure_perplexity(student, batches)}
+        results["student"] = {"perplexity": measure_perplexity(student, batches)}
     else:
         agreement = measure_fidelity(student, teacher, batches, device=device)
-        found["teacher"] = {"perplexity": agreement.teacher_perplexity}
-        found["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
-        found["evaluation_tokens"] = agreement.tokens
-    return found
+        results["teacher"] = {"perplexity": agreement.teacher_perplexity}
+        results["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
+        results["evaluation_tokens"] = agreement.tokens
+    if options.speed:
+        speeds = {
+            name: decode_speed(model, prompt_tokens=16, new_tokens=64, device=device) for name, model in models.items()
+        }
+        results["speed"] = {f"{name}_tokens_per_second": speed["tokens_per_second"] for name, speed in speeds.items()}
+    return results
 
 
 def _answers(
@@ -203,22 +213,24 @@ def _corpora(run: RunFolder) -> set[str]:
     return {entry.name for entry in entries if not entry.name.startswith(".")}
 
 
-def _questions(
-    tasks: str | None, preset: str | None, limit: int | None, num_fewshot: int | None, include_path: Path | None
-) -> Questions | None:
-    """The questions asked for, None where there are none; refuses settings that nothing would heed."""
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not names:
+def _questions(options: EvaluateOptions) -> Questions | None:
+    """The tasks of the options, None if they name none; refuses settings that would be ignored."""
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    if options.tasks is not None and not names:
         raise UsageError("--tasks names no task, expected names with commas between")
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"found the preset {preset}, expected {' or '.join(PRESETS)}")
-    given = {"--tasks": tasks, "--num-fewshot": num_fewshot, "--include-path": include_path}
-    clashing = [flag for flag, value in given.items() if value is not None]
-    if preset is not None and clashing:
-        raise UsageError(f"found --preset and {clashing[0]}, expected one of them: a preset says its own")
-    idle = [flag for flag, value in {"--limit": limit, **given}.items() if value is not None]
-    if preset is None and not names and idle:
-        raise UsageError(f"found {idle[0]} without --tasks or --preset, expected both or neither")
-    if preset is not None:
-        return load_preset(preset)
-    return load_questions(names, num_fewshot, include_path) if names else None
+    if options.preset is not None and options.preset not in PRESETS:
+        raise UsageError(f"found the preset {options.preset}, expected {' or '.join(PRESETS)}")
+    of_tasks = {
+        "--tasks": options.tasks,
+        "--num-fewshot": options.num_fewshot,
+        "--include-path": options.include_path,
+    }
+    clashing = [flag for flag, value in of_tasks.items() if value is not None]
+    if options.preset is not None and clashing:
+        raise UsageError(f"found --preset and {clashing[0]}, expected one of them: a preset sets its own")
+    ignored = [flag for flag, value in {"--limit": options.limit, **of_tasks}.items() if value is not None]
+    if options.preset is None and not names and ignored:
+        raise UsageError(f"found {ignored[0]} without --tasks or --preset, expected both or neither")
+    if options.preset is not None:
+        return load_preset(options.preset)
+    return load_questions(names, options.num_fewshot, options.include_path) if names else None

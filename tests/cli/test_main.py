@@ -14,7 +14,7 @@ from typing import Any
 import click
 import pytest
 
-from mohawkify import __version__
+from mohawkify import __version__, api
 from mohawkify.cli import showcase
 from mohawkify.cli.main import main
 from mohawkify.cli.options import own_text
@@ -371,9 +371,8 @@ def test_the_installed_command_keeps_its_outputs_apart(inside):
 def test_the_demo_runs_and_runs_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_teacher(tmp_path / "demo")  # a local folder comes before the embedded teacher of that name
-    monkeypatch.setattr(showcase, "load_recipe", lambda name: parse_recipe(RECIPE, "tiny.yaml"))
-    for setting in ("SAMPLE_TOKENS", "SPEED_TOKENS"):
-        monkeypatch.setattr(showcase, setting, 8)
+    monkeypatch.setattr(api, "load_recipe", lambda name: parse_recipe(RECIPE, "tiny.yaml"))
+    monkeypatch.setattr(showcase, "SAMPLE_TOKENS", 8)
     first = run_well("demo", "--output", "tour")
     again = run_well("demo", "--output", "tour")
     assert "already finished" in again.stderr

@@ -1,0 +1,205 @@
+"""The Python API: what the commands of the same names do, as functions.
+
+A recipe is the name of a bundled one, the path of a .yaml file, or a `Recipe`; overrides are texts such as
+``stages.distill.tokens=5B``. A run is its folder; None means the newest finished run below runs/. Every foreseeable
+failure is a `MohawkifyError`. ``report`` receives a line of text for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mohawkify.recipe.loading import apply_overrides, load_recipe
+from mohawkify.recipe.schema import Recipe
+from mohawkify.run.folder import RunFolder, finished_run
+
+if TYPE_CHECKING:
+    from mohawkify.distributed.process_group import World
+    from mohawkify.evaluate.evaluation import EvaluateOptions
+    from mohawkify.plan.planning import PlanOptions
+    from mohawkify.train.conversion import ConvertOptions
+
+_OPTIONS = {
+    "PlanOptions": "mohawkify.plan.planning",
+    "ConvertOptions": "mohawkify.train.conversion",
+    "EvaluateOptions": "mohawkify.evaluate.evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPTIONS:
+        from importlib import import_module
+
+        return getattr(import_module(_OPTIONS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _ignore(line: str) -> None:
+    """Drop a line."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How a text is continued.
+
+    Args:
+        max_tokens: the most tokens to write.
+        temperature: 0 takes the most probable token every time; above 0, tokens are sampled.
+        seed: of the sampling.
+        with_teacher: whether the teacher continues the prompt too.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    with_teacher: bool = False
+
+
+def inspect(teacher: str | Path) -> dict[str, Any]:
+    """Describe a teacher part by part: what is replaced, copied and trained. No weights are read.
+
+    Args:
+        teacher: a Hub id, a folder or a config.json.
+
+    Returns:
+        The JSON object of `mohawkify inspect --json`.
+    """
+    from mohawkify.plan.inspection import inspect_source
+
+    return inspect_source(str(teacher))
+
+
+def plan(
+    teacher: str | Path,
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    options: PlanOptions | None = None,
+) -> dict[str, Any]:
+    """Plan a conversion: steps, FLOPs, memory, disk, time and cost. No weights are read.
+
+    Args:
+        teacher: a Hub id, a folder or a config.json.
+        options: the machine, and whether activations are counted.
+
+    Returns:
+        The JSON object of `mohawkify plan --json`.
+    """
+    from mohawkify.plan.planning import PlanOptions
+    from mohawkify.plan.planning import plan as plan_conversion
+
+    return plan_conversion(str(teacher), resolve_recipe(recipe, overrides), options or PlanOptions())
+
+
+def convert(
+    teacher: str | Path,
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    options: ConvertOptions | None = None,
+    world: World | None = None,
+) -> RunFolder:
+    """Convert a teacher into a student; the same call continues a run that was stopped.
+
+    Args:
+        teacher: a Hub id or a folder.
+        options: the run's folder, and what does not change its result.
+        world: the processes of the run, each of which makes the same call; None for this one alone.
+
+    Returns:
+        The finished run; ``run.final`` is the folder of the student, ``run.results()`` its metrics.
+    """
+    from mohawkify.train import trainer
+    from mohawkify.train.conversion import ConvertOptions
+
+    return trainer.convert(str(teacher), resolve_recipe(recipe, overrides), options or ConvertOptions(), world)
+
+
+def evaluate(
+    run: str | Path | RunFolder | None = None,
+    options: EvaluateOptions | None = None,
+    report: Callable[[str], None] = _ignore,
+) -> dict[str, Any]:
+    """Measure a student against its teacher on held-out text, and on lm-eval tasks; writes eval.json into the run.
+
+    Returns:
+        The JSON object of `mohawkify eval --json`.
+    """
+    from mohawkify.distributed.device import choose_device
+    from mohawkify.evaluate.evaluation import EvaluateOptions, evaluate_run
+
+    chosen = resolve_run(run)
+    device = choose_device(chosen.recipe().compute.device)
+    return evaluate_run(chosen, options or EvaluateOptions(), device=device, report=report)
+
+
+def export(
+    run: str | Path | RunFolder | None,
+    target: str,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    report: Callable[[str], None] = _ignore,
+) -> dict[str, Any]:
+    """Write a student for transformers or mlx-lm; the export is loaded again and compared with the run.
+
+    Args:
+        target: ``hf``, ``mlx``, ``mlx-q8`` or ``mlx-q4``.
+        output: a new or empty folder; None for ``exports/<target>`` in the run.
+        dtype: ``bfloat16`` (the default) or ``float32``.
+
+    Returns:
+        The JSON object of `mohawkify export --json`; ``directory`` is the export's folder.
+    """
+    from mohawkify.export.export import export_run
+
+    path = resolve_run(run).path
+    folder = path / "exports" / target if output is None else Path(output)
+    return export_run(path, target, folder, dtype=dtype, report=report)
+
+
+def generate(
+    run: str | Path | RunFolder | None,
+    prompt: str,
+    options: GenerateOptions = GenerateOptions(),
+    on_text: Callable[[str, str], None] = lambda name, text: None,
+) -> dict[str, str]:
+    """Continue a prompt with a run's student, and with its teacher on request. No chat template is applied.
+
+    Args:
+        on_text: receives ``student`` or ``teacher`` and a piece of text: first the prompt, then new text as it comes.
+
+    Returns:
+        The new text by model, ``teacher`` first.
+    """
+    from mohawkify.distributed.device import choose_device
+    from mohawkify.evaluate.evaluation import load_run_models, run_teacher
+    from mohawkify.evaluate.generation import generate_text
+
+    chosen = resolve_run(run)
+    teacher = run_teacher(chosen) if options.with_teacher else None
+    models, tokenizer = load_run_models(chosen, teacher, choose_device(chosen.recipe().compute.device))
+    texts = {}
+    for name, model in models.items():
+        on_text(name, prompt)
+        texts[name] = generate_text(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            on_text=lambda text, name=name: on_text(name, text),  # type: ignore[misc]
+        )
+    return texts
+
+
+def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name, a path or a `Recipe`, with overrides applied; raises RecipeError."""
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return apply_overrides(loaded, tuple(overrides))
+
+
+def resolve_run(run: str | Path | RunFolder | None) -> RunFolder:
+    """The finished run of a folder, or the newest one; raises UsageError."""
+    return finished_run(run.path if isinstance(run, RunFolder) else run if run is None else Path(run))
