@@ -18,22 +18,25 @@ from mohawkify.run.folder import RunFolder, finished_run
 
 if TYPE_CHECKING:
     from mohawkify.distributed.process_group import World
-    from mohawkify.evaluate.evaluation import EvaluateOptions
-    from mohawkify.plan.planning import PlanOptions
+    from mohawkify.evaluation.evaluation import EvaluateOptions
+    from mohawkify.planning.planning import PlanOptions
     from mohawkify.train.conversion import ConvertOptions
-
-_OPTIONS = {
-    "PlanOptions": "mohawkify.plan.planning",
-    "ConvertOptions": "mohawkify.train.conversion",
-    "EvaluateOptions": "mohawkify.evaluate.evaluation",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OPTIONS:
-        from importlib import import_module
+    """The options of the functions, imported on first use."""
+    if name == "PlanOptions":
+        from mohawkify.planning.planning import PlanOptions
 
-        return getattr(import_module(_OPTIONS[name]), name)
+        return PlanOptions
+    if name == "ConvertOptions":
+        from mohawkify.train.conversion import ConvertOptions
+
+        return ConvertOptions
+    if name == "EvaluateOptions":
+        from mohawkify.evaluation.evaluation import EvaluateOptions
+
+        return EvaluateOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -67,7 +70,7 @@ def inspect(teacher: str | Path) -> dict[str, Any]:
     Returns:
         The JSON object of `mohawkify inspect --json`.
     """
-    from mohawkify.plan.inspection import inspect_source
+    from mohawkify.planning.inspection import inspect_source
 
     return inspect_source(str(teacher))
 
@@ -87,8 +90,8 @@ def plan(
     Returns:
         The JSON object of `mohawkify plan --json`.
     """
-    from mohawkify.plan.planning import PlanOptions
-    from mohawkify.plan.planning import plan as plan_conversion
+    from mohawkify.planning.planning import PlanOptions
+    from mohawkify.planning.planning import plan as plan_conversion
 
     return plan_conversion(str(teacher), resolve_recipe(recipe, overrides), options or PlanOptions())
 
@@ -127,7 +130,7 @@ def evaluate(
         The JSON object of `mohawkify eval --json`.
     """
     from mohawkify.distributed.device import choose_device
-    from mohawkify.evaluate.evaluation import EvaluateOptions, evaluate_run
+    from mohawkify.evaluation.evaluation import EvaluateOptions, evaluate_run
 
     chosen = resolve_run(run)
     device = choose_device(chosen.recipe().compute.device)
@@ -151,7 +154,7 @@ def export(
     Returns:
         The JSON object of `mohawkify export --json`; ``directory`` is the export's folder.
     """
-    from mohawkify.export.export import export_run
+    from mohawkify.exporters.export import export_run
 
     path = resolve_run(run).path
     folder = path / "exports" / target if output is None else Path(output)
@@ -173,8 +176,8 @@ def generate(
         The new text by model, ``teacher`` first.
     """
     from mohawkify.distributed.device import choose_device
-    from mohawkify.evaluate.evaluation import load_run_models, run_teacher
-    from mohawkify.evaluate.generation import generate_text
+    from mohawkify.evaluation.evaluation import load_run_models, run_teacher
+    from mohawkify.evaluation.generation import generate_text
 
     chosen = resolve_run(run)
     teacher = run_teacher(chosen) if options.with_teacher else None

@@ -111,7 +111,7 @@ def main() -> None:
     torch.inference_mode = torch.no_grad  # which tensors of a class of their own do not know
     from mohawkify.cli import main
     from mohawkify.distributed import device as choose
-    from mohawkify.plan import planner
+    from mohawkify.planning import planner
     from mohawkify.student import save
 
     # huggingface_hub looks for tensors that share memory, which a GPU's can say and these cannot.

@@ -40,7 +40,7 @@ PLACES = {
     "transformers.Auto*": {"teacher/tokenizer.py", "student/save.py"},
     "importlib.import_module": {
         "families/registry.py",
-        "export/mlx_model.py",
+        "exporters/mlx_model.py",
         "bench/peers.py",
     },  # names that were looked up
     "multiprocessing*": {"data/tokenize_workers.py"},  # pickles what processes of one command hand each other

@@ -28,8 +28,8 @@ from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, mo
 from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
-from mohawkify.plan.planner import STAGES
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planner import STAGES
+from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import build_student, design_student, mixers_of

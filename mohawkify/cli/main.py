@@ -273,7 +273,7 @@ def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
     """
     with working():
         from mohawkify import api
-        from mohawkify.evaluate.report import console_table
+        from mohawkify.evaluation.report import console_table
 
         results = api.evaluate(run, api.EvaluateOptions(**options), say)
     print_result(results, console_table, as_json)

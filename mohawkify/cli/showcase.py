@@ -11,7 +11,7 @@ from mohawkify.cli.plan_tables import plan_text
 from mohawkify.cli.tables import inspection_text, short_time
 from mohawkify.demo import split_stories
 from mohawkify.errors import MissingExtraError
-from mohawkify.evaluate.report import console_table
+from mohawkify.evaluation.report import console_table
 from mohawkify.files import atomic
 from mohawkify.run.folder import RunFolder
 

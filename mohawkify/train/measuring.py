@@ -8,7 +8,7 @@ import torch
 
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.distributed.shutdown import Shutdown
-from mohawkify.evaluate.fidelity import measure_fidelity
+from mohawkify.evaluation.fidelity import measure_fidelity
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.plateau import Phases
 from mohawkify.train.training_state import TrainingState

@@ -21,7 +21,7 @@ from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.ops import dispatch
-from mohawkify.plan.planning import plan_run, student_of
+from mohawkify.planning.planning import plan_run, student_of
 from mohawkify.recipe.loading import comparable_text, dump_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint

@@ -8,7 +8,7 @@ from contextlib import closing
 from mohawkify.data.stage_text import stage_ranges
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
-from mohawkify.evaluate.report import markdown_report
+from mohawkify.evaluation.report import markdown_report
 from mohawkify.files import atomic
 from mohawkify.objectives.objective import make_objective
 from mohawkify.recipe.schema import Recipe

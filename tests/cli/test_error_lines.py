@@ -18,7 +18,7 @@ from mohawkify.cli.error_lines import CommandGroup, describe
 from mohawkify.cli.main import main
 from mohawkify.errors import is_out_of_memory
 from mohawkify.files.lock import run_lock
-from mohawkify.plan import planning
+from mohawkify.planning import planning
 from tests.commands import RECIPE, copy_of, make_recipe, make_teacher, run, run_well
 from tests.conftest import ROOT
 from tests.files.faults import content_of

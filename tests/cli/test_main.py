@@ -19,9 +19,9 @@ from mohawkify.cli import showcase
 from mohawkify.cli.main import main
 from mohawkify.cli.options import own_text
 from mohawkify.cli.plan_tables import plan_text
-from mohawkify.export.export import TARGETS
+from mohawkify.exporters.export import TARGETS
 from mohawkify.families.registry import adapter_names
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planning import plan
 from mohawkify.recipe.bundled import recipe_names
 from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well

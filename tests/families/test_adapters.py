@@ -23,7 +23,7 @@ from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs
 from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.ops.chunked_kl import chunked_distill_loss
 from mohawkify.ops.losses import distill_loss
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mohawkify.errors import ExportError
-from mohawkify.export.export import export_run
+from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.student.save import is_precise
 from tests.families.layouts import each_family

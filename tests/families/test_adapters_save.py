@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mohawkify.export.export import export_run
+from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import adapter_names
 from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import mixers_of

@@ -29,7 +29,7 @@ EVENTS = {
     "tokenising": ("mohawkify.data.tokenize_workers", "encode_documents"),
     "building": ("mohawkify.train.preparation", "build_student"),
     "measuring": ("mohawkify.train.measuring", "measure_fidelity"),
-    "measuring a batch": ("mohawkify.evaluate.fidelity", "_add_batch"),
+    "measuring a batch": ("mohawkify.evaluation.fidelity", "_add_batch"),
     "reading": ("mohawkify.data.loader", "packed_batch"),
     "micro-batch": ("mohawkify.train.loop", "Runner"),
     "update": ("mohawkify.train.engines.engine.LocalEngine", "step"),
@@ -45,7 +45,7 @@ WINDOWS = {
     "save": ("mohawkify.train.saving.CheckpointWriter", "save"),
     "measure": ("mohawkify.train.trainer", "measure"),
     "final_phase": ("mohawkify.train.trainer", "write_student"),
-    "export": ("mohawkify.export.export", "export_run"),
+    "export": ("mohawkify.exporters.export", "export_run"),
     "convert": ("mohawkify.train.trainer", "convert"),
 }
 CHANGING = tuple(name for name in faults.OPERATIONS if name not in ("open", "fchmod"))

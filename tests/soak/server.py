@@ -27,7 +27,12 @@ ENVIRONMENT = {
 
 PRELOADED = (
     *("torch", "transformers.conversion_mapping", "transformers.models.llama.modeling_llama"),
-    *("mohawkify.train.trainer", "mohawkify.evaluate.evaluation", "mohawkify.export.export", "mohawkify.cli.quiet"),
+    *(
+        "mohawkify.train.trainer",
+        "mohawkify.evaluation.evaluation",
+        "mohawkify.exporters.export",
+        "mohawkify.cli.quiet",
+    ),
     *("mohawkify.train.engines.fsdp_engine", "tests.soak.inside"),
 )
 

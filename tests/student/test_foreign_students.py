@@ -12,9 +12,9 @@ import torch
 from transformers import GenerationConfig
 
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError
-from mohawkify.evaluate.generation import generate_text
-from mohawkify.export.card import model_card
-from mohawkify.export.mlx import require_mlx
+from mohawkify.evaluation.generation import generate_text
+from mohawkify.exporters.card import model_card
+from mohawkify.exporters.mlx import require_mlx
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import load_student
 from mohawkify.teacher.generation_settings import plain_generation

@@ -21,7 +21,7 @@ from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeEr
 from mohawkify.files import disk
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.files.lock import run_lock
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.teacher.resolve import ResolvedTeacher

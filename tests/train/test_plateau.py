@@ -9,7 +9,7 @@ import pytest
 
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.files.atomic import read_lines
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import DistillRecipe, ScheduleRecipe
 from mohawkify.train.conversion import ConvertOptions

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mohawkify.errors import CheckpointError, ExportError, UsageError
-from mohawkify.export import export
-from mohawkify.export.card import model_card
-from mohawkify.export.export import export_run
+from mohawkify.exporters import export
+from mohawkify.exporters.card import model_card
+from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import load_adapter
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import is_precise, load_student, register_family, save_student

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MohawkifyError, NumericsError, UsageError
-from mohawkify.evaluate.answer_cache import Answers
-from mohawkify.evaluate.fidelity import evaluating
-from mohawkify.evaluate.harness_tasks import PRESETS, Questions, first_line, import_lm_eval, quiet_lm_eval
+from mohawkify.evaluation.answer_cache import Answers
+from mohawkify.evaluation.fidelity import evaluating
+from mohawkify.evaluation.harness_tasks import PRESETS, Questions, first_line, import_lm_eval, quiet_lm_eval
 
 # lm-eval's own defaults, said here so that a result can be repeated with another version.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -54,7 +54,7 @@ def ask_models(
         NumericsError: a metric is not finite.
         UsageError: the models see windows of different lengths.
     """
-    from mohawkify.evaluate.harness_model import CheckedLM
+    from mohawkify.evaluation.harness_model import CheckedLM
 
     scores = {}
     with evaluating(*models.values()), quiet_lm_eval():

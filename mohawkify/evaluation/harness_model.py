@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError
-from mohawkify.evaluate.answer_cache import Answers
+from mohawkify.evaluation.answer_cache import Answers
 
 
 class CheckedLM(HFLM):

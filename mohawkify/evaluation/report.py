@@ -22,7 +22,7 @@ def console_table(results: dict[str, Any]) -> str:
 
     Args:
         results: as in results.json: ``teacher``, ``student``, ``stages``, and optionally ``tasks`` (of
-            `mohawkify.evaluate.harness.run_tasks`), ``speed`` and ``sizes`` (bytes by name).
+            `mohawkify.evaluation.harness.run_tasks`), ``speed`` and ``sizes`` (bytes by name).
     """
     blocks = []
     for table in _tables(results):

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches
 from mohawkify.errors import DataError, NumericsError, UsageError
-from mohawkify.evaluate import fidelity, speed
-from mohawkify.evaluate.fidelity import Fidelity, evaluating, measure_fidelity, measure_perplexity
-from mohawkify.evaluate.report import console_table, markdown_report
-from mohawkify.evaluate.speed import decode_speed
+from mohawkify.evaluation import fidelity, speed
+from mohawkify.evaluation.fidelity import Fidelity, evaluating, measure_fidelity, measure_perplexity
+from mohawkify.evaluation.report import console_table, markdown_report
+from mohawkify.evaluation.speed import decode_speed
 from mohawkify.families.registry import adapter_names
 from tests.tiny import COMMON, randomise, tiny_pair, tiny_teacher
 
@@ -302,5 +302,5 @@ def test_markdown_report_is_a_page() -> None:
 
 
 def test_report_needs_no_torch() -> None:
-    code = "import sys, mohawkify.evaluate.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, mohawkify.evaluation.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,9 +13,9 @@ from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
-from mohawkify.plan.memory import Layout, remedies
-from mohawkify.plan.planner import _work, layout_of, trained_parameters
-from mohawkify.plan.planning import PlanOptions, plan
+from mohawkify.planning.memory import Layout, remedies
+from mohawkify.planning.planner import _work, layout_of, trained_parameters
+from mohawkify.planning.planning import PlanOptions, plan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
 from mohawkify.teacher.resolve import resolve_teacher

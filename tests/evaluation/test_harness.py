@@ -18,9 +18,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MissingExtraError, NumericsError, UsageError
-from mohawkify.evaluate import harness
-from mohawkify.evaluate.harness import ask_models
-from mohawkify.evaluate.harness_tasks import PRESETS, load_preset, load_questions
+from mohawkify.evaluation import harness
+from mohawkify.evaluation.harness import ask_models
+from mohawkify.evaluation.harness_tasks import PRESETS, load_preset, load_questions
 from tests.conftest import ROOT, SHARED_DATA
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")

@@ -12,10 +12,10 @@ import torch
 from mohawkify.distributed.device import choose_device
 from mohawkify.errors import RecipeError, UsageError
 from mohawkify.files import disk
-from mohawkify.plan.activations import count_footprint
-from mohawkify.plan.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
-from mohawkify.plan.memory import Footprint
-from mohawkify.plan.planner import Machine, layout_of, make_plan
+from mohawkify.planning.activations import count_footprint
+from mohawkify.planning.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
+from mohawkify.planning.memory import Footprint
+from mohawkify.planning.planner import Machine, layout_of, make_plan
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import design_student
 from mohawkify.student.student_spec import StudentSpec

@@ -16,13 +16,13 @@ from mohawkify.data.stage_text import TextReader
 from mohawkify.data.validation import evaluation_batches
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import TeacherError, UsageError
-from mohawkify.evaluate.answer_cache import Answers
-from mohawkify.evaluate.fidelity import measure_fidelity, measure_perplexity
-from mohawkify.evaluate.harness import ask_models
-from mohawkify.evaluate.harness_tasks import PRESETS, Questions, load_preset, load_questions
-from mohawkify.evaluate.provenance import provenance, text_sha256
-from mohawkify.evaluate.report import markdown_report
-from mohawkify.evaluate.speed import decode_speed
+from mohawkify.evaluation.answer_cache import Answers
+from mohawkify.evaluation.fidelity import measure_fidelity, measure_perplexity
+from mohawkify.evaluation.harness import ask_models
+from mohawkify.evaluation.harness_tasks import PRESETS, Questions, load_preset, load_questions
+from mohawkify.evaluation.provenance import provenance, text_sha256
+from mohawkify.evaluation.report import markdown_report
+from mohawkify.evaluation.speed import decode_speed
 from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
 from mohawkify.run.folder import RunFolder, changed_files
@@ -126,9 +126,9 @@ def evaluate_run(run: RunFolder, options: EvaluateOptions, *, device: torch.devi
         report: receives a line for every step of the way.
 
     Returns:
-        What `mohawkify.evaluate.report` reads: ``name`` and the metrics of the ``student``; with a teacher its own,
+        What `mohawkify.evaluation.report` reads: ``name`` and the metrics of the ``student``; with a teacher its own,
         and ``evaluation_tokens``, how many predictions were compared; ``tasks`` and ``speed`` on request, and
-        ``provenance`` (`mohawkify.evaluate.provenance`).
+        ``provenance`` (`mohawkify.evaluation.provenance`).
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the same call takes the answers that are stored already.

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mohawkify.evaluate import evaluation as evaluation
-from mohawkify.evaluate.answer_cache import Answers
+from mohawkify.evaluation import evaluation as evaluation
+from mohawkify.evaluation.answer_cache import Answers
 from mohawkify.files.atomic import file_sha256
 from mohawkify.files.lock import run_lock
 from tests.commands import make_recipe, make_teacher, run, run_well

@@ -1,6 +1,6 @@
 """The memory that real training steps take, measured by PyTorch's allocator and by the system, beside what is planned.
 
-Run as a script in a fresh process it prints what the system measured of a case: `python -m tests.plan.peaks NAME`.
+Run as a script in a fresh process it prints what the system measured of a case: `python -m tests.planning.peaks NAME`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent
-from mohawkify.plan.activations import count_footprint
-from mohawkify.plan.memory import Layout, memory_parts, sizes_of
-from mohawkify.plan.planner import trained_parameters
+from mohawkify.planning.activations import count_footprint
+from mohawkify.planning.memory import Layout, memory_parts, sizes_of
+from mohawkify.planning.planner import trained_parameters
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import checkpoint_activations

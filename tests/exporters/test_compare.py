@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mohawkify.errors import ExportError
-from mohawkify.export import export
-from mohawkify.export.compare import (
+from mohawkify.exporters import export
+from mohawkify.exporters.compare import (
     TIE,
     Agreement,
     compare,
@@ -19,8 +19,8 @@ from mohawkify.export.compare import (
     require_same_model,
     sample_ids,
 )
-from mohawkify.export.contents import Packing, Quantised, Stored, expected_tensors, require_contents
-from mohawkify.export.export import export_run
+from mohawkify.exporters.contents import Packing, Quantised, Stored, expected_tensors, require_contents
+from mohawkify.exporters.export import export_run
 from tests.finished import finished_run
 
 GOOD = Agreement(
@@ -226,8 +226,8 @@ def test_an_export_of_the_wrong_precision_is_refused_before_it_appears(run, tmp_
 
 def test_an_mlx_export_that_quantises_nothing_or_too_much_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install 'mohawkify[mlx]'")
-    from mohawkify.export import mlx as mlx_target
-    from mohawkify.export import mlx_model
+    from mohawkify.exporters import mlx as mlx_target
+    from mohawkify.exporters import mlx_model
 
     finished_run(tmp_path, hidden_size=64, intermediate_size=96, num_attention_heads=8)
     quantise = mlx_target._quantise

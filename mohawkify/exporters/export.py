@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mohawkify.errors import ExportError, UsageError, nearest
-from mohawkify.export.card import model_card
-from mohawkify.export.compare import compare, require_agreement, require_same_model, sample_ids
-from mohawkify.export.contents import Quantised, expected_tensors, require_contents
-from mohawkify.export.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
+from mohawkify.exporters.card import model_card
+from mohawkify.exporters.compare import compare, require_agreement, require_same_model, sample_ids
+from mohawkify.exporters.contents import Quantised, expected_tensors, require_contents
+from mohawkify.exporters.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
 from mohawkify.files.atomic import atomic_directory
 from mohawkify.run.folder import finished_run
 from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes

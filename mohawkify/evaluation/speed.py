@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mohawkify.errors import UsageError
-from mohawkify.evaluate.fidelity import evaluating
+from mohawkify.evaluation.fidelity import evaluating
 
 REPEATS = 3
 

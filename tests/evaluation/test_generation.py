@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mohawkify.evaluate.generation import generate_text
+from mohawkify.evaluation.generation import generate_text
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.finished import tiny_student
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from mohawkify.errors import ExportError, MissingExtraError
-from mohawkify.export.contents import USUAL_GROUP, Packing, Quantised
+from mohawkify.exporters.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.families.adapter import Adapter
 from mohawkify.student.layer_spec import ATTENTION, mixer_layers, read_layer_specs
 from mohawkify.student.save import family_of, student_config
@@ -58,7 +58,7 @@ def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from mohawkify.export import mlx_model
+    from mohawkify.exporters import mlx_model
 
     adapter = family_of(student_config(final)["model_type"])
     config = _mlx_config(final, adapter)
@@ -118,7 +118,7 @@ def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, b
     quantised = None if bits is None else _quantise(model, config, bits)
     save_model(directory, model)
     save_config(config, directory / "config.json")
-    code = resources.files("mohawkify.export").joinpath(MODEL_FILE)
+    code = resources.files("mohawkify.exporters").joinpath(MODEL_FILE)
     (directory / MODEL_FILE).write_bytes(code.read_bytes())
     return quantised
 
@@ -129,7 +129,7 @@ def load_mlx(directory: Path) -> Any:
     from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.utils import load_model
 
-    from mohawkify.export import mlx_model
+    from mohawkify.exporters import mlx_model
 
     model, _ = load_model(
         directory,

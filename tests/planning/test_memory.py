@@ -12,8 +12,8 @@ import torch
 from mohawkify.errors import UsageError
 from mohawkify.ops.matrix_distance import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
-from mohawkify.plan.gpus import GPUS, find_gpu, gpu_at_hand
-from mohawkify.plan.memory import (
+from mohawkify.planning.gpus import GPUS, find_gpu, gpu_at_hand
+from mohawkify.planning.memory import (
     STAGES,
     Layout,
     band_rows,
@@ -23,8 +23,8 @@ from mohawkify.plan.memory import (
     rule_of_thumb,
     sizes_of,
 )
-from mohawkify.plan.planner import longest, trained_parameters
-from mohawkify.plan.planning import PlanOptions, plan
+from mohawkify.planning.planner import longest, trained_parameters
+from mohawkify.planning.planning import PlanOptions, plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.resolve import resolve_teacher
@@ -71,7 +71,7 @@ def test_planned_memory_is_what_the_allocator_measures(name, stage, checkpointin
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's peak is read from /proc")
 def test_planned_memory_is_what_the_system_gives_the_process():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.plan.peaks", "large"]
+    command = [sys.executable, "-m", "tests.planning.peaks", "large"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for stage, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert sum(found["planned"].values()) == pytest.approx(found["measured"], rel=TOLERANCE), stage

@@ -30,7 +30,7 @@ from mohawkify.families.decoder_layers import attention_implementation, find_lay
 from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer
-from mohawkify.plan.memory import Footprint
+from mohawkify.planning.memory import Footprint
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import classes_for, student_config
 from mohawkify.student.student_spec import StudentSpec

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 from mohawkify.errors import UsageError
-from mohawkify.plan.gpus import UTILISATION, Gpu
-from mohawkify.plan.memory import (
+from mohawkify.planning.gpus import UTILISATION, Gpu
+from mohawkify.planning.memory import (
     FP32,
     MOMENTS,
     PARTS,

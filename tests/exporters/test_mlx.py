@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mohawkify.errors import ExportError, MissingExtraError
-from mohawkify.export import mlx as mlx_target
-from mohawkify.export.export import export_run
+from mohawkify.exporters import mlx as mlx_target
+from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import load_adapter
 from mohawkify.student.save import is_precise, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -93,7 +93,7 @@ def test_a_batch_of_unequal_prompts_equals_single_runs(exported, step):
 
 
 def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
-    from mohawkify.export.mlx_model import Model, ModelArgs
+    from mohawkify.exporters.mlx_model import Model, ModelArgs
 
     config = {
         "model_type": "mohawk_llama", "mlx_module": "llama", "hidden_size": 32, "num_hidden_layers": 4,
@@ -197,7 +197,7 @@ def test_what_mlx_cannot_run_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_shipped_code_refuses_a_module_that_is_not_mlx_lms():
-    from mohawkify.export.mlx_model import ModelArgs
+    from mohawkify.exporters.mlx_model import ModelArgs
 
     with pytest.raises(ValueError, match="expected the name of a module"):
         ModelArgs.from_dict({"mlx_module": "..os"})

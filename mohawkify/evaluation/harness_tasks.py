@@ -13,7 +13,7 @@ from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mohawkify.errors import DataError, MissingExtraError, UsageError, nearest
-from mohawkify.evaluate.harness_files import SUFFIXES, group_members, read_task_file, refusal
+from mohawkify.evaluation.harness_files import SUFFIXES, group_members, read_task_file, refusal
 
 
 @dataclass(frozen=True)
