@@ -364,8 +364,17 @@ MOST_ARGUMENTS = 6
 MANY_ARGUMENTS = {
     *("cli/*:*", "ops/*:*", "mixers/*:__init__"),
     # to be emptied
-    *("evaluate/evaluation.py:evaluate_run", "evaluate/evaluation.py:_measure", "evaluate/generation.py:generate_text"),
-    *("plan/planner.py:make_plan", "plan/planner.py:_phases", "plan/planner.py:_stage", "plan/planner.py:_work"),
+    *(
+        "evaluation/evaluation.py:evaluate_run",
+        "evaluation/evaluation.py:_measure",
+        "evaluation/generation.py:generate_text",
+    ),
+    *(
+        "planning/planner.py:make_plan",
+        "planning/planner.py:_phases",
+        "planning/planner.py:_stage",
+        "planning/planner.py:_work",
+    ),
     *("run/checkpoint.py:save_checkpoint", "teacher/capture.py:capturing_attention"),
 }
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import RecipeError
-from mohawkify.evaluate.report import console_table
+from mohawkify.evaluation.report import console_table
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.objectives.objective import Runner, TeacherStudent, make_objective
-from mohawkify.plan.planning import plan
+from mohawkify.planning.planning import plan
 from mohawkify.recipe import stages
 from mohawkify.recipe.loading import apply_overrides, dump_recipe, parse_recipe
 from mohawkify.recipe.schema import Recipe
