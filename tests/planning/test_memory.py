@@ -28,7 +28,7 @@ from mohawkify.planning.planning import PlanOptions, plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.resolve import resolve_teacher
-from tests.plan.peaks import allocated_peak, planned_parts
+from tests.planning.peaks import allocated_peak, planned_parts
 from tests.tiny import save_teacher, tiny_teacher
 
 TOLERANCE = 0.15
