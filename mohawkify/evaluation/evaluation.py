@@ -86,7 +86,7 @@ def load_run_models(
         models["teacher"] = load_teacher(teacher, dtype=torch.bfloat16 if is_bf16 else torch.float32, device=device)
     student: Any = load_student(run.checked_final())
     models["student"] = student.to(device)
-    return models, load_tokenizer(run.final, student.config.vocab_size)
+    return models, load_tokenizer(run.final, student.config.vocab_size, student.config.to_dict())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mohawkify.files.atomic import atomic_directory
 from mohawkify.run.folder import finished_run
 from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes
 from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.validate import require_config
 
 Report = Callable[[str], None]
 
@@ -69,19 +70,21 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
     if dtype not in DTYPES:
         raise UsageError(f"found the precision {dtype}, expected one of {', '.join(DTYPES)}")
     source = finished_run(run)
+    values: dict[str, Any] | None = None
     if wanted.library == "mlx":
-        require_mlx(source.final)
+        values = require_config(source.final / "config.json")
+        require_mlx(values)
     _require_free(output)
 
     report(f"loading {source.final}")
-    student: Any = load_student(source.checked_final())
-    tokenizer = load_tokenizer(source.final, student.config.vocab_size)
+    student: Any = load_student(source.checked_final(), config_values=values)
+    tokenizer = load_tokenizer(source.final, student.config.vocab_size, student.config.to_dict())
     ids_bl = sample_ids(student)
     quantised: Quantised | None = None
     with atomic_directory(output, needed=_least_bytes(student, DTYPES[dtype], wanted.bits)) as folder:
         report(f"writing {target} in {dtype}")
-        if wanted.library == "mlx":
-            shapes, quantised = _export_mlx(source.final, student, ids_bl, folder, dtype, wanted.bits)
+        if values is not None:
+            shapes, quantised = _export_mlx(values, student, ids_bl, folder, dtype, wanted.bits)
             student.generation_config.to_json_file(folder / "generation_config.json")
             save_tokenizer(tokenizer, folder)
         else:
@@ -107,10 +110,10 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
 
 def _export_mlx(
-    final: Path, student: Any, ids_bl: Tensor, folder: Path, dtype: str, bits: int | None
+    values: Mapping[str, Any], student: Any, ids_bl: Tensor, folder: Path, dtype: str, bits: int | None
 ) -> tuple[dict[str, tuple[int, ...]], Quantised | None]:
     """Write the model, refused if it is another one even before rounding; returns its shapes and what was quantised."""
-    model, config = build_mlx(final)
+    model, config = build_mlx(values, student)
     shapes = shapes_of(model)
     if dtype != "float32" or bits is not None:
         require_same_model(compare(_torch_logits(student), mlx_logits(model), ids_bl))

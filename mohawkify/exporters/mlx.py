@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.exporters.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.families.adapter import Adapter
 from mohawkify.student.layer_spec import ATTENTION, mixer_layers, read_layer_specs
-from mohawkify.student.save import family_of, student_config
+from mohawkify.student.save import family_of, saved_tensors
 from mohawkify.teacher.validate import without_code
 
 MODEL_FILE = "mlx_model.py"
@@ -25,29 +25,29 @@ GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that di
 HEAD = "lm_head.weight"
 
 
-def require_mlx(final: Path) -> None:
+def require_mlx(values: Mapping[str, Any]) -> None:
     """Refuse at once what no MLX target can hold.
 
     Args:
-        final: the student's Hugging Face folder.
+        values: the content of the student's config.json.
 
     Raises:
         MissingExtraError: mlx-lm is not installed.
         ExportError: mlx-lm does not have the student's family.
-        MohawkifyError: its config.json is damaged.
     """
     if util.find_spec("mlx_lm") is None:
         raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
-    adapter = family_of(student_config(final).get("model_type", ""))
+    adapter = family_of(values.get("model_type", ""))
     if adapter.mlx_module is None:
         raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
 
 
-def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
+def build_mlx(values: Mapping[str, Any], student: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
     """Build a student as mlx-lm's model of the family with mixers.
 
     Args:
-        final: the student's Hugging Face folder, of a family that mlx-lm has.
+        values: the content of the student's config.json; of a family that mlx-lm has.
+        student: the student in float32.
 
     Returns:
         The model in float32, and its configuration as mlx-lm reads it.
@@ -60,12 +60,12 @@ def build_mlx(final: Path) -> tuple[Any, dict[str, Any]]:
 
     from mohawkify.exporters import mlx_model
 
-    adapter = family_of(student_config(final)["model_type"])
-    config = _mlx_config(final, adapter)
-    teacher = _teacher_modules(final, adapter)
+    adapter = family_of(values["model_type"])
+    config = _mlx_config(values, adapter)
+    teacher = _teacher_modules(values, adapter)
     try:
         model = mlx_model.Model(mlx_model.ModelArgs.from_dict(config))
-        weights = model.sanitize(_published_weights(final, adapter, teacher, model.mixer_paths()))
+        weights = model.sanitize(_published_weights(student, adapter, teacher, model.mixer_paths()))
         parameters: Any = tree_flatten(model.parameters())
         for name, value in parameters:
             if name not in weights and name.endswith(".bias"):
@@ -154,25 +154,23 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _teacher_modules(final: Path, adapter: Adapter) -> Any:
+def _teacher_modules(values: Mapping[str, Any], adapter: Adapter) -> Any:
     """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
-    config = _student_config(final, adapter)
+    config = _student_config(values, adapter)
     for key in ("model_type", "architectures", "mixer"):
         config.pop(key, None)
     with torch.device("meta"):
         return getattr(transformers, adapter.model_class)(getattr(transformers, adapter.config_class)(**config))
 
 
-def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths: dict[int, str]) -> dict[str, Any]:
+def _published_weights(
+    student: PreTrainedModel, adapter: Adapter, teacher: Any, mixer_paths: dict[int, str]
+) -> dict[str, Any]:
     """The student's tensors under the names that the family's published checkpoints have, mixers' under mlx-lm's."""
     import mlx.core as mx
 
     mixers = {f"{adapter.layers}.{index}.{adapter.attention}.": f"{path}." for index, path in mixer_paths.items()}
-
-    weights: dict[str, Tensor] = {}
-    for file in sorted(final.glob("model*.safetensors")):
-        weights.update(load_file(file))
-    weights = revert_weight_conversion(teacher, weights)
+    weights = revert_weight_conversion(teacher, saved_tensors(student))
     published: dict[str, Any] = {}
     while weights:  # one at a time: both copies of a large student need not fit
         name, tensor = weights.popitem()
@@ -182,16 +180,16 @@ def _published_weights(final: Path, adapter: Adapter, teacher: Any, mixer_paths:
     return published
 
 
-def _student_config(final: Path, adapter: Adapter) -> dict[str, Any]:
+def _student_config(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The keys of a student's configuration that its family has; others would run code, or say what nobody asked."""
     family = getattr(transformers, adapter.config_class)
     known = {*family().to_dict(), *family.attribute_map, "mixer"}
-    return {key: value for key, value in without_code(student_config(final)).items() if key in known}
+    return {key: value for key, value in without_code(values).items() if key in known}
 
 
-def _mlx_config(final: Path, adapter: Adapter) -> dict[str, Any]:
+def _mlx_config(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The student's configuration as mlx-lm reads it: transformers' keys, and beside them the older names."""
-    config = _student_config(final, adapter)
+    config = _student_config(values, adapter)
     for alias, name in getattr(transformers, adapter.config_class).attribute_map.items():
         if name in config:
             config.setdefault(alias, config[name])

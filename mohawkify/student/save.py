@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib import resources
 from pathlib import Path
@@ -126,12 +126,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_student(
+    directory: Path, dtype: torch.dtype = torch.float32, config_values: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a folder written by `save_student` with mohawkify's own classes; its code is not run.
 
     Args:
         directory: the folder.
         dtype: precision of the weights; the parameters of `PRECISE_PARAMETERS` stay in float32.
+        config_values: the content of config.json; None reads it.
 
     Returns:
         The student on the CPU, in evaluation mode.
@@ -143,7 +146,7 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     """
     never_ask()
     path = directory / "config.json"
-    values = without_code(require_config(path))
+    values = without_code(require_config(path) if config_values is None else config_values)
     config_class, model_class = register_family(family_of(values.get("model_type", "")))
     require_settings(path, values, config_class)
     require_generation_settings(directory)
@@ -175,11 +178,6 @@ def load_student(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"the student in {directory} {wording} tensor {names[0]}{more}")
     return student.eval()
-
-
-def student_config(directory: Path) -> dict[str, Any]:
-    """The configuration in a student's folder; raises what `require_config` raises."""
-    return require_config(directory / "config.json")
 
 
 def family_of(model_type: str) -> Adapter:

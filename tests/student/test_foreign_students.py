@@ -21,6 +21,7 @@ from mohawkify.teacher.generation_settings import plain_generation
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import read_config, resolve_teacher
 from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.teacher.validate import require_config
 from tests.commands import copy_of
 from tests.finished import finished_run
 from tests.teacher.damage import edit_json
@@ -83,7 +84,7 @@ def test_a_configuration_that_is_none(run: RunFolder, text: str) -> None:
     (run.final / "config.json").write_text(text)
     refused(run, "config.json|expected a student")
     with pytest.raises(MohawkifyError, match=r"config.json|expected a student|mlx"):
-        require_mlx(run.final)
+        require_mlx(require_config(run.final / "config.json"))
 
 
 CALLS = {
