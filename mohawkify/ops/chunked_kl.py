@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mohawkify.ops.constants import chunk_tokens
 from mohawkify.ops.losses import TopK, require_temperature_of_one
-
-CHUNK_ELEMENTS = 1 << 24  # of a chunk's logits: 64 MiB in float32. Measured on CPUs, see docs/log.md
 
 
 class LMHeadInput(NamedTuple):
@@ -40,11 +39,6 @@ class LMHeadInput(NamedTuple):
     bias_v: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-
-
-def chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' logits exist at a time."""
-    return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
 def head_logits(head: LMHeadInput) -> Tensor:

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mohawkify.ops.constants import band_rows
 from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix
 from mohawkify.ops.scan import LOWEST_LOG_DECAY
-
-ELEMENTS_PER_BAND = 1 << 22  # of each matrix; a band's few temporaries then stay in the tens of megabytes
-LARGEST_BAND = 64  # rows; of a higher one the diagonal tile, most of it above the diagonal, takes too long
 
 
 def orient_loss(
@@ -109,7 +107,7 @@ def _sum_over_bands(mixing: MixingMatrix, attention: AttentionMatrix, document_s
         torch.zeros(batch, heads, length, dtype=exact, device=b_bhln.device),
         *(torch.zeros(batch, heads, dtype=dtype, device=b_bhln.device) for _ in range(3)),
     )
-    num_rows = min(max(ELEMENTS_PER_BAND // (batch * heads * length), 16), LARGEST_BAND)
+    num_rows = band_rows(batch, heads, length)
     for begin in range(0, length, num_rows):
         end = min(begin + num_rows, length)
         p_bhrs = attention.band(begin, end, dtype)

@@ -12,13 +12,14 @@ Shapes: b batch, l target position, s source position, h heads, p head width, n 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 
 # Below it a log-decay counts as this: exp is 0 in float64 too. Lower numbers would blur the running sums of all that
 # follows, and minus infinity has no differences.
@@ -77,18 +78,16 @@ def scan_chunked(
     Source: Mamba-2 (arXiv 2405.21060), section 6, with the decay given directly. The gradients: docs/math.md, chunks.
     """
     state = _first_state(x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32)), b_blhn, state_bhpn)
+    length = x_blhp.shape[1]
     if chunk_length is None:
-        chunk_length = min(max(2 ** (round(math.log2(x_blhp.shape[-1] * b_blhn.shape[-1]) / 2) - 1), 16), 64)
-    chunk_length = max(min(chunk_length, x_blhp.shape[1]), 1)
+        chunk_length = scan_chunk_length(x_blhp.shape[-1], b_blhn.shape[-1], length)
+    chunk_length = max(min(chunk_length, length), 1)
     arguments = (x_blhp, b_blhn, c_blhn, log_decay_blh, state, document_starts_bl, chunk_length)
     with torch.autocast(x_blhp.device.type, enabled=False):
         if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:5]):
             y_blhp, state = _Chunked.apply(*arguments)
             return y_blhp, state
         return _scan_groups(*arguments, kept=None)
-
-
-NUMBERS_PER_GROUP = 1 << 18  # of the matrices of the chunks that are computed at once: what stays in a CPU's cache
 
 
 class _Chunked(torch.autograd.Function):
@@ -253,7 +252,7 @@ def _decays(
 def _groups(x_blhp: Tensor, chunk_length: int) -> list[slice]:
     """The length cut into groups of whole chunks; the last one may end within a chunk."""
     batch, length, heads, _ = x_blhp.shape
-    num_tokens = max(NUMBERS_PER_GROUP // max(batch * heads * chunk_length**2, 1), 1) * chunk_length
+    num_tokens = scan_group_tokens(batch, heads, chunk_length)
     return [slice(begin, min(begin + num_tokens, length)) for begin in range(0, length, num_tokens)]
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from mohawkify.ops.constants import band_rows, chunk_tokens
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.teacher_spec import TeacherSpec
 
@@ -22,8 +23,6 @@ MOMENTS = 2 * FP32  # of AdamW, bytes per parameter
 # The parts of a plan in the order they are printed.
 PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss", "update")
 
-ELEMENTS_PER_BAND, FEWEST_ROWS, MOST_ROWS = 1 << 22, 16, 64  # of ops/matrix_distance.py
-CHUNK_ELEMENTS = 1 << 24  # of ops/chunked_kl.py
 WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
 CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities
 # DeepSpeed's defaults, in numbers: the buffer that gradients are reduced in, and the parameters ZeRO-3 keeps gathered.
@@ -302,11 +301,6 @@ def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buffers": buffers}
 
 
-def band_rows(batch: int, heads: int, length: int) -> int:
-    """Rows of the mixing matrices that exist at a time in stage 1."""
-    return min(length, MOST_ROWS, max(ELEMENTS_PER_BAND // (batch * heads * length), FEWEST_ROWS))
-
-
 def _orient(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
     matrices = layout.micro_batch * sizes.heads
     length, state = sizes.length, sizes.state
@@ -344,7 +338,7 @@ def _loss(sizes: Sizes, layout: Layout) -> float:
     tokens = layout.micro_batch * sizes.length
     if sizes.whole_logits:
         return float(WHOLE_LOGITS * tokens * sizes.vocabulary * FP32)
-    chunk = min(tokens, max(1, CHUNK_ELEMENTS // sizes.vocabulary)) * sizes.vocabulary * FP32
+    chunk = min(tokens, chunk_tokens(sizes.vocabulary)) * sizes.vocabulary * FP32
     head = sizes.vocabulary * sizes.hidden
     gradient = head * FP32 if sizes.trained_ends else 0
     hidden = tokens * sizes.hidden * (FP32 + 2 * layout.number_bytes)

@@ -6,11 +6,12 @@ Steps and tokens are what training will do; all else is an estimate, and docs/pl
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import gcd, log2
+from math import gcd
 from pathlib import PurePath
 from typing import Any
 
 from mohawkify.errors import UsageError
+from mohawkify.ops.constants import scan_chunk_length
 from mohawkify.planning.gpus import UTILISATION, Gpu
 from mohawkify.planning.memory import (
     FP32,
@@ -361,7 +362,7 @@ def _work(
         # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
         bands = float(length * heads * (width + 3 * state))
         return _Work(trunk, 4.0 * sum(trained.values()) + bands * num_grafted)
-    chunk = min(max(2 ** round(log2(width * state) / 2), 32), 128, length)
+    chunk = scan_chunk_length(width, state, length)
     scan = 2.0 * heads * (chunk * (state + width) + 2 * state * width) * num_grafted
     if name == "align" and getattr(stage, "target", None) == "mixer":
         mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted

@@ -44,7 +44,7 @@ MODEL_FILE = "modeling_mohawk"
 CARRIED_FILES = {
     "mohawkify.families": ("decoder_layers.py",),
     "mohawkify.mixers": ("mamba2.py",),
-    "mohawkify.ops": ("conv.py", "decode.py", "scan.py"),
+    "mohawkify.ops": ("constants.py", "conv.py", "decode.py", "scan.py"),
     "mohawkify.student": ("cache.py", "graft.py", "layer_spec.py"),
 }
 
@@ -55,6 +55,7 @@ from transformers import {config}, {model}
 
 # All of the folder's code is named here: transformers 5.5.0 fetches what this file imports and no more.
 from .cache import StudentCache  # noqa: F401
+from .constants import scan_chunk_length  # noqa: F401
 from .conv import causal_conv  # noqa: F401
 from .decode import decode_step  # noqa: F401
 from .decoder_layers import find_layers  # noqa: F401

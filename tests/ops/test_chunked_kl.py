@@ -17,8 +17,9 @@ from mohawkify.families.autodetect import NO_FILE
 from mohawkify.families.registry import load_adapter
 from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.objective import Runner
-from mohawkify.ops import chunked_kl
-from mohawkify.ops.chunked_kl import LMHeadInput, chunk_tokens, chunked_distill_loss, head_logits
+from mohawkify.ops import constants
+from mohawkify.ops.chunked_kl import LMHeadInput, chunked_distill_loss, head_logits
+from mohawkify.ops.constants import chunk_tokens
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
 from mohawkify.recipe.schema import DistillRecipe
 from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
@@ -98,7 +99,7 @@ def metrics(
 
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
-    monkeypatch.setattr(chunked_kl, "CHUNK_ELEMENTS", num_tokens * VOCABULARY + VOCABULARY // 2)
+    monkeypatch.setattr(constants, "LOGITS_CHUNK_ELEMENTS", num_tokens * VOCABULARY + VOCABULARY // 2)
     assert chunk_tokens(VOCABULARY) == num_tokens
 
 
@@ -286,7 +287,7 @@ def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("form", ["float32", "bf16-autocast", "bf16"])
 def test_low_precision_is_no_worse_than_all_logits_at_once(form, monkeypatch):
     """The error against float64 on the very numbers that both forms are given."""
-    monkeypatch.setattr(chunked_kl, "CHUNK_ELEMENTS", 17 * 1003)
+    monkeypatch.setattr(constants, "LOGITS_CHUNK_ELEMENTS", 17 * 1003)
     stored = torch.bfloat16 if form == "bf16" else torch.float32
     student, teacher = learning(sizeable(48, 10, stored)), sizeable(64, 20, stored)
     counts_bl = torch.ones(2, 61, dtype=torch.bool)
@@ -350,6 +351,7 @@ def test_a_softcap_is_read_from_the_configuration(family, values):
 MEMORY = """
 import sys, torch
 from mohawkify.ops import chunked_kl as chunks
+from mohawkify.ops import constants
 from mohawkify.ops.losses import distill_loss
 torch.set_num_threads(1)
 form, length, vocabulary, width = sys.argv[1], int(sys.argv[2]), 16000, 32
@@ -358,7 +360,7 @@ hidden, other = (torch.randn(1, length, width, generator=generator) for _ in ran
 weight = torch.randn(vocabulary, width, generator=generator)
 hidden.requires_grad_(), weight.requires_grad_()
 counts = torch.ones(1, length, dtype=torch.bool)
-chunks.CHUNK_ELEMENTS = 64 * vocabulary
+constants.LOGITS_CHUNK_ELEMENTS = 64 * vocabulary
 student, teacher = chunks.LMHeadInput(hidden, weight), chunks.LMHeadInput(other, weight.detach())
 
 def status(name):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mohawkify.ops import matrix_distance
+from mohawkify.ops import constants, matrix_distance
 from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix, orient_loss_direct
 from mohawkify.ops.scan import mixing_matrix
 from tests.close import assert_close
@@ -86,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 100])
 def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch):
-    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)  # the shortest bands: 16 rows
+    monkeypatch.setattr(constants, "BAND_ELEMENTS", 1)  # the shortest bands: 16 rows
     names = ("loss", "relative", "b", "c", "log_decay", "d")
     for name, found, expected in zip(names, *both(length, **CASES[case]), strict=True):
         assert_close(f"{case} {length} {name}", found, expected)
@@ -95,7 +95,7 @@ def test_bands_give_the_definitions_loss_and_gradients(case, length, monkeypatch
 @pytest.mark.parametrize("case", CASES)
 def test_the_height_of_the_bands_does_not_matter(case, monkeypatch):
     low = both(90, **CASES[case])[0]
-    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)
+    monkeypatch.setattr(constants, "BAND_ELEMENTS", 1)
     for found, expected in zip(both(90, **CASES[case])[0], low, strict=True):
         assert_close(case, found, expected)
 
@@ -161,7 +161,7 @@ def test_gradients_by_finite_differences():
 
 @pytest.mark.parametrize("lowest", [-2000.0, -1e30, -torch.inf])
 def test_tokens_that_forget_everything_leave_what_follows_alone(lowest, monkeypatch):
-    monkeypatch.setattr(matrix_distance, "ELEMENTS_PER_BAND", 1)
+    monkeypatch.setattr(constants, "BAND_ELEMENTS", 1)
     results = []
     for function, low in ((matrix_distance.orient_loss, lowest), (orient_loss_direct, -800.0)):
         mixing, attention, _ = tensors(40)

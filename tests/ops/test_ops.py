@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mohawkify.ops import scan as scan_module
+from mohawkify.ops import constants
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix, scan_chunked, scan_recurrent
@@ -161,7 +161,7 @@ def test_groups_of_chunks_do_not_matter(monkeypatch):
     tensors, document_starts_bl = inputs(130), starts(130)
     results = []
     for numbers in (1, 1 << 12, 1 << 30):
-        monkeypatch.setattr(scan_module, "NUMBERS_PER_GROUP", numbers)
+        monkeypatch.setattr(constants, "SCAN_GROUP_ELEMENTS", numbers)
         y, state = scan_chunked(*tensors, None, document_starts_bl)
         results.append((y, state, *torch.autograd.grad(y.sin().sum() + state.cos().sum(), tensors)))
     for other in results[1:]:

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from mohawkify.errors import UsageError
+from mohawkify.ops import chunked_kl, matrix_distance, scan
+from mohawkify.ops.constants import band_rows
 from mohawkify.ops.matrix_distance import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
+from mohawkify.ops.scan import scan_chunked
+from mohawkify.planning import memory, planner
 from mohawkify.planning.gpus import GPUS, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import (
     STAGES,
     Layout,
-    band_rows,
     largest_micro_batch,
     memory_parts,
     remedies,
@@ -161,7 +164,6 @@ def test_every_remedy_needs_less_in_the_fullest_stage(llamba, layout):
 
 
 def test_rows_of_a_band_are_those_of_the_operator():
-    """`orient_tiles` asks its attention for bands of rows: here it is watched doing so."""
     asked = []
 
     class Attention:
@@ -176,6 +178,19 @@ def test_rows_of_a_band_are_those_of_the_operator():
         with pytest.raises(StopIteration):
             orient_loss(mixing, Attention(), None)
     assert asked == [band_rows(*shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(("width", "state", "length"), [(4, 8, 100), (64, 64, 100), (64, 64, 20), (128, 128, 100)])
+def test_chunks_of_the_scan_are_those_of_the_plan(width, state, length):
+    x, b, c = (torch.zeros(1, length, 1, size, requires_grad=True) for size in (width, state, state))
+    y, _ = scan_chunked(x, b, c, torch.zeros(1, length, 1))
+    assert y.grad_fn.chunk_length == planner.scan_chunk_length(width, state, length)
+
+
+def test_operators_and_plan_share_their_functions():
+    assert scan.scan_chunk_length is planner.scan_chunk_length
+    assert matrix_distance.band_rows is memory.band_rows
+    assert chunked_kl.chunk_tokens is memory.chunk_tokens
 
 
 def test_gpus_are_found_by_name_and_by_what_the_driver_calls_them():
