@@ -11,7 +11,7 @@ import pytest
 import transformers.modeling_utils
 
 from mohawkify.errors import TeacherError
-from mohawkify.export.export import export_run
+from mohawkify.exporters.export import export_run
 from mohawkify.files import atomic, safetensors_headers
 from mohawkify.recipe.loading import parse_recipe
 from mohawkify.run.folder import RunFolder
