@@ -43,28 +43,28 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def read_conversation(value: Any, place: str) -> list[dict[str, str]]:
+def read_conversation(value: Any, where: str) -> list[dict[str, str]]:
     """Read the messages of a conversation.
 
     Args:
         value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``.
-        place: where the conversation stands, for messages.
+        where: where the conversation stands, for messages.
 
     Raises:
         DataError: if the value is no such list.
     """
     if not isinstance(value, list):
-        raise DataError(f"{place} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
-    return [_message(message, place) for message in value]
+        raise DataError(f"{where} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
+    return [_message(message, where) for message in value]
 
 
-def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
+def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """Render one conversation as the teacher was trained to read it.
 
     Args:
         messages: ``{"role", "content"}`` each; none give no text.
         tokenizer: the teacher's tokenizer, with a chat template.
-        place: where the conversation stands, for messages.
+        where: where the conversation stands, for messages.
 
     Raises:
         DataError: if the template refuses the conversation, or is not well meant.
@@ -80,26 +80,26 @@ def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, 
             )
     except TemplateError as error:
         raise DataError(
-            f"{place}: the teacher's chat template refuses the conversation: {str(error)[:300]}",
+            f"{where}: the teacher's chat template refuses the conversation: {str(error)[:300]}",
             hint="remove the row, or bring its roles into the order that the template wants",
         ) from error
     except _TimeIsOver as error:
-        raise _broken(place, f"takes longer than {_SECONDS:g} s") from error
+        raise _broken(where, f"takes longer than {_SECONDS:g} s") from error
     except MemoryError as error:
-        raise _broken(place, f"needs more than {_MEMORY_BYTES >> 20} MB of memory") from error
+        raise _broken(where, f"needs more than {_MEMORY_BYTES >> 20} MB of memory") from error
     except Exception as error:  # a template may do to the values in it whatever Python lets it
-        raise _broken(place, f"fails: {type(error).__name__}: {str(error)[:300]}") from error
+        raise _broken(where, f"fails: {type(error).__name__}: {str(error)[:300]}") from error
     if not isinstance(rendered, str):
-        raise _broken(place, f"makes a {type(rendered).__name__}, expected text")
+        raise _broken(where, f"makes a {type(rendered).__name__}, expected text")
     longest = _CHARACTERS + _REPEATS * sum(len(message["content"]) for message in messages)
     if len(rendered) > longest:
-        raise _broken(place, f"makes {len(rendered):,} characters, expected at most {longest:,}")
+        raise _broken(where, f"makes {len(rendered):,} characters, expected at most {longest:,}")
     return rendered
 
 
-def _broken(place: str, what: str) -> DataError:
+def _broken(where: str, what: str) -> DataError:
     return DataError(
-        f"{place}: the teacher's chat template {what}",
+        f"{where}: the teacher's chat template {what}",
         hint="read the template (chat_template.jinja or tokenizer_config.json): it is damaged, or not well meant",
     )
 
@@ -152,16 +152,16 @@ def _address_space() -> int:
 _FORMS = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
 
 
-def _message(message: Any, place: str) -> dict[str, str]:
+def _message(message: Any, where: str) -> dict[str, str]:
     if isinstance(message, dict) and {"role", "content"} <= message.keys():
         role, content = message["role"], message["content"]
     elif isinstance(message, dict) and {"from", "value"} <= message.keys():
         role, content = message["from"], message["value"]
     else:
-        raise DataError(f"{place} holds a message of unknown form: {message!r:.80}", hint=_FORMS)
+        raise DataError(f"{where} holds a message of unknown form: {message!r:.80}", hint=_FORMS)
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _KNOWN_ROLES:
-        raise DataError(f"{place} holds a message of unknown role {role!r}", hint=f"known: {', '.join(_KNOWN_ROLES)}")
+        raise DataError(f"{where} holds a message of unknown role {role!r}", hint=f"known: {', '.join(_KNOWN_ROLES)}")
     if not isinstance(content, str):
-        raise DataError(f"{place} holds a message whose content is a {type(content).__name__}, expected text")
+        raise DataError(f"{where} holds a message whose content is a {type(content).__name__}, expected text")
     return {"role": role, "content": content}

@@ -21,7 +21,7 @@ def completion_spans(
     *,
     special_tokens: Collection[str],
     end_token: str | None,
-    place: str,
+    where: str,
 ) -> tuple[Span, ...]:
     """Find what the assistant wrote in a rendered conversation.
 
@@ -36,7 +36,7 @@ def completion_spans(
         render: the template.
         special_tokens: the tokenizer's, as text.
         end_token: its end token, if it has one.
-        place: where the conversation stands, for messages.
+        where: where the conversation stands, for messages.
 
     Returns:
         (first character, character behind the last) of each completion, in order.
@@ -54,7 +54,7 @@ def completion_spans(
             break
     else:
         raise DataError(
-            f"{place}: the teacher's chat template does not write the assistant's words as they are, once and in order,"
+            f"{where}: the teacher's chat template does not write the assistant's words as they are, once and in order,"
             " so that they cannot be told from the rest",
             hint="count the predictions of all tokens: loss: all beside chat under data",
         )

@@ -30,7 +30,7 @@ def column_value(row: Row, column: str) -> Any:
     """
     if column not in row.columns:
         raise DataError(
-            f"{row.place} has no column {column!r}; it has: {', '.join(map(str, row.columns)) or 'none'}",
+            f"{row.where} has no column {column!r}; it has: {', '.join(map(str, row.columns)) or 'none'}",
             hint="name one of these columns under data in the recipe",
         )
     return row.columns[column]
@@ -53,7 +53,7 @@ def _meets(row: Row, condition: Condition) -> bool:
     expected = {_kind(choice) for choice in allowed}
     if _kind(value) not in expected:
         raise DataError(
-            f"{row.place}: column {condition.column!r} holds {_kind(value)} ({value!r:.60}),"
+            f"{row.where}: column {condition.column!r} holds {_kind(value)} ({value!r:.60}),"
             f" but is compared with {' or '.join(sorted(expected))}",
             hint="write the value of the condition as the column holds it",
         )

@@ -22,8 +22,8 @@ _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _NETWORK_LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 
 
-class Place(NamedTuple):
-    """A place in a source, between two rows.
+class Position(NamedTuple):
+    """A position in a source, between two rows.
 
     Args:
         rows: rows before it.
@@ -34,16 +34,16 @@ class Place(NamedTuple):
     stream: dict[str, Any] | None = None
 
 
-BEGINNING = Place(0)
-After = Callable[[], Place]
+BEGINNING = Position(0)
+After = Callable[[], Position]
 
 
 def ignore(line: str) -> None:
     """Receive a line and say nothing."""
 
 
-def hub_rows(source: Source, name: str, start: Place, report: Report) -> Iterator[tuple[Row, After]]:
-    """Stream the rows of a dataset from a place on, each once, whatever the network does in between.
+def hub_rows(source: Source, name: str, start: Position, report: Report) -> Iterator[tuple[Row, After]]:
+    """Stream the rows of a dataset from a position on, each once, whatever the network does in between.
 
     Args:
         source: the dataset, its configuration, split and revision.
@@ -52,7 +52,7 @@ def hub_rows(source: Source, name: str, start: Place, report: Report) -> Iterato
         report: receives a line for every new try.
 
     Returns:
-        Rows, each with a function that tells the place behind it; to be asked before the next row.
+        Rows, each with a function that tells the position behind it; to be asked before the next row.
 
     Raises:
         DataError: the dataset is not there or not open to this user, or the Hub cannot be reached for too long.
@@ -63,47 +63,47 @@ def hub_rows(source: Source, name: str, start: Place, report: Report) -> Iterato
         try:
             for columns in stream:
                 failures = 0
-                yield Row(f"{name}, row {stream.place_rows}", columns), stream.place
+                yield Row(f"{name}, row {stream.num_rows}", columns), stream.position
             return
         # Names, network, formats and decoders fail in errors of half a dozen libraries that share no base class.
         except Exception as error:
-            waits = _WAITS if stream.place_rows > start.rows or stream.was_reached else _WAITS_AT_FIRST
+            waits = _WAITS if stream.num_rows > start.rows or stream.was_reached else _WAITS_AT_FIRST
             if not _will_pass(error) or failures >= len(waits):
                 raise DataError(f"cannot read {name}: {_reason(error)}", hint=_hint(error)) from error
             wait = waits[failures]
             failures += 1
             report(
-                f"{name}: {_reason(error)}; going on behind row {stream.place_rows:,} in {wait:g} s"
+                f"{name}: {_reason(error)}; going on behind row {stream.num_rows:,} in {wait:g} s"
                 f" (try {failures} of {len(waits)})"
             )
-            stream = _Stream(source, stream.place())
+            stream = _Stream(source, stream.position())
             time.sleep(wait)
 
 
 class _Stream:
-    """The rows behind a place, in one connection.
+    """The rows behind a position, in one connection.
 
     Args:
         source: the dataset.
         start: where it begins.
     """
 
-    def __init__(self, source: Source, start: Place) -> None:
+    def __init__(self, source: Source, start: Position) -> None:
         self.source, self.start = source, start
-        self.place_rows = start.rows
+        self.num_rows = start.rows
         self.was_reached = start.stream is not None
         self._dataset: Any = None
         self._revision: str | None = None
         self._is_counting = False
 
-    def place(self) -> Place:
+    def position(self) -> Position:
         """The place behind the last row that came."""
         if self._dataset is None:
             return self.start
         import datasets
 
         state = None if self._is_counting else self._dataset.state_dict()
-        return Place(self.place_rows, {"revision": self._revision, "datasets": datasets.__version__, "state": state})
+        return Position(self.num_rows, {"revision": self._revision, "datasets": datasets.__version__, "state": state})
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         import datasets
@@ -124,12 +124,12 @@ class _Stream:
         dataset = _undecoded(dataset)
         if kept and kept["state"] is not None and kept["datasets"] == datasets.__version__:
             dataset.load_state_dict(kept["state"])
-        elif self.start.rows:  # another version may keep its place in another form: the rows are counted again
+        elif self.start.rows:  # another version may store positions in another form: the rows are counted again
             dataset = dataset.skip(self.start.rows)
             self._is_counting = True
         self._dataset = dataset
         for columns in dataset:
-            self.place_rows += 1
+            self.num_rows += 1
             yield dict(columns)
 
 

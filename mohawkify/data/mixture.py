@@ -7,16 +7,7 @@ from typing import TypeVar
 
 from mohawkify.recipe.schema import Source
 
-Sized = TypeVar("Sized")
-
-
-def next_source(sources: Sequence[Source], num_tokens: Sequence[int]) -> int:
-    """The source of a mixture that lags furthest behind its share of the tokens so far; of equals the first.
-
-    It knows nothing but the tokens taken so far: a mixture that is read on has the order of one read in one go, and no
-    source is ever further from its share than by one document of each.
-    """
-    return min(range(len(sources)), key=lambda index: (num_tokens[index] / (sources[index].weight or 1.0), index))
+Item = TypeVar("Item")
 
 
 def is_mixture(sources: Sequence[Source]) -> bool:
@@ -24,27 +15,22 @@ def is_mixture(sources: Sequence[Source]) -> bool:
     return all(source.weight is not None for source in sources)
 
 
-def take_turns(
-    sources: Sequence[Source], streams: Sequence[Iterator[Sized]], num_tokens: Sequence[int], first: int
-) -> Iterator[tuple[int, Sized]]:
+def merge_sources(
+    sources: Sequence[Source], streams: Sequence[Iterator[Item]], num_tokens: Sequence[int], first: int
+) -> Iterator[tuple[int, Item]]:
     """Yield documents with the index of their source.
 
-    Without weights the sources come one by one. With weights they alternate, and the end of the first one to end is the
-    end of all: what follows could not have the proportions.
-
-    Args:
-        sources: in the recipe's order.
-        streams: their documents.
-        num_tokens: tokens taken of each so far; the caller keeps it up to date.
-        first: where sources come one by one, the one to begin with.
+    Without weights the sources come one by one, from `first` on. With weights the next document is of the source that
+    lags furthest behind its share of `num_tokens`, which the caller keeps up to date (of equals the first): the order
+    is the same after an interruption, and no source is further from its share than by one document of each. The first
+    source to end ends all, because what follows could not have the proportions.
     """
     if not is_mixture(sources):
         for index in range(first, len(sources)):
-            for document in streams[index]:
-                yield index, document
+            yield from ((index, document) for document in streams[index])
         return
     while True:
-        index = next_source(sources, num_tokens)
+        index = min(range(len(sources)), key=lambda i: (num_tokens[i] / (sources[i].weight or 1.0), i))
         try:
             yield index, next(streams[index])
         except StopIteration:

@@ -1,4 +1,4 @@
-"""Text to a corpus on disk, once: in shards, by several processes if wanted, after a kill from the last shard on."""
+"""Text to a corpus on disk, once: in shards, by several processes if asked, after a kill from the last shard on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mohawkify.data.chat import require_chat_template
-from mohawkify.data.corpus import Corpus, load_corpus
-from mohawkify.data.corpus_files import COMPLETION_FILE, OFFSET_DTYPE, OFFSETS_FILE, TOKENS_FILE, shard_name
-from mohawkify.data.hub import Place, Report, ignore
-from mohawkify.data.mixture import is_mixture, take_turns
-from mohawkify.data.sources import Raw, describe, empty_source, raw_documents, source_identity
+from mohawkify.data.corpus import (
+    COMPLETION_FILE,
+    OFFSET_DTYPE,
+    OFFSETS_FILE,
+    TOKENS_FILE,
+    Corpus,
+    load_corpus,
+    shard_name,
+)
+from mohawkify.data.hub import Position, Report, ignore
+from mohawkify.data.mixture import is_mixture, merge_sources
+from mohawkify.data.sources import RawRow, describe, empty_source, raw_documents, source_identity
 from mohawkify.data.tokenize import TOKEN_DTYPE, Encoded, tokenizer_hash
 from mohawkify.data.tokenize_workers import Pending, Submit, encoders
 from mohawkify.errors import CheckpointError, DataError
@@ -64,10 +71,10 @@ class SourceProgress:
 
 
 class _Read(NamedTuple):
-    """A document as tokens, and the place in its source behind it."""
+    """A document as tokens, and the position in its source behind it."""
 
     encoded: Encoded
-    after: Place
+    after: Position
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class CorpusRequest:
 
 
 def build_corpus(
-    wanted: CorpusRequest,
+    request: CorpusRequest,
     directory: Path,
     *,
     num_workers: int = 0,
@@ -127,7 +134,7 @@ def build_corpus(
     result is the same bytes as that of one call, and for any number of processes.
 
     Args:
-        wanted: what it is made of.
+        request: what it is made of.
         directory: holds corpora, each in a folder of its own.
         num_workers: processes that tokenise; 0 does it here.
         progress: called with the number of tokens so far after every document.
@@ -137,50 +144,50 @@ def build_corpus(
         DataError: if there is no text, it cannot be read, or an earlier corpus is damaged.
         StorageError: if the corpus cannot be written.
     """
-    if not wanted.sources:
+    if not request.sources:
         raise DataError("no text is given", hint="name a file, folder or dataset under data in the recipe")
-    if wanted.num_tokens is not None and wanted.num_tokens < 1:
-        raise DataError(f"{wanted.num_tokens} tokens of text are asked for, expected at least 1")
-    target = directory / wanted.key
+    if request.num_tokens is not None and request.num_tokens < 1:
+        raise DataError(f"{request.num_tokens} tokens of text are asked for, expected at least 1")
+    target = directory / request.key
     work = directory / f"{UNFINISHED}{target.name}"
     if not target.exists():
-        for source in wanted.sources:
+        for source in request.sources:
             if source.chat is not None:
-                require_chat_template(wanted.tokenizer)
+                require_chat_template(request.tokenizer)
         atomic.sweep_temporaries(directory)
-        with encoders(num_workers, wanted.tokenizer, wanted.vocab_size) as submit:
-            facts = _Work(wanted, work, report, progress or (lambda num_tokens: None)).finish(
+        with encoders(num_workers, request.tokenizer, request.vocab_size) as submit:
+            facts = _Work(request, work, report, progress or (lambda num_tokens: None)).finish(
                 submit, num_workers * _BATCHES_AHEAD
             )
         with atomic.atomic_directory(target, facts=facts) as folder:
             _link_shards(work, facts["shards"], folder)
     if work.exists():  # also what a killed call left that had come so far
         atomic.remove_directory(work)
-    return load_corpus(target, wanted.vocab_size)
+    return load_corpus(target, request.vocab_size)
 
 
-def bytes_to_write(wanted: CorpusRequest, directory: Path) -> int:
+def bytes_to_write(request: CorpusRequest, directory: Path) -> int:
     """What `build_corpus` has yet to write if the text does not end before: nothing where the corpus is there."""
-    if (directory / wanted.key).exists():
+    if (directory / request.key).exists():
         return 0
-    written = directory.glob(f"{UNFINISHED}{wanted.key}/shard-*/*.bin")
-    return max(0, wanted.most_bytes - sum(file.stat().st_size for file in written))
+    written = directory.glob(f"{UNFINISHED}{request.key}/shard-*/*.bin")
+    return max(0, request.most_bytes - sum(file.stat().st_size for file in written))
 
 
 class _Work:
     """A corpus in the making.
 
     Args:
-        wanted: what it is made of.
+        request: what it is made of.
         folder: holds the finished shards.
         report: receives a line for every try to reach the Hub again.
         progress: called with the number of tokens so far.
     """
 
-    def __init__(self, wanted: CorpusRequest, folder: Path, report: Report, progress: Progress) -> None:
-        self.wanted, self.folder, self.report, self.progress = wanted, folder, report, progress
-        self.taken = [SourceProgress() for _ in wanted.sources]
-        self.tokens_of = [0 for _ in wanted.sources]
+    def __init__(self, request: CorpusRequest, folder: Path, report: Report, progress: Progress) -> None:
+        self.request, self.folder, self.report, self.progress = request, folder, report, progress
+        self.taken = [SourceProgress() for _ in request.sources]
+        self.tokens_of = [0 for _ in request.sources]
         self.shards: list[str] = []
         self.borders = array("q", [0])
         self.digest, self.completion_digest = hashlib.sha256(), hashlib.sha256()
@@ -195,7 +202,7 @@ class _Work:
         """Write the shards that are missing; returns the facts of the corpus."""
         documents = self._documents(submit, ahead)
         has_ended = False
-        while self.num_tokens != self.wanted.num_tokens and not has_ended:
+        while self.num_tokens != self.request.num_tokens and not has_ended:
             first = next(documents, None)
             if first is None:
                 has_ended = True
@@ -212,7 +219,7 @@ class _Work:
 
     def take(self, index: int, read: _Read) -> Encoded:
         """Count a document of a source, cut where there is enough, and return what is to be written."""
-        left = None if self.wanted.num_tokens is None else self.wanted.num_tokens - self.num_tokens
+        left = None if self.request.num_tokens is None else self.request.num_tokens - self.num_tokens
         encoded = Encoded(read.encoded.tokens[:left], read.encoded.completion[:left])
         taken = self.taken[index]
         taken.rows, taken.stream = read.after
@@ -227,7 +234,7 @@ class _Work:
 
     def _hash(self, tokens: np.ndarray, completion: np.ndarray) -> None:
         self.digest.update(np.ascontiguousarray(tokens).data)
-        if self.wanted.is_masked:
+        if self.request.is_masked:
             self.completion_digest.update(np.ascontiguousarray(completion).data)
 
     def _pick_up(self) -> None:
@@ -248,7 +255,7 @@ class _Work:
                 break
             borders = np.fromfile(path / OFFSETS_FILE, dtype=OFFSET_DTYPE)[1:] + self.num_tokens
             tokens = np.memmap(path / TOKENS_FILE, dtype=TOKEN_DTYPE, mode="r")
-            is_masked = self.wanted.is_masked
+            is_masked = self.request.is_masked
             completion = np.memmap(path / COMPLETION_FILE, dtype=np.uint8, mode="r") if is_masked else tokens
             self._hash(tokens, completion)
             self.borders.frombytes(borders.astype(np.int64).tobytes())
@@ -259,17 +266,17 @@ class _Work:
             self.report(f"going on behind {self.num_tokens:,} tokens that were tokenised before")
 
     def _documents(self, submit: Submit, ahead: int) -> Iterator[tuple[int, _Read]]:
-        streams = [self._read(index, submit, ahead) for index in range(len(self.wanted.sources))]
+        streams = [self._read(index, submit, ahead) for index in range(len(self.request.sources))]
         begun = [index for index, taken in enumerate(self.taken) if taken.documents]
-        return take_turns(self.wanted.sources, streams, self.tokens_of, max(begun, default=0))
+        return merge_sources(self.request.sources, streams, self.tokens_of, max(begun, default=0))
 
     def _read(self, index: int, submit: Submit, ahead: int) -> Iterator[_Read]:
         """Yield the documents of a source, a few batches being tokenised ahead."""
-        source, taken = self.wanted.sources[index], self.taken[index]
-        start = Place(taken.rows, taken.stream)
-        rows = raw_documents(source, self.wanted.teacher_directory, start=start, report=self.report)
+        source, taken = self.request.sources[index], self.taken[index]
+        start = Position(taken.rows, taken.stream)
+        rows = raw_documents(source, self.request.teacher_directory, start=start, report=self.report)
         found = taken.documents > 0
-        waiting: deque[tuple[list[Raw], Pending]] = deque()
+        waiting: deque[tuple[list[RawRow], Pending]] = deque()
         batches = _batches(rows)
         while True:
             batch = next(batches, None)
@@ -293,30 +300,30 @@ class _Work:
         borders = np.array(self.borders, dtype=OFFSET_DTYPE)
         self.digest.update(borders.data)
         fingerprint = self.digest.hexdigest()
-        if self.wanted.is_masked:
+        if self.request.is_masked:
             both = f"{fingerprint} {self.completion_digest.hexdigest()}"
             fingerprint = hashlib.sha256(both.encode()).hexdigest()
         sources = [
             {"source": describe(source), **asdict(taken)}
-            for source, taken in zip(self.wanted.sources, self.taken, strict=True)
+            for source, taken in zip(self.request.sources, self.taken, strict=True)
         ]
         completion_tokens = sum(taken.completion_tokens for taken in self.taken)
         return {
             "fingerprint": fingerprint,
             "tokens": self.num_tokens,
             "documents": len(self.borders) - 1,
-            "completion_tokens": completion_tokens if self.wanted.is_masked else None,
+            "completion_tokens": completion_tokens if self.request.is_masked else None,
             "text_has_ended": has_ended,
-            "mixture": is_mixture(self.wanted.sources),
+            "mixture": is_mixture(self.request.sources),
             "sources": sources,
             "shards": self.shards,
-            "tokenizer": tokenizer_hash(self.wanted.tokenizer),
-            "teacher": str(self.wanted.teacher_directory),
+            "tokenizer": tokenizer_hash(self.request.tokenizer),
+            "teacher": str(self.request.teacher_directory),
         }
 
 
-def _batches(rows: Iterable[Raw]) -> Iterator[list[Raw]]:
-    batch: list[Raw] = []
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
     characters = 0
     for row in rows:
         batch.append(row)
@@ -334,7 +341,7 @@ def _write_shard(work: _Work, folder: Path, documents: Iterator[tuple[int, _Read
     completion_file: BinaryIO | None = None
     with (folder / TOKENS_FILE).open("wb") as file:
         try:
-            if work.wanted.is_masked:
+            if work.request.is_masked:
                 completion_file = (folder / COMPLETION_FILE).open("wb")
             for index, read in documents:
                 encoded = work.take(index, read)
@@ -342,7 +349,7 @@ def _write_shard(work: _Work, folder: Path, documents: Iterator[tuple[int, _Read
                 if completion_file is not None:
                     completion_file.write(encoded.completion.data)
                 offsets.append(offsets[-1] + len(encoded.tokens))
-                if offsets[-1] >= _SHARD_TOKENS or work.num_tokens == work.wanted.num_tokens:
+                if offsets[-1] >= _SHARD_TOKENS or work.num_tokens == work.request.num_tokens:
                     break
         finally:
             if completion_file is not None:

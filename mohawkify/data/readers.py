@@ -28,11 +28,11 @@ class Row(NamedTuple):
     """One row of a table of text.
 
     Args:
-        place: where the row stands, for messages: ``train.jsonl, line 7``.
+        where: where the row stands, for messages: ``train.jsonl, line 7``.
         columns: the values by column name.
     """
 
-    place: str
+    where: str
     columns: dict[str, Any]
 
 
@@ -166,18 +166,18 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
     for number, line in _lines(file):
         if not line.strip():
             continue
-        place = f"{file}, line {number}"
+        where = f"{file}, line {number}"
         try:
             value = json.loads(line)
         # Besides syntax errors: integers of thousands of digits, and brackets nested too deep for the parser.
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place} is not valid JSON: {error}", hint="expected one JSON object per line") from error
+            raise DataError(f"{where} is not valid JSON: {error}", hint="expected one JSON object per line") from error
         if not isinstance(value, dict):
             raise DataError(
-                f"{place} holds a JSON {type(value).__name__}, expected an object",
+                f"{where} holds a JSON {type(value).__name__}, expected an object",
                 hint='write each document as one line such as {"text": "..."}',
             )
-        yield Row(place, value)
+        yield Row(where, value)
 
 
 def _table_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
@@ -226,11 +226,11 @@ def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
     return unpacked
 
 
-def _require_short(place: str, values: dict[str, Any]) -> None:
+def _require_short(where: str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, str | bytes) and len(value) > LONGEST_VALUE:
             raise DataError(
-                f"{place}: column {name!r} holds {len(value):,} characters, expected at most {LONGEST_VALUE:,}",
+                f"{where}: column {name!r} holds {len(value):,} characters, expected at most {LONGEST_VALUE:,}",
                 hint="break the text up, or remove the file from the data",
             )
 

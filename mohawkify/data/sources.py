@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mohawkify.data.chat import read_conversation, render_conversation
 from mohawkify.data.completions import completion_spans
 from mohawkify.data.filters import column_value, meets_all
-from mohawkify.data.hub import BEGINNING, After, Place, Report, hub_rows, ignore
+from mohawkify.data.hub import BEGINNING, After, Position, Report, hub_rows, ignore
 from mohawkify.data.readers import Row, find_files, read_rows
 from mohawkify.data.tokenize import Document
 from mohawkify.errors import DataError
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from mohawkify.recipe.schema import Source
 
 
-class Raw(NamedTuple):
+class RawRow(NamedTuple):
     """What a row holds, before a tokenizer has seen it.
 
     Args:
-        place: where the row stands, for messages.
+        where: where the row stands, for messages.
         value: text, or a conversation.
         after: where reading goes on behind the row.
     """
 
-    place: str
+    where: str
     value: Any
-    after: Place
+    after: Position
 
 
 def raw_documents(
-    source: Source, teacher_directory: Path | None, *, start: Place = BEGINNING, report: Report = ignore
-) -> Iterator[Raw]:
+    source: Source, teacher_directory: Path | None, *, start: Position = BEGINNING, report: Report = ignore
+) -> Iterator[RawRow]:
     """Yield what the rows of a source hold that meet its conditions, in the source's own order, files sorted by path.
 
     Args:
@@ -54,10 +54,10 @@ def raw_documents(
     column = source.chat or source.text
     for row, after in _rows(source, teacher_directory, start, report):
         if meets_all(row, source.where):
-            yield Raw(row.place, column_value(row, column), after())
+            yield RawRow(row.where, column_value(row, column), after())
 
 
-def to_document(raw: Raw, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+def to_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document | None:
     """Turn what a row holds into text; None where it is empty.
 
     Raises:
@@ -69,7 +69,7 @@ def to_document(raw: Raw, source: Source, tokenizer: PreTrainedTokenizerBase) ->
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{raw.place}: the text holds half a surrogate pair, which is not valid Unicode") from error
+        raise DataError(f"{raw.where}: the text holds half a surrogate pair, which is not valid Unicode") from error
     return document if document.text.strip() else None
 
 
@@ -105,14 +105,16 @@ def source_identity(source: Source, teacher_directory: Path | None) -> dict[str,
     return identity
 
 
-def _rows(source: Source, teacher_directory: Path | None, start: Place, report: Report) -> Iterator[tuple[Row, After]]:
+def _rows(
+    source: Source, teacher_directory: Path | None, start: Position, report: Report
+) -> Iterator[tuple[Row, After]]:
     if source.hub is not None:
         yield from hub_rows(source, describe(source), start, report)
         return
     rows = _demo_rows(source) if source.demo is not None else _file_rows(source, teacher_directory)
     for number, row in enumerate(rows, start=1):
         if number > start.rows:
-            yield row, partial(Place, number)
+            yield row, partial(Position, number)
 
 
 def _demo_rows(source: Source) -> Iterator[Row]:
@@ -130,26 +132,26 @@ def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
         yield from read_rows(file, columns=columns, text_column=source.text, separator=source.separator)
 
 
-def _chat_document(raw: Raw, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:
-    messages = read_conversation(raw.value, raw.place)
-    text = render_conversation(messages, tokenizer, raw.place)
+def _chat_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:
+    messages = read_conversation(raw.value, raw.where)
+    text = render_conversation(messages, tokenizer, raw.where)
     if source.loss == "all":
         return Document(text)
     spans = completion_spans(
         messages,
         text,
-        lambda others: render_conversation(others, tokenizer, raw.place),
+        lambda others: render_conversation(others, tokenizer, raw.where),
         special_tokens=tokenizer.all_special_tokens,
         end_token=tokenizer.eos_token,
-        place=raw.place,
+        where=raw.where,
     )
     return Document(text, spans)
 
 
-def _checked_text(raw: Raw, column: str) -> str:
+def _checked_text(raw: RawRow, column: str) -> str:
     if not isinstance(raw.value, str):
         raise DataError(
-            f"{raw.place}: column {column!r} holds a {type(raw.value).__name__}, expected text",
+            f"{raw.where}: column {column!r} holds a {type(raw.value).__name__}, expected text",
             hint="name the column that holds the text with `text` under data",
         )
     return raw.value

@@ -16,7 +16,7 @@ from mohawkify.data.loader import SampleRange
 from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import CorpusRequest, build_corpus, bytes_to_write
 from mohawkify.data.readers import find_files
-from mohawkify.data.tokenize_progress import TokenizeProgress
+from mohawkify.data.tokenize_progress import tokenize_progress
 from mohawkify.data.validation import evaluation_rows
 from mohawkify.errors import DataError
 from mohawkify.files import atomic
@@ -70,16 +70,16 @@ def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[S
     """What every stage reads of the corpora."""
     return {
         name: [
-            sample_range_of(recipe, name, place, corpora[segment.data])
-            for place, segment in enumerate(stage.segments())
+            sample_range_of(recipe, name, index, corpora[segment.data])
+            for index, segment in enumerate(stage.segments())
         ]
         for name, stage in recipe.stages.blocks().items()
     }
 
 
-def sample_range_of(recipe: Recipe, stage: str, place: int, corpus: Corpus) -> SampleRange:
+def sample_range_of(recipe: Recipe, stage: str, index: int, corpus: Corpus) -> SampleRange:
     """What one of a stage's segments reads of its corpus."""
-    segment, span = recipe.stages.blocks()[stage].segments()[place], planned_ranges(recipe)[stage][place]
+    segment, span = recipe.stages.blocks()[stage].segments()[index], planned_ranges(recipe)[stage][index]
     return SampleRange(corpus, segment.num_steps, segment.sequence_length, span.first, span.sequences_per_block)
 
 
@@ -160,7 +160,7 @@ class TextReader:
         Raises:
             DataError: the text cannot be read, or ends before the stages do.
         """
-        return {name: self.stage_text(name) for name in ("train", "final_phase") if name in self.wanted}
+        return {name: self.stage_text(name) for name in ("train", "final_phase") if name in self.requests}
 
     def stage_text(self, name: str) -> Corpus:
         """One of the corpora that the stages read, without what is held out.
@@ -168,7 +168,7 @@ class TextReader:
         Raises:
             DataError: the text cannot be read, or ends before the stages do.
         """
-        is_split = name == "train" and "validation" not in self.wanted
+        is_split = name == "train" and "validation" not in self.requests
         corpus = self._split_train()[0] if is_split else self.corpus(name)
         self._require_enough(name, corpus)
         return corpus
@@ -176,30 +176,30 @@ class TextReader:
     def held_out(self) -> list[np.ndarray]:
         """The rows of text that students are measured on; see `evaluation_rows`."""
         evaluation = self.recipe.evaluation
-        corpus = self.corpus("validation") if "validation" in self.wanted else self._split_train()[1]
+        corpus = self.corpus("validation") if "validation" in self.requests else self._split_train()[1]
         return evaluation_rows(corpus, sequence_length=evaluation.sequence_length, num_tokens=evaluation.tokens)
 
     @cached_property
-    def wanted(self) -> dict[str, CorpusRequest]:
+    def requests(self) -> dict[str, CorpusRequest]:
         """What is tokenised for the recipe: ``train``, and ``validation`` and ``final_phase`` where it has them."""
         data, held = self.recipe.data, self.recipe.evaluation.tokens
         train, final_phase = (tokens_needed(self.recipe, name) for name in ("train", "final_phase"))
-        found = {"train": self._wanted(data.train, max(train, 1) if data.validation else train + held)}
+        found = {"train": self._request(data.train, max(train, 1) if data.validation else train + held)}
         if data.validation:
-            found["validation"] = self._wanted(data.validation, held)
+            found["validation"] = self._request(data.validation, held)
         if final_phase:
-            found["final_phase"] = self._wanted(data.final_phase, final_phase)
+            found["final_phase"] = self._request(data.final_phase, final_phase)
         return found
 
     def corpus(self, name: str) -> Corpus:
         """One of the corpora that are wanted, found or made."""
-        wanted = self.wanted[name]
-        elsewhere = find_prepared(wanted.key, self.directory, self.prepared, wanted.vocab_size)
+        request = self.requests[name]
+        elsewhere = find_prepared(request.key, self.directory, self.prepared, request.vocab_size)
         if elsewhere is not None:
             return elsewhere
-        with TokenizeProgress(name, wanted.num_tokens or 0, self.report) as telling:
+        with tokenize_progress(name, request.num_tokens or 0, self.report) as progress:
             return build_corpus(
-                wanted, self.directory, num_workers=self.num_workers, progress=telling.see, report=self.report
+                request, self.directory, num_workers=self.num_workers, progress=progress, report=self.report
             )
 
     def bytes_to_write(self, *names: str) -> int:
@@ -211,14 +211,14 @@ class TextReader:
             names: of ``train``, ``final_phase`` and ``validation``; all without a name.
         """
         known = [
-            self.wanted[name]
-            for name in names or self.wanted
+            self.requests[name]
+            for name in names or self.requests
             if name == "validation" or epochs_of(self.recipe, name) is not None
         ]
         missing = [each for each in known if not is_prepared(each.key, self.directory, self.prepared)]
         return sum(bytes_to_write(each, self.directory) for each in missing)
 
-    def _wanted(self, sources: Sequence[Source], num_tokens: int) -> CorpusRequest:
+    def _request(self, sources: Sequence[Source], num_tokens: int) -> CorpusRequest:
         return CorpusRequest(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
 
     def _split_train(self) -> tuple[Corpus, Corpus]:

@@ -220,9 +220,9 @@ class TeacherLogits:
                 hint="the same `mohawkify cache-logits` command continues it",
             )
 
-    def require_sequences(self, wanted: np.ndarray) -> None:
+    def require_sequences(self, sequences: np.ndarray) -> None:
         """Refuse sequences that nobody asked the teacher about."""
-        lacking = np.setdiff1d(wanted, self.sequences)
+        lacking = np.setdiff1d(sequences, self.sequences)
         if len(lacking):
             raise DataError(
                 f"{self.folder} has no teacher logits for sequence {lacking[0]} and {len(lacking) - 1} more",
@@ -251,7 +251,7 @@ class TeacherLogits:
         from mohawkify.ops.losses import TopK
 
         self.require_sequences(np.asarray(sequences))
-        decoded = [self._read_one(int(place)) for place in np.searchsorted(self.sequences, sequences)]
+        decoded = [self._read_one(int(index)) for index in np.searchsorted(self.sequences, sequences)]
         ids, log_probs, log_rest = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*decoded, strict=True))
         total = torch.logaddexp(log_probs.logsumexp(-1), log_rest)
         return TopK(ids, log_probs - total.unsqueeze(-1), log_rest - total)
@@ -266,11 +266,11 @@ class TeacherLogits:
             DataError: it is missing, damaged, of other logits, or holds what are no probabilities.
         """
         first = number * self.layout.shard_sequences
-        for place in range(first, first + len(self.shard_sequences(number))):
-            self._read_one(place)
+        for index in range(first, first + len(self.shard_sequences(number))):
+            self._read_one(index)
 
-    def _read_one(self, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        number, row = divmod(place, self.layout.shard_sequences)
+    def _read_one(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        number, row = divmod(index, self.layout.shard_sequences)
         self._verify(number)
         # Mapped for the moment only: thousands of shards would be thousands of open files.
         records = np.memmap(self._shard(number) / _RECORDS_FILE, dtype=np.uint8, mode="r")

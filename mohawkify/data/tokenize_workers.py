@@ -13,7 +13,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import TYPE_CHECKING
 
 from mohawkify.data.hub import BEGINNING
-from mohawkify.data.sources import Raw, to_document
+from mohawkify.data.sources import RawRow, to_document
 from mohawkify.data.tokenize import Encoded, encode_documents
 from mohawkify.errors import DataError
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from mohawkify.recipe.schema import Source
 
 Pending = Callable[[], list[Encoded | None]]
-Submit = Callable[["Source", Sequence[Raw]], Pending]
+Submit = Callable[["Source", Sequence[RawRow]], Pending]
 
 _here: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}  # of a worker process
 
 
 def encode_rows(
-    source: Source, rows: Sequence[Raw], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    source: Source, rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> list[Encoded | None]:
     """The tokens of each row, or None where it is empty.
 
@@ -58,7 +58,7 @@ def encoders(num_workers: int, tokenizer: PreTrainedTokenizerBase, vocab_size: i
         num_workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer, vocab_size)
     )
 
-    def submit(source: Source, rows: Sequence[Raw]) -> Pending:
+    def submit(source: Source, rows: Sequence[RawRow]) -> Pending:
         future = pool.submit(_encode_there, source, [row._replace(after=BEGINNING) for row in rows])
 
         def wait() -> list[Encoded | None]:
@@ -93,5 +93,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_there(source: Source, rows: Sequence[Raw]) -> list[Encoded | None]:
+def _encode_there(source: Source, rows: Sequence[RawRow]) -> list[Encoded | None]:
     return encode_rows(source, rows, *_here["tools"])

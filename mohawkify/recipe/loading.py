@@ -101,13 +101,13 @@ def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
     """Puts a value into nested plain data; missing sections on the way are created."""
     container: Any = data
     for depth, part in enumerate(path):
-        place = f"--set {show_key(path)}"
+        where = f"--set {show_key(path)}"
         is_last = depth == len(path) - 1
         if isinstance(container, list):
             if not isinstance(part, int) or part > len(container):
                 wanted = f"an index of at most {len(container)}"
                 raise RecipeError(
-                    f"{place}: found {show(part)} for an item of {show_key(path[:depth])}, expected {wanted}"
+                    f"{where}: found {show(part)} for an item of {show_key(path[:depth])}, expected {wanted}"
                 )
             if part == len(container):
                 container.append({})
@@ -116,7 +116,7 @@ def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
             if not is_last and container.get(part) is None:
                 container[part] = {}
         else:
-            raise RecipeError(f"{place}: {show_key(path[:depth])} holds a value and has no keys")
+            raise RecipeError(f"{where}: {show_key(path[:depth])} holds a value and has no keys")
         if is_last:
             container[part] = value
         container = container[part]

@@ -28,9 +28,19 @@ def changed_files(recorded: Mapping[str, str], found: Mapping[str, str]) -> list
     return sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
 
 
+class _Inside:
+    """A path inside a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one conversion.
+    """The files of one conversion; docs/architecture.md says what each of them holds.
 
     Args:
         path: the folder.
@@ -38,60 +48,17 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def plan_file(self) -> Path:
-        """What was planned."""
-        return self.path / "plan.json"
-
-    @property
-    def teacher_file(self) -> Path:
-        """The teacher's facts and the hashes of its files."""
-        return self.path / "teacher.json"
-
-    @property
-    def student_file(self) -> Path:
-        """The student's facts."""
-        return self.path / "student.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """A line per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def results_file(self) -> Path:
-        """Quality after every stage."""
-        return self.path / "results.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """What a stopped run continues from."""
-        return self.path / "checkpoints"
-
-    @property
-    def corpora(self) -> Path:
-        """Tokenised text."""
-        return self.path / "corpora"
-
-    @property
-    def tracking_file(self) -> Path:
-        """Under which id trackers know the run."""
-        return self.path / "tracking.json"
-
-    @property
-    def tracking(self) -> Path:
-        """What trackers write themselves."""
-        return self.path / "tracking"
-
-    @property
-    def final(self) -> Path:
-        """The finished student as a Hugging Face folder."""
-        return self.path / "final"
+    recipe_file = _Inside("recipe.yaml")
+    plan_file = _Inside("plan.json")
+    teacher_file = _Inside("teacher.json")
+    student_file = _Inside("student.json")
+    metrics_file = _Inside("metrics.jsonl")
+    results_file = _Inside("results.json")
+    checkpoints = _Inside("checkpoints")
+    corpora = _Inside("corpora")
+    tracking_file = _Inside("tracking.json")
+    tracking = _Inside("tracking")
+    final = _Inside("final")
 
     def checked_final(self) -> Path:
         """The finished student's folder, every byte as it was written.

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mohawkify.data.corpus import Corpus, load_corpus, read_note
-from mohawkify.data.corpus_files import LARGEST_ID, checked_facts
+from mohawkify.data.corpus import LARGEST_ID, Corpus, checked_facts, load_corpus, read_note
 from mohawkify.data.stage_text import TextReader
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.errors import MohawkifyError, UsageError
@@ -52,7 +51,7 @@ def prepare_text(
     with run_lock(output):
         atomic.ensure_writable(output)
         atomic.sweep_temporaries(output, alone=True)
-        wanted = text.wanted
+        wanted = text.requests
         disk.require_space(output, text.bytes_to_write())
         text.training()
         text.held_out()

@@ -13,7 +13,7 @@ from mohawkify.data.corpus import Corpus
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.packing import packed_batch
 from mohawkify.data.prepare import CorpusRequest, build_corpus
-from mohawkify.data.sources import Raw, to_document
+from mohawkify.data.sources import RawRow, to_document
 from mohawkify.data.tokenize_workers import encode_rows
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
@@ -86,8 +86,8 @@ def messages_of(talk: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in TALKS[talk]]
 
 
-def row(talk: list[dict[str, str]]) -> Raw:
-    return Raw("a.jsonl, line 1", talk, BEGINNING)
+def row(talk: list[dict[str, str]]) -> RawRow:
+    return RawRow("a.jsonl, line 1", talk, BEGINNING)
 
 
 def completions(template: str, messages: list[dict[str, str]]) -> list[str]:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify.data.corpus import load_corpus, read_note
-from mohawkify.data.corpus_files import COMPLETION_FILE, OFFSETS_FILE, TOKENS_FILE, checked_facts
+from mohawkify.data.corpus import COMPLETION_FILE, OFFSETS_FILE, TOKENS_FILE, checked_facts, load_corpus, read_note
 from mohawkify.data.prepare import build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.files import atomic
@@ -102,7 +101,7 @@ def test_files_that_do_not_fit_are_refused(corpus_folder: Path, name: str) -> No
 def test_ids_beyond_the_vocabulary_are_refused_also_when_the_text_was_checked_before(
     corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mohawkify.data.corpus_files._TICK_NANOSECONDS", 0)
+    monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
     path = corpus_folder / SHARD / TOKENS_FILE
     path.write_bytes(path.read_bytes()[:-4] + np.array([10**9], "<u4").tobytes())
     reseal(corpus_folder, largest_id=5)

@@ -19,9 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from mohawkify.data import prepare
-from mohawkify.data.hub import _WAITS, _WAITS_AT_FIRST, Place
+from mohawkify.data.hub import _WAITS, _WAITS_AT_FIRST, Position
 from mohawkify.data.prepare import CorpusRequest, build_corpus
-from mohawkify.data.sources import Raw, raw_documents
+from mohawkify.data.sources import RawRow, raw_documents
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -94,11 +94,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def read(dataset: str = "someone/web", report: Callable[[str], None] = print, **settings: Any) -> list[Raw]:
+def read(dataset: str = "someone/web", report: Callable[[str], None] = print, **settings: Any) -> list[RawRow]:
     return list(raw_documents(Source.model_validate({"hub": dataset, **settings}), None, report=report))
 
 
-def numbers(rows: list[Raw]) -> list[int]:
+def numbers(rows: list[RawRow]) -> list[int]:
     return [int(row.value.split()[1]) for row in rows]
 
 
@@ -109,7 +109,7 @@ def numbers(rows: list[Raw]) -> list[int]:
 def test_a_dataset_is_streamed_with_its_conditions(hub: Hub, name: str) -> None:
     rows = read(name, where=[{"column": "score", "operator": ">=", "value": 4.0}])
     assert numbers(rows) == list(range(4, NUM_ROWS, 5))
-    assert rows[0].place == f"Hub dataset {name}, split train, row 5"
+    assert rows[0].where == f"Hub dataset {name}, split train, row 5"
     fetched = {line.rsplit("/", 1)[-1] for line in hub.requests if "resolve" in line and line.startswith("GET")}
     assert {name for name in fetched if name.startswith("train")} == {
         path.rsplit("/", 1)[-1] for path in hub.datasets[name]
@@ -148,13 +148,13 @@ def test_reading_goes_on_behind_any_row(hub: Hub, name: str) -> None:
     rows = read(name)
     assert numbers(rows) == list(range(NUM_ROWS))
     for index in (0, 19, 20, 149, 150, 200, NUM_ROWS - 1):
-        start = Place(*json.loads(json.dumps(rows[index].after)))
+        start = Position(*json.loads(json.dumps(rows[index].after)))
         assert numbers(list(raw_documents(source, None, start=start))) == list(range(index + 1, NUM_ROWS))
 
 
 def test_reading_goes_on_where_the_place_is_from_another_version(hub: Hub) -> None:
     stream = {"revision": hub.commit, "datasets": "1.0", "state": {"of another": "form"}}
-    rows = list(raw_documents(Source(hub="someone/web"), None, start=Place(155, stream)))
+    rows = list(raw_documents(Source(hub="someone/web"), None, start=Position(155, stream)))
     assert numbers(rows) == list(range(155, NUM_ROWS))
     again = list(raw_documents(Source(hub="someone/web"), None, start=rows[9].after))
     assert numbers(again) == list(range(165, NUM_ROWS))
@@ -203,7 +203,7 @@ def test_a_busy_server_is_asked_again(hub: Hub, waits: list[float], status: str)
 def test_waiting_is_bounded(hub: Hub, waits: list[float]) -> None:
     hub.fault = lambda path, first, number: "503" if path == TRAIN else None
     said: list[str] = []
-    rows: list[Raw] = []
+    rows: list[RawRow] = []
     with pytest.raises(DataError, match="cannot read Hub dataset someone/web") as caught:
         rows.extend(raw_documents(Source(hub="someone/web"), None, report=said.append))
     assert numbers(rows) == list(range(150))

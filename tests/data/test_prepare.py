@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from mohawkify.data import prepare
-from mohawkify.data.corpus import Corpus
-from mohawkify.data.corpus_files import checked_facts
+from mohawkify.data.corpus import Corpus, checked_facts
 from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.files import atomic
@@ -253,13 +252,13 @@ import os, sys, time
 from pathlib import Path
 from mohawkify.data.tokenize_workers import encoders
 from mohawkify.data.hub import BEGINNING
-from mohawkify.data.sources import Raw
+from mohawkify.data.sources import RawRow
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 if __name__ == "__main__":
     with encoders(2, bytes_tokenizer(), 258) as submit:
         source = Source(path="a.txt")
-        for wait in [submit(source, [Raw("a", "text", BEGINNING)]) for _ in range(2)]:
+        for wait in [submit(source, [RawRow("a", "text", BEGINNING)]) for _ in range(2)]:
             wait()
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         print(*children, flush=True)
@@ -304,7 +303,7 @@ def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, mo
     # So young a corpus is not believed: a change within the same tick of the clock would go unseen.
     checked_facts(folder)
     assert len(hashed) == 1
-    monkeypatch.setattr("mohawkify.data.corpus_files._TICK_NANOSECONDS", 0)
+    monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
     facts = [checked_facts(folder) for _ in range(3)]
     assert len(hashed) == 2
     assert facts[0] == facts[2]
@@ -322,7 +321,7 @@ def test_what_was_hashed_is_hashed_again_only_once_it_changed(tmp_path: Path, mo
 
 
 def test_a_damaged_note_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mohawkify.data.corpus_files._TICK_NANOSECONDS", 0)
+    monkeypatch.setattr("mohawkify.data.corpus._TICK_NANOSECONDS", 0)
     wanted = want(sources(tmp_path, "plain"))
     build_corpus(wanted, tmp_path / "c")
     note = tmp_path / "c" / f".checked-{wanted.key}.json"

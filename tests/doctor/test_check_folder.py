@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mohawkify.data import corpus_files
+from mohawkify.data import corpus
 from mohawkify.doctor.check_folder import check_folder
 from mohawkify.files import atomic
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
@@ -125,9 +125,9 @@ def test_text_that_was_noted_as_checked_is_hashed_all_the_same(work, tmp_path):
         content = file.read_bytes()
         file.write_bytes(bytes(len(content)))
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    note = {"files": corpus_files._stamps(folder), corpus_files.LARGEST_ID: 0}
+    note = {"files": corpus._stamps(folder), corpus.LARGEST_ID: 0}
     atomic.write_json(folder.parent / f".checked-{folder.name}.json", note)
-    corpus_files.checked_facts(folder)  # as a conversion would, which trusts the note
+    corpus.checked_facts(folder)  # as a conversion would, which trusts the note
     assert not check_folder(folder)["valid"]
     assert not check_folder(folder.parent)["valid"]
 
