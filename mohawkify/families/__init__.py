@@ -1,1 +1,1 @@
-"""Families of teachers: what a file in `adapters/` says, and how a family without one is recognised."""
+"""Families of teachers: the description in a file of `adapters/`, and the detection of families without one."""

@@ -1,4 +1,4 @@
-"""What a family file in `adapters/` says about its teachers: data first, functions only where a family differs."""
+"""The description of a family that a file in `adapters/` gives: data first, functions only where a family differs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class AttentionWeights:
 class Logits:
     """How a family's logits come of what its head, a linear layer, puts out.
 
-    They are multiplied, then divided, then bounded by ``cap * tanh(logit / cap)``. With that known, stage 3 and the
+    They are multiplied, then divided, then bounded by ``cap * tanh(logit / cap)``. With these, stage 3 and the
     comparison of student and teacher hold the logits of a few tokens at a time.
 
     Args:
         multiplier: key of the configuration with the factor; None for none.
         divisor: key of the configuration with the divisor; None for none.
         softcap: key of the configuration with the cap, whose value None is none; None where the family has no cap.
-        unknown: why none of this says it; the model then makes all logits itself, at once. None where it is known.
+        unknown: why these keys do not describe the logits, so that the model computes them, all at once; else None.
     """
 
     multiplier: str | None = None
@@ -74,15 +74,15 @@ class Adapter:
         read_weights: reads an attention module's projections; None uses q_proj, k_proj, v_proj and ``out_proj``.
         capture: rebuilds what an attention module computed from the module, its input and the keywords of its call;
             only for families that do not attend through transformers' attention interface.
-        refuse: says why a configuration of the family cannot be converted, or None where it can.
-        logits: how logits come of what the head puts out; the head's output itself unless said otherwise.
-        packs_by_mask: the model does not see document borders in ``position_ids``; it is handed a mask that has them.
+        refuse: returns the reason why a configuration of the family cannot be converted, or None.
+        logits: how logits are computed from the head's output; by default they are that output.
+        packs_by_mask: the model ignores document borders in ``position_ids``; it is called with a mask that has them.
         reads_mask: decoder layers keep ``position_ids`` or further keywords from their attention; mixers then read
             borders and padding from the mask that the model builds.
         mlx_module: the module of ``mlx_lm.models`` that has the family; None where mlx-lm has not.
         mlx_config: further keys that mlx-lm's model reads, from the student's configuration; None where it needs none.
         mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
-        mlx_counts_tokens: mlx-lm's model has learned positions, and asks its first layer's cache for the next one.
+        mlx_counts_tokens: mlx-lm's model has learned positions, and reads the next one from its first layer's cache.
         mlx_tiny_config: changes of ``tiny_config`` for the tests of MLX, where mlx-lm's model lacks a feature.
         recognised: nobody wrote this: it was read off a model's modules, and is proved on the weights before a run.
     """

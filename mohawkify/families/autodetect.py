@@ -1,6 +1,6 @@
-"""Recognise a family that has no file, by its modules: what was found is said, what was not is named. No guesses.
+"""Detect a family without a file by its modules; an error names the missing parts. No guesses.
 
-What is believed here from the outside is proved on the loaded weights before a run trains: see `prove`.
+The result is verified on the loaded weights before a run trains: see `student.verify`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HINT = "docs/adapters.md says how to add a family: one file"
 
 
 def find_adapter(model_type: str, values: Mapping[str, Any]) -> Adapter:
-    """The family's file on the shelf or, where there is none, what its modules say.
+    """The family's adapter from its file or, without one, from its modules.
 
     Args:
         model_type: ``model_type`` in the teacher's ``config.json``; trusted no more than that file is.
@@ -45,10 +45,10 @@ def find_adapter(model_type: str, values: Mapping[str, Any]) -> Adapter:
 
 
 def find_classes(model_type: str) -> Adapter:
-    """A family's classes alone: enough to load a student, whose configuration says where its mixers are.
+    """A family's classes alone: enough to load a student, whose configuration lists its mixers.
 
     Raises:
-        UnknownFamilyError: neither the shelf nor transformers has such a causal language model.
+        UnknownFamilyError: neither adapters/ nor transformers has such a causal language model.
     """
     if not _is_unwritten(model_type):
         return load_adapter(model_type)
@@ -73,7 +73,7 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
         values: its configuration.
 
     Returns:
-        An adapter whose ``odd`` sentences say what was found and why it is believed.
+        An adapter whose ``notes`` list the detected parts with the evidence.
 
     Raises:
         UnknownFamilyError: names what could not be found.
@@ -138,9 +138,9 @@ def _class_names(model_type: str) -> tuple[str, str]:
 
 
 def _refuse_other_kinds(model_type: str) -> None:
-    """Say what kind of model a known type is where it is none that generates text from text alone."""
+    """The kind of a known model type that does not generate text from text alone."""
     if model_type in adapter_names() or model_type in UNSUPPORTED:
-        return  # the shelf has its own words for those
+        return  # the registry has its own errors for those
     kinds = {
         "it has an encoder and a decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "it reads more than text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,

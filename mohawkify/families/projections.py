@@ -15,7 +15,7 @@ from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def read_attention(adapter: Adapter, attention: Any) -> AttentionWeights:
-    """Read an attention module of a family, as its adapter says; works on the meta device too.
+    """Read an attention module of a family by its adapter; works on the meta device too.
 
     The weights of its query and key norms are folded in; their division by the length cannot be.
     """

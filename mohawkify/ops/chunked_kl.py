@@ -1,6 +1,6 @@
 """Stage 3's loss from hidden states and both heads, some tokens at a time: no matrix of tokens by vocabulary.
 
-The gradient of the logits is softmax(student) - softmax(teacher), known as soon as the logits are: so the forward pass
+The gradient of the logits is softmax(student) - softmax(teacher), a function of the logits alone: so the forward pass
 of a chunk of tokens makes them, takes its loss, multiplies their gradient back through the head, and forgets them. What
 stays is the gradients of hidden states, weight and bias (docs/math.md). The sums run over chunks in float32 at least.
 
@@ -24,7 +24,7 @@ from mohawkify.ops.losses import TopK, require_temperature_of_one
 
 
 class LMHeadInput(NamedTuple):
-    """What makes logits: with z = (hidden weight^T + bias) scale, they are z, or softcap tanh(z / softcap).
+    """The inputs of the logits: with z = (hidden weight^T + bias) scale, they are z, or softcap tanh(z / softcap).
 
     Args:
         hidden_bld: hidden states after the last norm.
@@ -126,7 +126,7 @@ class _DistillLoss(torch.autograd.Function):
 
 
 class _Sums(NamedTuple):
-    """What the chunks add up to; the gradients are those of hidden states, weight and bias, where they are wanted."""
+    """Sums over the chunks, with the gradients of hidden states, weight and bias that require one."""
 
     kl: Tensor
     entropy: Tensor

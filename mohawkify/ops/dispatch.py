@@ -48,18 +48,18 @@ class Backend(NamedTuple):
 def backend(
     operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str = "auto", width: int = 0
 ) -> Backend:
-    """Say which implementation of an operator runs.
+    """Choose the implementation of an operator.
 
     Args:
         operator: ``scan``, ``orient_loss`` or ``step``.
         device: where its inputs are.
         dtype: of its inputs.
-        kernels: what is asked for: ``auto`` or the name of an implementation; one that does not have the operator
+        kernels: ``auto`` or the name of an implementation; one that does not have the operator
             counts as ``auto``.
         width: the widest state or head.
 
     Returns:
-        The implementation asked for if it can run, else Triton if it can run, else plain torch; the reason says why
+        The requested implementation if it can run, else Triton if it can run, else plain torch; the reason explains
         the others cannot.
     """
     if kernels == "torch":
@@ -98,7 +98,7 @@ def require(kernels: str, device: torch.device) -> None:
     """Refuse a choice that can never be met here, before any work is done.
 
     Raises:
-        UsageError: kernels are asked for by name and the device is not a CUDA device, or too old.
+        UsageError: kernels are requested by name and the device is not a CUDA device, or too old.
         MissingExtraError: their package is not installed.
     """
     if kernels not in IMPLEMENTATIONS:

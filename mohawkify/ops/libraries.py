@@ -1,6 +1,6 @@
 """The scan by other people's kernels: flash-linear-attention and mamba-ssm, selectable and to compare with.
 
-Neither knows documents the way packed batches have them. A document's first token gets a log-decay of `FORGET` here:
+Neither supports the documents of packed batches. A document's first token gets a log-decay of `FORGET` here:
 its exponential is below float32's smallest normal number, so nothing of the state before is left.
 
 Shapes: b batch, l length, h heads, p head width, n state width.

@@ -103,7 +103,7 @@ def distill_loss_top_k(student_blv: Tensor, teacher: TopK, counts_bl: Tensor) ->
 
 
 def require_temperature_of_one(temperature: float) -> None:
-    """Refuse a temperature for a teacher of which only the k likeliest tokens are known.
+    """Refuse a temperature for a teacher of which only the k likeliest tokens are given.
 
     Raises:
         UsageError: it is not 1.

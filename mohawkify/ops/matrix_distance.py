@@ -82,7 +82,7 @@ class _OrientLoss(torch.autograd.Function):
 
 
 class _Sums(NamedTuple):
-    """What the bands add up to, before the division by the norm."""
+    """Sums over the bands, before the division by the norm."""
 
     b_bhln: Tensor
     c_bhln: Tensor
@@ -155,7 +155,7 @@ def _add_rectangle(
     document_bl: Tensor,
     p_bhrs: Tensor,
 ) -> None:
-    """What lies left of the tile: the decay is a factor of each row of C times one of each row of B."""
+    """The part left of the tile: the decay is a factor of each row of C times one of each row of B."""
     begin = band.start
     before_bh1 = cumulative_bhl[:, :, begin - 1 : begin]
     open_b1 = document_bl[:, begin - 1 : begin]  # the document that reaches into the band, if any

@@ -1,6 +1,6 @@
 """The distance that stage 1 makes small: student mixing matrices against teacher attention.
 
-Here both sides are described, and the distance is written as it is defined; `orient_tiles` computes the same without
+Here both sides are described, and the distance is written as it is defined; `matrix_distance` computes the same without
 ever holding a matrix.
 
 Shapes: b batch, h query heads, g key heads, l target position, s source position, p head width, n state width.
@@ -17,7 +17,7 @@ from mohawkify.ops.scan import mixing_matrix
 
 
 class MixingMatrix(NamedTuple):
-    """What a mixer's matrix is made of.
+    """The parts of a mixer's matrix.
 
     Args:
         b_blhn: input maps.
@@ -33,7 +33,7 @@ class MixingMatrix(NamedTuple):
 
 
 class AttentionMatrix(NamedTuple):
-    """What determines a teacher's attention matrix; grouped keys are not repeated.
+    """The parts of a teacher's attention matrix; grouped keys are not repeated.
 
     Args:
         q_bhlp: queries, after rotary embedding and query/key norms.
@@ -56,7 +56,7 @@ class AttentionMatrix(NamedTuple):
         return self.band(0, self.q_bhlp.shape[2], torch.promote_types(self.q_bhlp.dtype, torch.float32))
 
     def band(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The rows ``begin`` to ``end`` of the matrices, as far as the last source they may look at: (b, h, r, end)."""
+        """The rows ``begin`` to ``end`` of the matrices, up to their last allowed source: (b, h, r, end)."""
         with torch.autocast(self.q_bhlp.device.type, enabled=False):
             batch, heads, _, width = self.q_bhlp.shape
             groups = self.k_bgsp.shape[1]
@@ -82,7 +82,7 @@ def orient_loss_direct(
 ) -> tuple[Tensor, Tensor]:
     """Mean over batch and heads of the Frobenius distance between the two matrices (not squared, not divided by l).
 
-    The definition, matrix by matrix; `orient_tiles.orient_loss` is what stage 1 uses.
+    The definition, matrix by matrix; `matrix_distance.orient_loss` is what stage 1 uses.
 
     Args:
         mixing: the student's side.

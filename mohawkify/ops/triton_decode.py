@@ -1,7 +1,7 @@
 """One token of decoding in Triton: convolution, state, output and gate of docs/math.md (2) to (6) in one launch.
 
 Everything a head needs is its own: its features, their last inputs and its state. So each program takes one head of one
-sequence, and tails and state are updated in place in fixed buffers, as a CUDA graph wants them.
+sequence, and tails and state are updated in place in fixed buffers, as a CUDA graph needs them.
 
 Shapes: b batch, h heads, p head width, n state width, k taps, f features: x, then B, then C, h * p + 2 * h * n of them.
 """

@@ -9,7 +9,7 @@ Off the diagonal the decay of a tile is a factor for each row times one for each
 need decays pair by pair. Products run in the inputs' dtype (under autocast in its dtype), all else is float32.
 
 Shapes: b batch, h query heads, g key heads, l target, s source, p head width, n state width. A kernel's program owns a
-tile of rows (or columns) and looks at others.
+tile of rows (or columns) and visits others.
 """
 
 import math
@@ -153,7 +153,7 @@ def _normalise(
         )  # fmt: skip
         scores = tl.where(allowed, scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, 1))
-        # Rows that have seen nothing they may look at yet have no peak to subtract.
+        # Rows without an allowed source so far have no peak to subtract.
         base = tl.where(peak == float("-inf"), 0.0, peak)
         kept = tl.exp2(largest - base)
         weights = tl.exp2(scores - base[:, None])

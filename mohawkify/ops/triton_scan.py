@@ -54,7 +54,7 @@ def _cumulative(
 
 @triton.jit
 def _from_carry(cumulative, document, HAS_STARTS: tl.constexpr):
-    """How much of the state before the chunk each target still sees."""
+    """The share of the state before the chunk that reaches each target."""
     factor = tl.exp(cumulative.to(tl.float32))
     if HAS_STARTS:
         factor = tl.where(document == 0, factor, 0.0)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the precision of products, the size of tiles, their grid, the shape of a mask."""
+"""Shared by the Triton kernels: the precision of products, the size of tiles, their grid, the shape of a mask."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -59,7 +59,7 @@ def place(num_parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The first source each target may look at, and the mask itself only where it is more than that.
+    """The first source that each target may attend to, and the mask itself only if it is more than that.
 
     A causal mask, windowed and within documents or not, allows every source from the first one on to the target. Then
     the kernels compare positions and never read the mask.
@@ -79,7 +79,7 @@ def describe_mask(mask_bhls: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def square_tiles(p_width: int, n_width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many positions a program owns and how many it looks at in one go, so that all fits a GPU's shared memory."""
+    """The positions that a program owns and those it visits at a time, so that all fit a GPU's shared memory."""
     number_bytes = (tile_width(p_width) + tile_width(n_width)) * dtype.itemsize
     if dtype != torch.float32 and number_bytes <= 512:
         return (128, 64) if number_bytes <= 256 else (64, 64)

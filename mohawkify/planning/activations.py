@@ -82,7 +82,7 @@ def count_footprint(config: PretrainedConfig, adapter: Adapter, student: Student
         Bytes per sequence of each stage's greatest length.
 
     Raises:
-        RuntimeError: the family's code asks for numbers, as routers of experts do.
+        RuntimeError: the family's code reads values of tensors, as routers of experts do.
     """
     lengths = {}
     for name in ("orient", "align", "distill"):
@@ -122,7 +122,7 @@ def count_footprint(config: PretrainedConfig, adapter: Adapter, student: Student
 
 
 def _per_sequence(run: Callable[[Batch], dict[str, float]], length: int) -> dict[str, float]:
-    """What another sequence adds; what does not depend on the batch, such as weights in bf16, is left out."""
+    """The memory of one more sequence, without parts that do not depend on the batch, such as weights in bf16."""
     one, two = (run(_batch(num_sequences, length)) for num_sequences in (1, 2))
     return {key: two[key] - one[key] for key in one}
 
@@ -130,7 +130,7 @@ def _per_sequence(run: Callable[[Batch], dict[str, float]], length: int) -> dict
 def _watched(
     pair: TeacherStudent, function: Callable[[Batch, _Live], dict[str, float]], batch: Batch, is_half: bool
 ) -> dict[str, float]:
-    """Run a function and let it see how much memory is in use beside the models, their gradients and the batch."""
+    """Run a function with a counter of the memory in use beside the models, their gradients and the batch."""
     there = [tensor for model in (pair.teacher, pair.student) for tensor in (*model.parameters(), *model.buffers())]
     there += [parameter.grad for parameter in pair.student.parameters() if parameter.grad is not None]
     live = _Live([*there, *batch])
@@ -144,7 +144,7 @@ def _batch(num_sequences: int, length: int) -> Batch:
 
 
 def _orient(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]:
-    """Stage 1 without the bands of its matrices, which `plan_memory` knows: a layer's B, C and decay, and back."""
+    """Stage 1 without the bands of its matrices, which `memory` adds: a layer's B, C and decay, and back."""
     mixers = mixers_by_layer(pair.student, pair.spec)
     found: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""GPUs by name: what the makers' data sheets say of them, and what a plan assumes beside that. No torch here."""
+"""GPUs by name: values of the makers' data sheets, and assumptions of a plan. No torch here."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Gpu:
     Args:
         name: as the command line has it.
         memory_bytes: its memory.
-        flops_per_second: peak dense bf16 arithmetic with float32 sums; None where it is not known.
-        fp32_flops_per_second: peak float32 arithmetic outside of tensor cores; None where it is not known.
-        bytes_per_second: bandwidth of its memory; None where it is not known.
+        flops_per_second: peak dense bf16 arithmetic with float32 sums; None if unknown.
+        fp32_flops_per_second: peak float32 arithmetic outside of tensor cores; None if unknown.
+        bytes_per_second: bandwidth of its memory; None if unknown.
     """
 
     name: str
@@ -66,7 +66,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_at_hand(name: str, memory_bytes: int) -> Gpu:
-    """A GPU of this machine: its own memory, and the speeds of the one it is, where that is known.
+    """A GPU of this machine: its own memory, and the speeds of its model, if they are known.
 
     Args:
         name: as the driver has it, such as ``NVIDIA H100 80GB HBM3``.

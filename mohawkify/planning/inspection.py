@@ -1,4 +1,4 @@
-"""What happens to each part of a teacher: which attention a mixer replaces, what is copied, what learns when."""
+"""The fate of each part of a teacher: replaced by a mixer or copied, and trained in which stages."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one sequence takes of its stage's greatest length, in bytes, beside weights and their gradients.
+    """The memory of one sequence of a stage's greatest length, in bytes, beside weights and their gradients.
 
     Args:
         parts: stage 1: when B, C and decay of a layer are there and their loss begins, the teacher's side included.
@@ -109,7 +109,7 @@ class Sizes:
         vocabulary: rows of the head.
         heads: of a mixer.
         state: state width per head.
-        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
+        whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
     """
 
     stage: str
@@ -219,7 +219,7 @@ class Remedy:
     layout: Layout
 
     def fields(self, before: Layout) -> dict[str, Any]:
-        """What it changes in a layout."""
+        """The changed layout."""
         values = asdict(self.layout)
         return {name: value for name, value in values.items() if value != getattr(before, name)}
 

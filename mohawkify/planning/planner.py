@@ -1,6 +1,6 @@
-"""What a conversion will take, from the teacher's configuration alone: steps, FLOPs, memory, disk, time, money.
+"""Plans a conversion from the teacher's configuration alone: steps, FLOPs, memory, disk, time, money.
 
-Steps and tokens are what training will do; all else is an estimate, and docs/plan.md says what each assumes.
+Steps and tokens are exact; all else is an estimate, and docs/plan.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.teacher_spec import TeacherSpec
 from mohawkify.train.engines.deepspeed_config import read_settings, zero_and_offload
 
-# Sustained speed where no GPU is named and none of a known name is at hand: a guess of the size, no more.
+# Assumed sustained speed without a GPU that is named or recognised: an order of magnitude.
 ASSUMED_FLOPS_PER_SECOND = {"cuda": 1.0e14, "mps": 4.0e12, "cpu": 3.0e10}
 UPDATE_BYTES = 28  # per parameter: weight, gradient and two moments are read, weight and moments written
 MIXER_ONLY = ("mixer",)
@@ -42,7 +42,7 @@ EXPORT_BITS = {"hf": 16.0, "mlx": 16.0, "mlx-q8": 8.5, "mlx-q4": 4.5}
 
 @dataclass(frozen=True)
 class Machine:
-    """What a conversion is planned for.
+    """The hardware of a plan.
 
     Args:
         device: ``cpu``, ``cuda`` or ``mps``.
@@ -50,8 +50,8 @@ class Machine:
         flops_per_second: sustained speed of everything together; None assumes one.
         utilisation: part of a GPU's peak arithmetic that is sustained, where no speed is given.
         price_per_hour: of one GPU, in whatever money; None plans no cost.
-        memory_bytes: of the machine without a GPU, where it is known.
-        free_bytes: free space where the run will lie, where it is known.
+        memory_bytes: of the machine without a GPU, if known.
+        free_bytes: free space on the run's disk, if known.
     """
 
     device: str
@@ -89,7 +89,7 @@ def make_plan(
         machine: speed, memory, price.
         layout: how training is spread over GPUs; from `layout_of`.
         footprint: what one sequence takes in a layer; None takes the rule of thumb.
-        whole_logits: whether stage 3 makes all logits at once, as in families whose head it does not know.
+        whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
 
     Returns:
         A JSON object: teacher and student, a row per phase and per stage, memory by part, whether it fits and what to
@@ -226,7 +226,7 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
 
 
 def _micro(stage: StageRecipe, wanted: int | str | None, num_gpus: int) -> int:
-    """Sequences of one forward pass on one GPU: what the recipe says, as far as one GPU's share of the batch goes.
+    """Sequences of one forward pass on one GPU: the recipe's, at most one GPU's share of the batch.
 
     For ``auto``, which a run finds out by trying, it is the whole share.
     """
@@ -381,7 +381,7 @@ def _work(
 
 
 def _mean_context(length: int, teacher: TeacherSpec, kind: str) -> float:
-    """How many tokens a token looks at, on average over a sequence."""
+    """The tokens that a token attends to, on average over a sequence."""
     window = teacher.sliding_window if kind == "sliding_attention" else None
     if window is None or window >= length:
         return (length + 1) / 2

@@ -1,4 +1,4 @@
-"""Listen to the teacher's own full forward pass: queries and keys, and what enters and leaves each layer.
+"""Hooks into the teacher's own full forward pass: queries and keys, and the input and output of each layer.
 
 Shapes: b batch, h query heads, g key heads, l target position, s source position, p head width.
 """
@@ -63,7 +63,7 @@ def capturing_attention(
 
 
 def explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """transformers' boolean mask, always written out: causal, windowed and within documents as the model wants it."""
+    """transformers' boolean mask, always written out: causal, windowed and within documents as the model builds it."""
     kwargs["allow_is_causal_skip"] = False
     mask = sdpa_mask(*args, **kwargs)
     if mask is None:
@@ -72,7 +72,7 @@ def explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def register_capture() -> None:
-    """Make the capturing attention known to transformers."""
+    """Register the capturing attention with transformers."""
     AttentionInterface.register(CAPTURE, capturing_attention)
     AttentionMaskInterface.register(CAPTURE, explicit_mask)
 

@@ -1,4 +1,4 @@
-"""What is taken over of a model's generation settings: special tokens, how tokens are drawn, how many at most."""
+"""The generation settings that a student inherits: special tokens, sampling, the largest number of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta
 
 
 def plain_generation(settings: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """Keep of generation settings what is plain data of a known kind; the rest is dropped.
+    """Keep the generation settings that are plain data of an expected kind; drop the others.
 
     Dropped are settings that call for code, another model, or another way of generating: ``custom_generate``, beams,
     assistants, constraints, stop strings, caches and more.

@@ -26,7 +26,7 @@ def run_to_lm_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> L
 
     Args:
         model: a teacher or student.
-        adapter: its family, which says how logits are made.
+        adapter: its family, which describes the logits.
         inputs: what the model would be called with.
     """
     logits, config = adapter.logits, model.config
@@ -42,7 +42,7 @@ def run_to_lm_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> L
 
 @torch.no_grad()
 def prove_head(teacher: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
-    """Check on one row of random tokens that a family's logits are what its file says of them.
+    """Check on one row of random tokens that a family's logits are as its adapter describes them.
 
     Args:
         teacher: loaded.

@@ -40,7 +40,7 @@ def load_teacher(
     require_generation_settings(folder)
     model_class = getattr(transformers, teacher.adapter.model_class)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what does not fit is said below, in one line
+    logging.set_verbosity_error()  # misfits become one line below
     try:
         model, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class, config),

@@ -86,7 +86,7 @@ def _read_spec(source: str, config: Any, adapter: Adapter, modules: Any) -> Teac
 
 
 def embedding_tables(modules: nn.Module) -> list[nn.Parameter]:
-    """The tables that a model looks tokens and learned positions up in."""
+    """The embedding tables of tokens and learned positions."""
     return [p for module in modules.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
 
 

@@ -1,4 +1,4 @@
-"""transformers asks on the terminal whether it may run a stranger's code, even where a caller refused. Never here."""
+"""Turns off transformers' question on the terminal whether to run remote code, which some loaders ask anyway."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from transformers import dynamic_module_utils
 def never_ask() -> None:
     """Turn transformers' question into a refusal, for the whole process; call it before anything is loaded.
 
-    ``trust_remote_code=False`` alone does not: some loaders forget it on the way to others that they call.
+    ``trust_remote_code=False`` alone does not: some loaders do not pass it on to others that they call.
     """
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for an answer; with none it does not ask

@@ -25,7 +25,7 @@ def require_quantiser(bits: int) -> None:
 
 
 def quantiser_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to quantise weights as it loads them.
+    """The arguments of ``from_pretrained`` that quantise weights while they are loaded.
 
     Args:
         bits: 8 (LLM.int8) or 4 (NF4, scales quantised too).

@@ -1,4 +1,4 @@
-"""The teacher that finishes a run, or that is asked for its logits: looked at early, loaded when its turn comes."""
+"""The teacher of a final phase, or of cached logits: validated early, loaded when it is needed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ FinalTeacher = SecondTeacher | TeacherLogits
 
 
 def find_final_teacher(recipe: Recipe) -> FinalTeacher | None:
-    """What teaches the end of a recipe's stage 3, looked at but not loaded; None where that is the first teacher.
+    """The teacher of the final phase of stage 3, validated but not loaded; None if it is the first teacher.
 
     Raises:
         TeacherError: no such teacher, or its files are not what they claim to be.
@@ -138,7 +138,7 @@ def require_fitting_text(logits: TeacherLogits, sample_range: SampleRange, batch
         seed: of the order.
 
     Raises:
-        DataError: says what was found and expected.
+        DataError: with the found and the expected value.
     """
     for what, found, expected in (
         ("text", logits.facts["text"], sample_range.corpus.fingerprint),

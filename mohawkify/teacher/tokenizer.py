@@ -82,7 +82,7 @@ def _unusable(folder: Path, reason: str) -> TeacherError:
 
 
 def _family(path: Path, values: Mapping[str, Any] | None) -> Any:
-    """What transformers chooses the tokenizer's class by: the type of the model and the class its config.json names.
+    """The keys by which transformers chooses the tokenizer's class: the model type and the class in config.json.
 
     Left to itself it would read the whole configuration, and follow what else that names.
     """
@@ -100,7 +100,7 @@ def _family(path: Path, values: Mapping[str, Any] | None) -> Any:
 def _require_tokenizer_class(path: Path, name: object) -> None:
     """Refuse a name by which transformers would find anything but a tokenizer that is made of tokenizer.json alone.
 
-    It looks the name up among all that it exports, and calls what it finds. A name that it does not know is ignored.
+    It looks the name up among all its exports and calls the result. An unknown name is ignored.
     """
     if name is None:
         return

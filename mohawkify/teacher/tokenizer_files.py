@@ -1,4 +1,4 @@
-"""What the files of a tokenizer may say before transformers reads them. No torch here.
+"""Validates the files of a tokenizer before transformers reads them. No torch here.
 
 transformers takes more from these files than text: the class that reads them, files elsewhere, arguments of functions.
 """
@@ -17,7 +17,7 @@ TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
-# Read where tokenizer.json is absent, by the classes that know them.
+# Read without a tokenizer.json, by the classes that use them.
 VOCABULARY_FILES = (
     *("tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt"),
@@ -25,7 +25,7 @@ VOCABULARY_FILES = (
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 GENERATION_FILE = "generation_config.json"
-# Those that belong to what a run is known by, as the weights do.
+# Those that are part of a run's identity, as the weights are.
 OF_THE_TEACHER = (TOKENIZER_FILE, "tokenizer.model", SETTINGS_FILE)
 
 _NAMES = (TOKENIZER_FILE, SETTINGS_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, *VOCABULARY_FILES, TEMPLATE_FILE)
@@ -57,7 +57,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 
 def require_tokenizer_files(folder: Path) -> None:
-    """Refuse tokenizer files that are damaged, are pointers, or say more than what tokens there are.
+    """Refuse tokenizer files that are damaged, are pointers, or hold more than tokens and their rules.
 
     Raises:
         TeacherError: not a file, a link or a name that leads out of the folder, arguments for a function, or anything

@@ -1,4 +1,4 @@
-"""What the files of a teacher claim, compared with what is there, before a library reads them. No torch here."""
+"""Compares the contents of a teacher's files with each other, before a library reads them. No torch here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def require_config(path: Path) -> dict[str, Any]:
     """Refuse a config.json that is none, or whose sizes no model has: laying it out could take all time and memory.
 
     Returns:
-        What it says.
+        Its content.
 
     Raises:
         TeacherError: not a file of JSON, too long, a size beyond every published model's, or other files to read.
@@ -216,7 +216,7 @@ def _require_head(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -
     )
     found_head = tensors.get(head_name) or next(renamed, None)
     if found_embedding is None:
-        return  # said in other words when the weights are loaded
+        return  # loading the weights raises a clearer error
     if found_head is None and not is_tied:
         raise TeacherError(
             f"{path} says that head and embedding differ (tie_word_embeddings false), but the weights lack {head_name}",

@@ -1,4 +1,4 @@
-"""Whether two teachers mean the same by every token id, judged by the tokens themselves and not by names or sizes."""
+"""Checks that two teachers have the same token for every id: the tokens are compared, not names or sizes."""
 
 from __future__ import annotations
 
