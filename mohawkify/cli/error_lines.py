@@ -103,11 +103,11 @@ def _end_cleanly_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
         raise Terminated
 
-    is_rank0 = threading.current_thread() is threading.main_thread()
-    if is_rank0 and LAUNCHED in os.environ:
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and LAUNCHED in os.environ:
         # Until the processes of a run have found each other, the one that started them speaks for all.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    elif is_rank0 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    elif is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ROLES = {"human": "user", "gpt": "assistant"}  # the names used with {"from": ..., "value": ...}
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
-# The templates of the Llama 3 family write today's date unless they are told one, and the same conversation would give
+# The templates of the Llama 3 family write today's date unless one is given, and the same conversation would give
 # other tokens tomorrow. This is the date they fall back to themselves where the clock is out of range
 _TEMPLATE_DATE = "26 Jul 2024"
 
@@ -48,7 +48,7 @@ def read_conversation(value: Any, where: str) -> list[dict[str, str]]:
 
     Args:
         value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``.
-        where: where the conversation stands, for messages.
+        where: position of the conversation, for messages.
 
     Raises:
         DataError: if the value is no such list.
@@ -64,7 +64,7 @@ def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, 
     Args:
         messages: ``{"role", "content"}`` each; none give no text.
         tokenizer: the teacher's tokenizer, with a chat template.
-        where: where the conversation stands, for messages.
+        where: position of the conversation, for messages.
 
     Raises:
         DataError: if the template refuses the conversation, or is not well meant.
@@ -83,7 +83,7 @@ def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, 
             f"{where}: the teacher's chat template refuses the conversation: {str(error)[:300]}",
             hint="remove the row, or bring its roles into the order that the template wants",
         ) from error
-    except _TimeIsOver as error:
+    except _Timeout as error:
         raise _broken(where, f"takes longer than {_SECONDS:g} s") from error
     except MemoryError as error:
         raise _broken(where, f"needs more than {_MEMORY_BYTES >> 20} MB of memory") from error
@@ -108,41 +108,41 @@ def _broken(where: str, what: str) -> DataError:
 def _bounded() -> Iterator[None]:
     """Bound computing time and memory inside.
 
-    Time is bounded in the main thread only, where signals arrive; memory only where the system says how much is in use.
+    Time is bounded in the main thread only, where signals arrive; memory only where the system reports its use.
 
     Raises:
-        _TimeIsOver: the time is over.
-        MemoryError: what was asked for is beyond the bound.
+        _Timeout: the time is over.
+        MemoryError: the template needs more than the bound.
     """
-    is_rank0 = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, _time_is_over) if is_rank0 else None
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGVTALRM, _raise_timeout) if is_main_thread else None
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + _MEMORY_BYTES
     is_lower = limit > _MEMORY_BYTES and (soft == resource.RLIM_INFINITY or limit < soft)
     try:
         if is_lower:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        if is_rank0:
+        if is_main_thread:
             signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
         yield
     finally:
-        if is_rank0:
+        if is_main_thread:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
         if is_lower:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-class _TimeIsOver(BaseException):
+class _Timeout(BaseException):
     """No Exception: Jinja tries constant expressions while it compiles and goes on after any Exception in them."""
 
 
-def _time_is_over(number: int, frame: object) -> None:
-    raise _TimeIsOver
+def _raise_timeout(number: int, frame: object) -> None:
+    raise _Timeout
 
 
 def _address_space() -> int:
-    """Bytes of address space in use, or 0 where the system does not say."""
+    """Bytes of address space in use, or 0 if the system does not report them."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:

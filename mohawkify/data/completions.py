@@ -36,7 +36,7 @@ def completion_spans(
         render: the template.
         special_tokens: the tokenizer's, as text.
         end_token: its end token, if it has one.
-        where: where the conversation stands, for messages.
+        where: position of the conversation, for messages.
 
     Returns:
         (first character, character behind the last) of each completion, in order.

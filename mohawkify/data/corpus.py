@@ -22,7 +22,7 @@ TOKENS_FILE = "tokens.bin"  # little-endian unsigned 32-bit ids, nothing else: i
 OFFSETS_FILE = "offsets.bin"  # little-endian signed 64-bit
 COMPLETION_FILE = "completion.bin"  # a byte per token, 0 or 1; only where it makes a difference
 OFFSET_DTYPE = np.dtype("<i8")
-LARGEST_ID = "largest_id"  # of the facts: found when the files were checked, never believed from the manifest
+LARGEST_ID = "largest_id"  # of the facts: counted when the files are checked, never taken from the manifest
 _TICK_NANOSECONDS = 2_000_000_000  # the coarsest clock by which file systems note a change
 _COUNTS = ("tokens", "documents")
 _SOURCE_COUNTS = ("rows", "documents", "tokens")
@@ -70,8 +70,8 @@ class Corpus:
     Args:
         tokens: (num_tokens,) unsigned 32-bit ids.
         offsets: (num_documents + 1,) 64-bit positions where the documents start; the last entry is num_tokens.
-        fingerprint: a hash that tells this stream of tokens, borders and completions from any other.
-        completion: (num_tokens,) which tokens are completions, 0 or 1; None where the text knows no difference.
+        fingerprint: a hash of the stream of tokens, borders and completions.
+        completion: (num_tokens,) which tokens are completions, 0 or 1; None for text without them.
     """
 
     tokens: Stream
@@ -100,7 +100,7 @@ def load_corpus(folder: Path, vocab_size: int | None = None) -> Corpus:
 
     Args:
         folder: the corpus.
-        vocab_size: rows of the embedding that its ids are for; None looks at no model.
+        vocab_size: rows of the embedding, which bounds the ids; None checks no bound.
 
     Raises:
         DataError: a file is missing, extra or changed, or the text is for a larger vocabulary.
@@ -155,7 +155,7 @@ def read_note(note: Path) -> tuple[Path, str]:
     """Where a run's tokenised text lies that is not its own, and its fingerprint.
 
     Raises:
-        CheckpointError: the note does not say it.
+        CheckpointError: the note lacks them.
     """
     noted = atomic.read_json(note)
     match noted:
@@ -168,12 +168,12 @@ def noted_corpus(note: Path, load: Callable[[Path], Corpus]) -> Corpus:
     """A run's tokenised text that is not its own.
 
     Args:
-        note: says where it lies, and which it was.
+        note: names its folder and its fingerprint.
         load: `load_corpus` or `verify_corpus`.
 
     Raises:
         DataError: it is no longer where it was, is damaged, or is another.
-        CheckpointError: the note does not say it.
+        CheckpointError: the note lacks them.
     """
     folder, fingerprint = read_note(note)
     if not os.path.isdir(folder):  # false also for what no file system takes as a name
@@ -223,7 +223,7 @@ def _part(corpus: Corpus, start: int, end: int) -> Corpus:
 
 
 def shard_name(number: int) -> str:
-    """The folder of a shard; only these names are read, whatever a manifest says."""
+    """The folder of a shard; only these names are read; others in a manifest are ignored."""
     return f"shard-{number:05d}"
 
 
@@ -232,10 +232,10 @@ def checked_facts(folder: Path) -> dict[str, Any]:
 
     Hashing a large corpus takes minutes. So what was hashed is noted beside the folder, with every file's size, times
     of change and place on the disk, and is hashed again only once one of these is another: no program changes a file
-    and leaves them all alone. What this cannot see is a disk that returns other bytes than it was given;
+    and leaves them all alone. A disk that returns other bytes than were written is not detected;
     `mohawkify doctor` hashes everything.
 
-    A manifest may come from a stranger: what it says is compared with the files before anything is made from it.
+    A manifest may come from a stranger: its content is compared with the files before it is used.
 
     Raises:
         CheckpointError: a file is missing, extra or changed, or holds what no corpus does.
@@ -258,7 +258,7 @@ def checked_facts(folder: Path) -> dict[str, Any]:
 
 
 def verified_facts(folder: Path) -> dict[str, Any]:
-    """What `checked_facts` returns, whatever was noted before; nothing is written.
+    """The result of `checked_facts` without its note; nothing is written.
 
     Raises:
         CheckpointError: a file is missing, extra or changed, or holds what no corpus does.
@@ -302,7 +302,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _largest_id(folder: Path, facts: dict[str, Any]) -> int:
-    """The largest token id of a corpus whose shards fit each other and what the manifest says."""
+    """The largest token id of a corpus, whose shards must fit each other and the manifest."""
     documents = tokens = completions = largest = 0
     for name in facts["shards"]:
         shard = folder / name

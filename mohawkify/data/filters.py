@@ -37,7 +37,7 @@ def column_value(row: Row, column: str) -> Any:
 
 
 def meets_all(row: Row, conditions: Iterable[Condition]) -> bool:
-    """Say whether the row meets every condition; a missing value (null) meets none.
+    """Whether the row meets every condition; a missing value (null) meets none.
 
     Raises:
         DataError: if a column is not there, or holds another kind of value than it is compared with.

@@ -39,7 +39,7 @@ After = Callable[[], Position]
 
 
 def ignore(line: str) -> None:
-    """Receive a line and say nothing."""
+    """Ignore a line."""
 
 
 def hub_rows(source: Source, name: str, start: Position, report: Report) -> Iterator[tuple[Row, After]]:
@@ -52,7 +52,7 @@ def hub_rows(source: Source, name: str, start: Position, report: Report) -> Iter
         report: receives a line for every new try.
 
     Returns:
-        Rows, each with a function that tells the position behind it; to be asked before the next row.
+        Rows, each with a function that tells the position behind it; to be called before the next row.
 
     Raises:
         DataError: the dataset is not there or not open to this user, or the Hub cannot be reached for too long.
@@ -111,10 +111,10 @@ class _Stream:
 
         if _is_offline():
             raise ConnectionError("the Hub is switched off")
-        _leave_retries_to_us()
+        _disable_library_retries()
         source, kept = self.source, self.start.stream
         assert source.hub is not None
-        # Asked first: it answers at once where a name is wrong or the network is gone, and the commit it names is what
+        # The first request: it fails at once if a name is wrong or the network is gone, and the commit it names is what
         # is read to the end, whatever is uploaded meanwhile.
         self._revision = kept["revision"] if kept else HfApi().dataset_info(source.hub, revision=source.revision).sha
         self.was_reached = True
@@ -138,8 +138,8 @@ def _undecoded(dataset: Any) -> Any:
     return dataset if dataset.features is None else dataset.decode(False)
 
 
-def _leave_retries_to_us() -> None:
-    """The library would wait 20 times 5 seconds at every read, and say so in a log that nobody sees."""
+def _disable_library_retries() -> None:
+    """The library would wait 20 times 5 seconds at every read, with a line in a hidden log."""
     from datasets import config
 
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1

@@ -1,4 +1,4 @@
-"""What a stage reads, batch after batch: a pure function of seed and step, read ahead by threads."""
+"""The batches of a stage, a pure function of seed and step, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def read_batches(
         batch_sequences: b, sequences per step.
         seed: the run's.
         first_step: steps already taken.
-        num_workers: threads that read ahead, until the generator is closed; 0 reads each batch when it is asked for.
+        num_workers: threads that read ahead, until the generator is closed; 0 reads each batch when it is requested.
     """
     num_steps = sum(sample_range.num_steps for sample_range in ranges)
     if num_workers == 0:

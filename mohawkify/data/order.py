@@ -1,6 +1,6 @@
 """The order in which a corpus is read: a pure function of the seed and the place in the run.
 
-It knows nothing of processes, workers, batches or the point where a run was resumed: whoever asks for sample 1234 gets
+It does not depend on processes, workers, batches or the step where a run was resumed: sample 1234 is always
 the same sequence. So all that a checkpoint has to keep is how many samples were used.
 """
 

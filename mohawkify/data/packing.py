@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     Args:
         input_ids: (b, l) int64 token ids.
         position_ids: (b, l) int64 distance to the start of the token's document or, where that lies before the
-            sequence, of the sequence. A 0 marks a border: nothing may look across it.
+            sequence, of the sequence. A 0 marks a border: attention and mixers do not cross it.
         loss_mask: (b, l) bool, whether stage 3 counts the prediction made at a token, which is of the next one.
         sequences: (b,) int64 numbers of the sequences within their corpus; empty where they are of none.
     """
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def document_mask(position_ids_bl: torch.Tensor) -> torch.Tensor:
-    """Which token may look at which: (b, 1, l, l), true for earlier tokens of the same document and itself."""
+    """The mask of attention (b, 1, l, l): true for earlier tokens of the same document and the token itself."""
     document_bl = (position_ids_bl == 0).cumsum(-1)
     same_bll = document_bl.unsqueeze(-1) == document_bl.unsqueeze(-2)
     return same_bll.tril().unsqueeze(1)

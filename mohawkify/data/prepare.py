@@ -1,4 +1,4 @@
-"""Text to a corpus on disk, once: in shards, by several processes if asked, after a kill from the last shard on."""
+"""Text to a corpus on disk, once: in shards, by one or several processes, after a kill from the last shard on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class SourceProgress:
-    """What a corpus has of a source so far.
+    """The part of a source that a corpus has so far.
 
     Args:
         rows: rows of the source up to the last document taken; those that no condition lets through count too.
@@ -79,7 +79,7 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True)
 class CorpusRequest:
-    """What a corpus is to be made of.
+    """A request for a corpus: its sources and its tokenizer.
 
     Args:
         sources: read one by one, or mixed where they have weights.
@@ -102,7 +102,7 @@ class CorpusRequest:
 
     @property
     def most_bytes(self) -> int:
-        """What its tokens take on the disk if the text does not end before."""
+        """The size of its tokens on the disk, if the text is long enough."""
         return (self.num_tokens or 0) * (TOKEN_DTYPE.itemsize + self.is_masked)
 
     @cached_property
@@ -167,7 +167,7 @@ def build_corpus(
 
 
 def bytes_to_write(request: CorpusRequest, directory: Path) -> int:
-    """What `build_corpus` has yet to write if the text does not end before: nothing where the corpus is there."""
+    """The bytes that `build_corpus` has yet to write, if the text is long enough; 0 for a finished corpus."""
     if (directory / request.key).exists():
         return 0
     written = directory.glob(f"{UNFINISHED}{request.key}/shard-*/*.bin")

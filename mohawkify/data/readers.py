@@ -28,7 +28,7 @@ class Row(NamedTuple):
     """One row of a table of text.
 
     Args:
-        where: where the row stands, for messages: ``train.jsonl, line 7``.
+        where: position of the row, for messages: ``train.jsonl, line 7``.
         columns: the values by column name.
     """
 
@@ -63,7 +63,7 @@ def read_rows(file: Path, *, columns: Collection[str], text_column: str, separat
 
     Args:
         file: a ``.txt``, ``.jsonl``, ``.parquet`` or ``.arrow`` file.
-        columns: the columns that will be looked at; a ``.parquet`` or ``.arrow`` file is read for these only.
+        columns: the columns that are used; of a ``.parquet`` or ``.arrow`` file only these are read.
         text_column: the name under which a document of a ``.txt`` file is given.
         separator: the line between two documents of a ``.txt`` file; None takes the file as one document.
 
@@ -213,9 +213,9 @@ def _parquet_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.R
 
 
 def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
-    """What a row group says it takes unpacked; a few kilobytes can be a gigabyte.
+    """The unpacked size of a row group by its metadata; a few kilobytes can be a gigabyte.
 
-    The sum over the group alone is asked for: on what damaged files say of a column, pyarrow ends the process.
+    Only the sum over the group is read: the metadata of columns in damaged files makes pyarrow end the process.
     """
     unpacked, packed = int(group.total_byte_size), file.stat().st_size
     if unpacked > max(_SMALL, LARGEST_GROWTH * packed):

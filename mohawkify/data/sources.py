@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class RawRow(NamedTuple):
-    """What a row holds, before a tokenizer has seen it.
+    """The text or conversation of a row, not yet tokenised.
 
     Args:
-        where: where the row stands, for messages.
+        where: position of the row, for messages.
         value: text, or a conversation.
         after: where reading goes on behind the row.
     """
@@ -90,10 +90,10 @@ def describe(source: Source) -> str:
 
 
 def source_identity(source: Source, teacher_directory: Path | None) -> dict[str, Any]:
-    """Return what tells one state of a source from another, as JSON values, without reading large files.
+    """Facts that identify the state of a source, as JSON values, without reading large files.
 
     Local files count with path, size and time of change; the demo stories with their content. A Hub dataset counts
-    with its name alone: whether it has changed since cannot be known without reading it.
+    with its name alone: a change is not detected without reading it.
     """
     identity: dict[str, Any] = {"source": source.model_dump(mode="json")}
     if source.path is not None:

@@ -48,7 +48,7 @@ class PlannedRange(NamedTuple):
 
 
 def planned_ranges(recipe: Recipe) -> dict[str, list[PlannedRange]]:
-    """What each stage's segments read; stages share a corpus's order, each going on where the one before ended.
+    """The ranges that each stage's segments read; stages share a corpus's order, each after the end of the one before.
 
     What is shuffled is as long as the longest sequence that is read of a corpus, so that shorter ones are cut out of
     the same order. A length that does not divide it has an order of its own, and reads some text again.
@@ -67,7 +67,7 @@ def planned_ranges(recipe: Recipe) -> dict[str, list[PlannedRange]]:
 
 
 def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[SampleRange]]:
-    """What every stage reads of the corpora."""
+    """The ranges of the corpora that every stage reads."""
     return {
         name: [
             sample_range_of(recipe, name, index, corpora[segment.data])
@@ -78,13 +78,13 @@ def stage_ranges(recipe: Recipe, corpora: dict[str, Corpus]) -> dict[str, list[S
 
 
 def sample_range_of(recipe: Recipe, stage: str, index: int, corpus: Corpus) -> SampleRange:
-    """What one of a stage's segments reads of its corpus."""
+    """The range of its corpus that one of a stage's segments reads."""
     segment, span = recipe.stages.blocks()[stage].segments()[index], planned_ranges(recipe)[stage][index]
     return SampleRange(corpus, segment.num_steps, segment.sequence_length, span.first, span.sequences_per_block)
 
 
 def ranges_into(recipe: Recipe, data: str) -> list[PlannedRange]:
-    """What all stages together read of ``train`` or ``final_phase``."""
+    """The ranges of ``train`` or ``final_phase`` that all stages together read."""
     found = planned_ranges(recipe)
     return [
         span
@@ -144,10 +144,10 @@ class TextReader:
     report: Report = ignore
 
     def require_files(self, *names: str) -> None:
-        """Look for the local files of ``train``, ``final_phase``, ``validation`` or, without a name, all of them.
+        """Check that the local files exist of ``train``, ``final_phase``, ``validation`` or, without names, all.
 
         Raises:
-            DataError: one is missing; said before anything slow.
+            DataError: one is missing; raised before anything slow.
         """
         for name in names or ("train", "final_phase", "validation"):
             for source in getattr(self.recipe.data, name):
@@ -181,7 +181,7 @@ class TextReader:
 
     @cached_property
     def requests(self) -> dict[str, CorpusRequest]:
-        """What is tokenised for the recipe: ``train``, and ``validation`` and ``final_phase`` where it has them."""
+        """The corpora of the recipe: ``train``, and ``validation`` and ``final_phase`` if it has them."""
         data, held = self.recipe.data, self.recipe.evaluation.tokens
         train, final_phase = (tokens_needed(self.recipe, name) for name in ("train", "final_phase"))
         found = {"train": self._request(data.train, max(train, 1) if data.validation else train + held)}
@@ -192,7 +192,7 @@ class TextReader:
         return found
 
     def corpus(self, name: str) -> Corpus:
-        """One of the corpora that are wanted, found or made."""
+        """One of the corpora, found or made."""
         request = self.requests[name]
         elsewhere = find_prepared(request.key, self.directory, self.prepared, request.vocab_size)
         if elsewhere is not None:
@@ -203,7 +203,7 @@ class TextReader:
             )
 
     def bytes_to_write(self, *names: str) -> int:
-        """What the text that is not tokenised yet will take on the disk, as far as that is known.
+        """The size on the disk of the text that is not tokenised yet, as far as it is known.
 
         Text that is read as often as need be may be short: how much of it there is shows when it has been read.
 

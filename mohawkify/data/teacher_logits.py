@@ -59,7 +59,7 @@ def top_tokens(logits_tv: Tensor, num_tokens: int) -> TopK:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides where every byte lies.
+    """The layout of the files: it determines the position of every byte.
 
     Args:
         sequence_length: l, tokens per sequence.
@@ -221,7 +221,7 @@ class TeacherLogits:
             )
 
     def require_sequences(self, sequences: np.ndarray) -> None:
-        """Refuse sequences that nobody asked the teacher about."""
+        """Refuse sequences whose logits are not stored."""
         lacking = np.setdiff1d(sequences, self.sequences)
         if len(lacking):
             raise DataError(
@@ -257,7 +257,7 @@ class TeacherLogits:
         return TopK(ids, log_probs - total.unsqueeze(-1), log_rest - total)
 
     def verify_shard(self, number: int) -> None:
-        """Refuse a shard that `read` would refuse, whichever of its sequences is asked for.
+        """Refuse a shard that `read` would refuse for any of its sequences.
 
         Args:
             number: which one.
@@ -311,7 +311,7 @@ def _write_records(path: Path, records: Iterable[bytes]) -> None:
 
 
 def _require_no_link(folder: Path) -> None:
-    """Refuse a link in the place of a folder, which could lead anywhere; `verify_directory` looks at what is inside."""
+    """Refuse a link in the place of a folder, which could lead anywhere; `verify_directory` checks its content."""
     if folder.is_symlink():
         raise CheckpointError(f"{folder} is a link, expected a folder")
 
@@ -327,7 +327,7 @@ def _read_sequences(path: Path) -> np.ndarray:
 
 
 def _checked(facts: Any, folder: Path) -> dict[str, Any]:
-    """The facts of `about/`, which may come from a stranger: looked at before anything is made from them."""
+    """The facts of `about/`, which may come from a stranger: checked before they are used."""
     if not isinstance(facts, dict):
         raise DataError(f"{folder} does not say what its teacher logits are of")
     if facts.get("teacher_logits_format") != FORMAT:

@@ -100,7 +100,7 @@ def encode_documents(
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, spans_wanted: bool) -> Any:
-    """What the tokenizer gives for each text, as it stands: special tokens are ours to place."""
+    """The tokenizer's output for each text without special tokens, which are added later."""
     try:
         return tokenizer(
             texts,

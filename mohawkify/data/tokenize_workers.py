@@ -46,7 +46,7 @@ def encoders(num_workers: int, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     """Hand out a function that takes rows and returns another, which waits for their tokens.
 
     Args:
-        num_workers: processes that work on it; 0 works here, when the tokens are asked for.
+        num_workers: processes that work on it; 0 works in this process, when the tokens are requested.
         tokenizer: the teacher's.
         vocab_size: rows of the teacher's embedding.
     """

@@ -13,7 +13,7 @@ import torch
 
 from mohawkify.data.corpus import Corpus
 
-_PAD_ID = 0  # any id will do: causal models do not see what is to the right, and `valid` leaves it out
+_PAD_ID = 0  # any id: causal models ignore tokens to the right, and `valid` excludes it
 _SHORTEST_ROW = 2  # a single token has no next token to predict
 
 

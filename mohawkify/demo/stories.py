@@ -153,7 +153,7 @@ def _remember(random: Random, cast: list[Character], kind: phrases.FactKind, cha
 
 
 def _pass_time(random: Random, cast: list[Character], asides: list[str], count: int) -> list[str]:
-    """Return sentences that tell nothing worth remembering; the asides used are taken off the list."""
+    """Sentences without facts; the asides used are removed from the list."""
     sentences = []
     for _ in range(count):
         if random.random() < 0.25:

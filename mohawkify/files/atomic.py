@@ -162,9 +162,9 @@ def atomic_directory(
 
     Args:
         target: the folder to create: it must not exist yet, or be empty. Missing parents are created.
-        facts: what the manifest says beside the files: any JSON object; read when the block ends.
+        facts: of the manifest beside the files: any JSON object; read when the block ends.
         manifest: whether to write `manifest.json`, which `verify_directory` needs.
-        needed: bytes that the block will write, where that is known: refused at once where the disk has less.
+        needed: bytes that the block will write, if known: refused at once if the disk has less.
         heartbeat: called whenever a part of a file has been hashed, or a file flushed.
 
     Raises:
@@ -261,7 +261,7 @@ def sweep_leftovers(target: Path) -> None:
 
 
 def ensure_writable(directory: Path) -> None:
-    """Create a folder if it is missing and prove, or refuse, that a file can be written in it."""
+    """Create a folder if it is missing; raise unless a file can be written in it."""
     directory = _absolute(directory)
     place = directory / "probe"
     probe = _temporary_for(place)

@@ -1,4 +1,4 @@
-"""What the disk has room for, and what the system refuses told in one line: what was tried, where, why, the space."""
+"""Free space on the disk, and the system's errors in one line: the operation, the path, the reason, the space."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MLX = re.compile(r"\[write\] Unable to write|\[save_safetensors\] Failed to ope
 
 
 def free_bytes(directory: Path) -> int:
-    """Ask how many bytes this user may still write in a folder, which need not exist yet."""
+    """The bytes that this user may still write in a folder, which need not exist yet."""
     directory = Path(os.path.abspath(directory))
     with clear_errors("look at", directory):
         while not directory.exists():
@@ -49,12 +49,12 @@ def require_space(directory: Path, needed: int) -> None:
 
 @contextmanager
 def clear_errors(action: str, path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what the operating system refuses into one line, whether Python tells it or a library in its own words.
+    """Turn an error of the operating system into one line, whether Python raises it or a library.
 
     Args:
         action: what the block does, as in "cannot write".
         path: where.
-        needed: bytes that it writes in all, where that is known: named where the disk is full.
+        needed: bytes that it writes in all, if known: named where the disk is full.
 
     Raises:
         DiskFullError: the disk or the quota is full.
@@ -84,9 +84,9 @@ def clear_errors(action: str, path: Path, needed: int | None = None) -> Iterator
 
 
 def _number_in_words(error: Exception) -> int | None:
-    """The system's number that safetensors, or tokenizers with its bare Exception, tells in words.
+    """The errno that safetensors, or tokenizers with its bare Exception, has in its message.
 
-    The class of safetensors is told by its name, so that it need not be imported here.
+    The class of safetensors is recognised by its name, so that it need not be imported here.
     """
     found = _RUST.search(str(error)) if type(error) is Exception or type(error).__name__ == "SafetensorError" else None
     return None if found is None else int(found[1])
@@ -99,7 +99,7 @@ def _refusal(message: str, number: int, path: Path, needed: int | None) -> Stora
 
 
 def _space(path: Path, needed: int | None) -> str:
-    """Say what is needed and what is free where a file was to be written, as far as that can be asked."""
+    """The needed and the free bytes of the disk of a file, as far as they are known, for a message."""
     with suppress(OSError, StorageError):
         free = f"{free_bytes(path.parent):,}"
         return f"; {free} bytes are free" if needed is None else f"; {needed:,} bytes are needed, {free} are free"

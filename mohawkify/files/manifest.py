@@ -1,4 +1,4 @@
-"""What a folder says of its own files: the size and sha256 of each, and a hash of itself.
+"""The manifest of a folder: the size and sha256 of each file, and a hash of itself.
 
 Nothing is written here, and errors of the operating system are raised as they are: `storage` writes, and finds words.
 """
@@ -38,7 +38,7 @@ def sha256_of(path: Path, heartbeat: Heartbeat = no_heartbeat) -> str:
                 digest.update(part)
                 heartbeat()
     except OSError as error:
-        error.filename = error.filename or str(path)  # reading, unlike opening, does not say of what
+        error.filename = error.filename or str(path)  # the error of reading, unlike that of opening, lacks the path
         raise
     return digest.hexdigest()
 
@@ -58,7 +58,7 @@ def manifest_of(directory: Path, facts: Mapping[str, Any], heartbeat: Heartbeat)
 
     Args:
         directory: the folder.
-        facts: what the manifest says beside the files.
+        facts: of the manifest beside the files.
         heartbeat: called after every part of a file.
     """
     files = {name: _describe(directory / name, heartbeat) for name in sorted(files_below(directory))}

@@ -211,7 +211,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _refuse_unlisted(folder: Path, names: list[str]) -> None:
-    """A file that is named like a part of the model but is not in its index; others beside it are nobody's concern."""
+    """A file that is named like a part of the model but is not in its index; files of other names are ignored."""
     for path in sorted(folder.iterdir()):
         is_part = path.name == SINGLE_FILE or _ONE_OF_A_SET.fullmatch(path.name)
         if is_part and path.name not in names:

@@ -1,4 +1,4 @@
-"""What each key of a recipe accepts, in words: the one source for errors and for the table in docs/recipes.md."""
+"""The values that each key accepts, in words: the one source for errors and for the table in docs/recipes.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Expected:
-    """Annotates a type with what it accepts, where the type alone does not tell."""
+    """Annotates a type with the values that it accepts, if the type alone does not show them."""
 
     text: str
 
@@ -49,7 +49,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 
 def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """Says in words what a type with its constraints accepts, for example ``a whole number of at least 1``."""
+    """The values of a type with its constraints in words, for example ``a whole number of at least 1``."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
         return expected(inner, (*metadata, *extra))
@@ -81,7 +81,7 @@ def explain(
         model: the schema that the data was checked against.
         source: where the data came from, for example a file name.
         lines: the line of each key; empty where the data has no lines.
-        set_keys: the full keys that were asked for, to guess what a misspelt one means.
+        set_keys: the full keys of overrides, for suggestions on misspelt ones.
 
     Returns:
         The message, ``source:line: key: found ..., expected ...`` for each problem, and the help text of the first key.

@@ -35,7 +35,7 @@ from mohawkify.recipe.types import (
 
 
 class StudentRecipe(Section):
-    """What the student is made of."""
+    """The student."""
 
     name: Name | None = Field(
         default=None, description="name of the student and of its run folder; null: the teacher's, with -mohawk"
@@ -231,7 +231,7 @@ class EvaluationRecipe(Section):
 
 
 class CheckpointRecipe(Section):
-    """What is kept of a run to continue it."""
+    """The checkpoints of a run."""
 
     every_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")

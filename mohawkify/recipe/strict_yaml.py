@@ -17,7 +17,7 @@ from mohawkify.errors import RecipeError
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 MAX_NODES = 5000
-MAX_NUMBER_LENGTH = 64  # Python refuses to read integers of thousands of digits, and nobody means one.
+MAX_NUMBER_LENGTH = 64  # Python refuses to read integers of thousands of digits.
 
 KeyPath = tuple[str | int, ...]
 Lines = dict[KeyPath, int]
@@ -44,7 +44,7 @@ _PLAIN_VALUES = (
 
 
 class YamlProblem(Exception):
-    """What is wrong with a YAML text, and in which line."""
+    """The fault of a YAML text, with its line."""
 
     def __init__(self, problem: str, line: int) -> None:
         super().__init__(problem)

@@ -32,7 +32,7 @@ def parse_count(value: Any) -> Any:
     elif isinstance(value, float) and math.isfinite(value):
         exact = Fraction(value)
     else:
-        return value  # a whole number, or nothing that can be one: pydantic tells them apart
+        return value  # a whole number, or a value that pydantic refuses
     if exact.denominator != 1:
         raise ValueError("not a whole number")
     return exact.numerator

@@ -1,4 +1,4 @@
-"""What a checkpoint contains, which one a run continues from, and when the old ones go.
+"""Checkpoints: their content, the one that a run continues from, and the removal of old ones.
 
 A checkpoint is the folder `step-<global step>` with the student's parameters, the optimiser's moments and the state of
 the random generators as safetensors, the loop's own facts as strict JSON, and a manifest with the hash of every file:
@@ -142,7 +142,7 @@ def newest_valid(directory: Path, report: Callable[[str], None]) -> Checkpoint |
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
-    """The tensors of a file, each read from the disk when it is asked for, to the CPU and into memory of its own.
+    """The tensors of a file, each read from the disk when it is accessed, to the CPU and into memory of its own.
 
     Args:
         path: the safetensors file.
@@ -240,7 +240,7 @@ def rng_tensors() -> dict[str, Tensor]:
 def restore_rng(tensors: Mapping[str, Tensor]) -> None:
     """Put torch's random generators back into a saved state.
 
-    A run that moves to other hardware takes along what fits, and the log says what does not.
+    A run that moves to other hardware keeps the states that fit, and the log names the others.
 
     Raises:
         CheckpointError: the state of the CPU's generator is missing, or a state does not fit its generator.

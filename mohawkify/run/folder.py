@@ -19,7 +19,7 @@ RUNS = Path("runs")
 
 
 def run_identity(recipe: Recipe, teacher_files: Mapping[str, str]) -> str:
-    """A hash of what decides a run's result, to know one's own checkpoints by: its recipe and its teacher's files."""
+    """A hash of a run's recipe and its teacher's files, which identifies its checkpoints."""
     return hashlib.sha256((comparable_text(recipe) + repr(sorted(teacher_files.items()))).encode()).hexdigest()
 
 
@@ -40,7 +40,7 @@ class _Inside:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one conversion; docs/architecture.md says what each of them holds.
+    """The files of one conversion; docs/architecture.md lists their contents.
 
     Args:
         path: the folder.
@@ -87,7 +87,7 @@ class RunFolder:
         """The teacher's facts as they were recorded: ``source``, ``folder``, ``files`` and what was inspected.
 
         Raises:
-            CheckpointError: the file does not say them.
+            CheckpointError: the file lacks them.
         """
         facts = read_json(self.teacher_file)
         texts = isinstance(facts, dict) and all(isinstance(facts.get(key), str) for key in ("source", "folder"))
@@ -100,7 +100,7 @@ class RunFolder:
         """The student's facts as they were recorded; none where they were not.
 
         Raises:
-            CheckpointError: the file does not say them.
+            CheckpointError: the file lacks them.
         """
         if not self.student_file.is_file():
             return {}
@@ -117,7 +117,7 @@ class RunFolder:
         """The hashes that the run's identity is made of: those of the teacher, and of what finishes the run.
 
         Raises:
-            CheckpointError: the file does not say them.
+            CheckpointError: the file lacks them.
         """
         facts = self.teacher()
         final_phase = facts.get("final_teacher_files", {})
@@ -132,7 +132,7 @@ class RunFolder:
             None for a run that was begun before they were recorded.
 
         Raises:
-            CheckpointError: the file does not say them.
+            CheckpointError: the file lacks them.
         """
         files = self.teacher().get("text_files")
         is_sound = isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
@@ -141,7 +141,7 @@ class RunFolder:
         return files
 
     def results(self) -> dict[str, Any]:
-        """What has been measured so far.
+        """The measurements so far.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -163,7 +163,7 @@ class RunFolder:
 
 
 def _wrong_results(results: Mapping[str, Any]) -> Iterator[str]:
-    """What reports cannot be made of, in words."""
+    """The faults that make a report impossible, in words."""
     if not isinstance(results.get("name"), str | None):
         yield "its name is no text"
     if not _are_numbers({"evaluation_tokens": results.get("evaluation_tokens", 0)}):
