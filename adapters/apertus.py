@@ -7,7 +7,7 @@ from mohawkify.families.adapter import Adapter
 
 
 def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers takes for granted and mlx-lm asks for."""
+    """The keys that mlx-lm requires and transformers implies."""
     return {"mlp_bias": False, "post_norm": False, "qk_norm": True}
 
 

@@ -7,7 +7,7 @@ ADAPTER = Adapter(
     title="Command R7B, Command A",
     examples=("CohereLabs/c4ai-command-r7b-12-2024", "CohereLabs/c4ai-command-a-03-2025"),
     notes=(
-        "Three of four layers look through a sliding window and rotate, the fourth sees all and does not rotate.",
+        "Three of four layers use a sliding window and rotate, the fourth attends to everything and does not rotate.",
         "Attention and MLP run side by side on one normalised input.",
         "Logits are multiplied by logit_scale.",
     ),

@@ -7,7 +7,7 @@ from mohawkify.families.adapter import Adapter
 
 
 def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers with a window, as a word."""
+    """The layers with a window, as a string."""
     letters = ["L" if kind == "sliding_attention" else "G" for kind in config["layer_types"]]
     return {"sliding_window_pattern": "".join(letters) if "L" in letters else None}
 

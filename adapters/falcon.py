@@ -7,8 +7,8 @@ from mohawkify.families.adapter import Adapter, AttentionWeights
 
 
 def refuse(config: Any) -> str | None:
-    """The small Falcon-RW models build ALiBi from a padding mask, where document borders have no place."""
-    return "it uses ALiBi, which cannot see document borders" if config.alibi else None
+    """The small Falcon-RW models build ALiBi from a padding mask, which cannot hold document borders."""
+    return "it uses ALiBi, which cannot respect document borders" if config.alibi else None
 
 
 def read_weights(attention: Any) -> AttentionWeights:

@@ -7,8 +7,8 @@ ADAPTER = Adapter(
     title="Gemma",
     examples=("google/gemma-2b-it", "google/gemma-7b-it"),
     notes=(
-        "Embeddings are multiplied by the root of the model width; that is the teacher's own code.",
-        "The head width is larger than the model width divided by the heads.",
+        "Embeddings are multiplied by the root of the hidden size; that is the teacher's own code.",
+        "The head dimension is larger than the hidden size divided by the heads.",
     ),
     model_class="GemmaForCausalLM",
     config_class="GemmaConfig",

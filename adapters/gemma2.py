@@ -7,10 +7,10 @@ ADAPTER = Adapter(
     title="Gemma 2",
     examples=("google/gemma-2-2b-it", "google/gemma-2-9b-it"),
     notes=(
-        "Scores and logits pass through a soft cap; stage 1 hears the cap, the head keeps its own.",
+        "Scores and logits pass through a soft cap; stage 1 applies the cap, the head keeps its own.",
         "Layers alternate between a sliding window and full attention.",
         "Norms before and after attention and MLP.",
-        "Products are scaled by query_pre_attn_scalar, not by the head width.",
+        "Products are scaled by query_pre_attn_scalar, not by the head dimension.",
     ),
     model_class="Gemma2ForCausalLM",
     config_class="Gemma2Config",

@@ -28,7 +28,7 @@ ADAPTER = Adapter(
     notes=(
         "Positions are learned and added to the embedding; the student keeps them.",
         "Projections are stored transposed, queries, keys and values in one.",
-        "Some checkpoints scale attention by the layer's number too; stage 1 hears the scale.",
+        "Some checkpoints scale attention by the layer's number too; stage 1 captures the scale.",
     ),
     model_class="GPT2LMHeadModel",
     config_class="GPT2Config",

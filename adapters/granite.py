@@ -7,7 +7,7 @@ ADAPTER = Adapter(
     title="Granite",
     examples=("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-3.3-8b-instruct"),
     notes=(
-        "Products are scaled by attention_multiplier; stage 1 hears the scale, the attention start takes it.",
+        "Products are scaled by attention_multiplier; stage 1 captures the scale, the attention start takes it.",
         "Embeddings, residuals and logits have multipliers of their own; they stay the teacher's.",
     ),
     model_class="GraniteForCausalLM",

@@ -15,7 +15,7 @@ ADAPTER = Adapter(
     notes=(
         "Grouped key heads: each is repeated for its query heads.",
         "The head is tied to the embedding in small models.",
-        "Llama 3.x stretches its rotary frequencies; queries and keys are heard after that.",
+        "Llama 3.x stretches its rotary frequencies; queries and keys are captured after that.",
     ),
     model_class="LlamaForCausalLM",
     config_class="LlamaConfig",

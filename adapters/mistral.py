@@ -7,8 +7,8 @@ ADAPTER = Adapter(
     title="Mistral",
     examples=("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Nemo-Instruct-2407"),
     notes=(
-        "Version 0.1 looks through a sliding window in every layer; stage 1 sees it in the teacher's mask.",
-        "The head width need not be the model width divided by the heads.",
+        "Version 0.1 uses a sliding window in every layer; stage 1 takes it from the teacher's mask.",
+        "The head dimension need not be the hidden size divided by the heads.",
     ),
     model_class="MistralForCausalLM",
     config_class="MistralConfig",

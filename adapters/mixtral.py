@@ -8,7 +8,7 @@ ADAPTER = Adapter(
     examples=("mistralai/Mixtral-8x7B-Instruct-v0.1",),
     notes=(
         "Experts instead of one MLP; they and their router are copied.",
-        "May look through a sliding window, which stage 1 sees in the teacher's mask.",
+        "May use a sliding window, which stage 1 takes from the teacher's mask.",
     ),
     model_class="MixtralForCausalLM",
     config_class="MixtralConfig",

@@ -17,7 +17,7 @@ def read_weights(attention: Any) -> AttentionWeights:
 
 
 def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> Any:
-    """Rebuild queries and keys as the module does; its mask is true where it must not look."""
+    """Rebuild queries and keys as the module does; its mask is true where attention is not allowed."""
     from mohawkify.ops.mixing_matrices import AttentionMatrix
 
     qkv_blf = attention.Wqkv(hidden_bld)
@@ -38,7 +38,7 @@ ADAPTER = Adapter(
     title="MPT",
     examples=("mosaicml/mpt-7b", "mosaicml/mpt-7b-instruct"),
     notes=(
-        "No positions but ALiBi: a bias on the products that grows with the distance; stage 1 sees it.",
+        "No positions but ALiBi: a bias on the products that grows with the distance; stage 1 captures it.",
         "One matrix holds queries, keys and values, which may be clipped.",
         "Attention does not use transformers' interface; stage 1 rebuilds its matrix from the module's call.",
         "The model ignores document borders in its positions, so it is handed a mask that has them.",

@@ -8,7 +8,7 @@ ADAPTER = Adapter(
     examples=("allenai/OLMo-1B-hf", "allenai/OLMo-7B-hf"),
     notes=(
         "Norms without weights.",
-        "Queries, keys and values may be clipped; the attention start ignores that, stage 1 sees it.",
+        "Queries, keys and values may be clipped; the attention start ignores that, stage 1 captures it.",
     ),
     model_class="OlmoForCausalLM",
     config_class="OlmoConfig",

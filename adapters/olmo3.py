@@ -9,7 +9,7 @@ ADAPTER = Adapter(
     notes=(
         "Norms stand after attention and MLP, not before.",
         "Queries and keys are normalised over all heads together.",
-        "Three of four layers look through a sliding window, with rotary frequencies of their own.",
+        "Three of four layers use a sliding window, with rotary frequencies of their own.",
     ),
     model_class="Olmo3ForCausalLM",
     config_class="Olmo3Config",

@@ -27,7 +27,7 @@ ADAPTER = Adapter(
     examples=("microsoft/Phi-3-mini-4k-instruct", "microsoft/phi-4", "microsoft/Phi-4-mini-instruct"),
     notes=(
         "Queries, keys and values lie in one matrix, one below the other; gate and up projection in another.",
-        "Phi-3 mini looks through a sliding window, longer ones stretch their rotary frequencies.",
+        "Phi-3 mini uses a sliding window, longer ones stretch their rotary frequencies.",
     ),
     model_class="Phi3ForCausalLM",
     config_class="Phi3Config",

@@ -8,7 +8,7 @@ ADAPTER = Adapter(
     examples=("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"),
     notes=(
         "Queries, keys and values have biases; they become biases of the mixer's convolution.",
-        "Layers above max_window_layers may use a sliding window; stage 1 sees it in the teacher's mask.",
+        "Layers above max_window_layers may use a sliding window; stage 1 takes it from the teacher's mask.",
     ),
     model_class="Qwen2ForCausalLM",
     config_class="Qwen2Config",

@@ -7,8 +7,8 @@ ADAPTER = Adapter(
     title="Qwen3",
     examples=("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"),
     notes=(
-        "Queries and keys are normalised per head; stage 1 sees the result, the attention start folds in the weights.",
-        "The head width need not be the model width divided by the heads.",
+        "Queries and keys are normalised per head; stage 1 captures the result, the attention start folds the weights.",
+        "The head dimension need not be the hidden size divided by the heads.",
     ),
     model_class="Qwen3ForCausalLM",
     config_class="Qwen3Config",

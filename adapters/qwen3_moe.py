@@ -9,7 +9,7 @@ ADAPTER = Adapter(
     notes=(
         "Experts and their router are copied.",
         "Queries and keys are normalised per head.",
-        "The head width need not be the model width divided by the heads.",
+        "The head dimension need not be the hidden size divided by the heads.",
     ),
     model_class="Qwen3MoeForCausalLM",
     config_class="Qwen3MoeConfig",

@@ -8,7 +8,7 @@ ADAPTER = Adapter(
     examples=("bigcode/starcoder2-3b", "bigcode/starcoder2-15b"),
     notes=(
         "LayerNorm with biases, and biases in every projection.",
-        "A sliding window in every layer; stage 1 sees it in the teacher's mask.",
+        "A sliding window in every layer; stage 1 takes it from the teacher's mask.",
     ),
     model_class="Starcoder2ForCausalLM",
     config_class="Starcoder2Config",

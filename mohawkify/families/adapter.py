@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 class AttentionWeights:
     """One attention module's projections, head by head; the source of the attention start.
 
-    Shapes: h query heads, g key heads, p head width, d model width. A bias is None where the family has none.
+    Shapes: h query heads, g key heads, p head_dim, d hidden_size. A bias is None where the family has none.
     Scales such as the weight of a query norm are folded in; ``scaling`` is not.
 
     Args:
-        scaling: what products of queries and keys are multiplied by; None is 1/sqrt(p).
+        scaling: factor on the products of queries and keys; None is 1/sqrt(p).
     """
 
     q_hpd: Tensor
@@ -36,7 +36,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class Logits:
-    """How a family's logits come of what its head, a linear layer, puts out.
+    """How a family's logits follow from the output of its head, a linear layer.
 
     They are multiplied, then divided, then bounded by ``cap * tanh(logit / cap)``. With these, stage 3 and the
     comparison of student and teacher hold the logits of a few tokens at a time.
@@ -60,13 +60,13 @@ class Adapter:
 
     Args:
         model_type: the key in ``config.json``.
-        title: the family's name as people write it.
+        title: the family's name in prose.
         examples: checkpoints people use.
-        notes: what is particular about the family and where it is handled, a sentence each.
+        notes: the family's peculiarities and how each is handled, a sentence each.
         model_class: the causal language model class in transformers.
         config_class: its configuration class in transformers.
-        tiny_config: keys of a small model's configuration, beyond the usual sizes, that switch on what is odd about the
-            family; its tests are run on that model.
+        tiny_config: keys of a small model's configuration, beyond the usual sizes, that switch on the family's
+            peculiarities; its tests run on that model.
         layers: attribute path from the model to its list of decoder layers.
         attention: attribute of a decoder layer that holds the attention module.
         out_proj: attribute of the attention module that holds its output projection.
@@ -84,7 +84,7 @@ class Adapter:
         mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
         mlx_counts_tokens: mlx-lm's model has learned positions, and reads the next one from its first layer's cache.
         mlx_tiny_config: changes of ``tiny_config`` for the tests of MLX, where mlx-lm's model lacks a feature.
-        recognised: nobody wrote this: it was read off a model's modules, and is proved on the weights before a run.
+        autodetected: read from the modules of a family without a file; verified on the weights before a run trains.
     """
 
     model_type: str
@@ -109,4 +109,4 @@ class Adapter:
     mlx_prefix: str = ""
     mlx_counts_tokens: bool = False
     mlx_tiny_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    recognised: bool = False
+    autodetected: bool = False

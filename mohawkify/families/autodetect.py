@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from mohawkify.families.unsupported import UNSUPPORTED
 OUT_NAMES = ("o_proj", "out_proj", "dense")
 NORM_NAMES = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 RECURRENT = re.compile(r"Mamba|Rwkv|SSM|Recurrent|LinearAtt|Delta|mLSTM|ShortConv")
-NO_FILE = Logits(unknown="no file in adapters/ says how the head's output becomes logits")
+NO_FILE = Logits(unknown="no file in adapters/ describes how the head's output becomes logits")
 HINT = "docs/adapters.md says how to add a family: one file"
 
 
@@ -32,16 +33,14 @@ def find_adapter(model_type: str, values: Mapping[str, Any]) -> Adapter:
     """The family's adapter from its file or, without one, from its modules.
 
     Args:
-        model_type: ``model_type`` in the teacher's ``config.json``; trusted no more than that file is.
+        model_type: ``model_type`` in the teacher's ``config.json``; untrusted.
         values: the configuration.
 
     Raises:
         UnknownFamilyError: no file, and the modules are not what a family needs; or the family cannot be converted.
     """
     _refuse_other_kinds(model_type)
-    if not _is_unwritten(model_type):
-        return load_adapter(model_type)
-    return recognise(model_type, values)
+    return autodetect(model_type, values) if _has_no_file(model_type) else load_adapter(model_type)
 
 
 def find_classes(model_type: str) -> Adapter:
@@ -50,23 +49,13 @@ def find_classes(model_type: str) -> Adapter:
     Raises:
         UnknownFamilyError: neither adapters/ nor transformers has such a causal language model.
     """
-    if not _is_unwritten(model_type):
+    if not _has_no_file(model_type):
         return load_adapter(model_type)
-    model_class, config_class = _class_names(model_type)
-    return Adapter(
-        model_type=model_type,
-        title=model_type,
-        examples=(),
-        notes=(),
-        model_class=model_class,
-        config_class=config_class,
-        logits=NO_FILE,
-        recognised=True,
-    )
+    return _classes(model_type)
 
 
-def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
-    """Read a family off a model that is laid out without memory.
+def autodetect(model_type: str, values: Mapping[str, Any]) -> Adapter:
+    """Derive a family's adapter from its modules on the meta device.
 
     Args:
         model_type: a causal language model of transformers.
@@ -76,15 +65,15 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
         An adapter whose ``notes`` list the detected parts with the evidence.
 
     Raises:
-        UnknownFamilyError: names what could not be found.
+        UnknownFamilyError: names what is missing.
     """
-    model_class, config_class = _class_names(model_type)
-    if not model_class.endswith(("ForCausalLM", "LMHeadModel")):
-        raise _refusal(model_type, f"its class {model_class} is not a plain causal language model")
+    classes = _classes(model_type)
+    if not classes.model_class.endswith(("ForCausalLM", "LMHeadModel")):
+        raise _refusal(model_type, f"its class {classes.model_class} is not a plain causal language model")
     try:
-        config = getattr(transformers, config_class)(**values)
+        config = getattr(transformers, classes.config_class)(**values)
         with torch.device("meta"):
-            model = getattr(transformers, model_class)(config)
+            model = getattr(transformers, classes.model_class)(config)
     except Exception as error:
         raise _refusal(model_type, f"its modules cannot be laid out ({' '.join(str(error).split())[:200]})") from error
     num_layers = getattr(config, "num_hidden_layers", None)
@@ -96,49 +85,53 @@ def recognise(model_type: str, values: Mapping[str, Any]) -> Adapter:
     out_proj = next(name for name in OUT_NAMES if hasattr(modules[0], name))
     qk_norms = next((pair for pair in NORM_NAMES if any(hasattr(module, pair[0]) for module in modules)), None)
     for index, module in enumerate(modules):
-        _explain_parameters(model_type, index, module, out_proj, qk_norms)
+        _require_known_parameters(model_type, index, module, out_proj, qk_norms)
     source = inspect.getsource(type(modules[0]).forward)
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         raise _refusal(model_type, f"{type(modules[0]).__name__} does not attend through transformers' interface")
     norms = f" and the norms {' and '.join(qk_norms)}" if qk_norms else ""
-    return Adapter(
-        model_type=model_type,
-        title=model_type,
-        examples=(),
+    return replace(
+        classes,
         notes=(
-            f"No file in adapters/: recognised by its modules as they are in transformers {transformers.__version__}.",
+            f"No file in adapters/: autodetected from its modules in transformers {transformers.__version__}.",
             f"{layers} holds the {len(modules)} decoder layers: the only list of that length with attention inside.",
             f"{attention} is the attention, {type(modules[0]).__name__}: it has q_proj, k_proj, v_proj,"
             f" {out_proj}{norms}, and no other parameters.",
-            "It attends through transformers' attention interface, where stage 1 hears queries and keys.",
-            "Norms of queries and keys are not folded into the attention start: how they keep weights is not known.",
-            "Stage 3 holds all logits of a micro-batch at once: how they come of the head's output is not known.",
-            "Before it trains, a run proves on the loaded weights that attention is heard, that it is its matrix times"
-            " its values, and that it looks neither into the future nor into other documents.",
+            "It attends through transformers' attention interface, where stage 1 captures queries and keys.",
+            "Norms of queries and keys are not folded into the attention start: how they store weights is unknown.",
+            "Stage 3 holds all logits of a micro-batch at once: how they follow from the head's output is unknown.",
+            "Before it trains, a run verifies on the loaded weights that attention can be captured, that its output is"
+            " its matrix times its values, and that it is causal and stays within documents.",
         ),
-        model_class=model_class,
-        config_class=config_class,
         layers=layers,
         attention=attention,
         out_proj=out_proj,
-        logits=NO_FILE,
-        recognised=True,
     )
 
 
-def _is_unwritten(model_type: str) -> bool:
+def _has_no_file(model_type: str) -> bool:
     """Whether a type is a causal language model of transformers that has neither a file nor a reason against it."""
     known = model_type in adapter_names() or model_type in UNSUPPORTED
     return not known and model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _class_names(model_type: str) -> tuple[str, str]:
-    model_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    return model_class if isinstance(model_class, str) else model_class[0], CONFIG_MAPPING_NAMES[model_type]
+def _classes(model_type: str) -> Adapter:
+    """An adapter with the classes that transformers has for a type, and no more."""
+    name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return Adapter(
+        model_type=model_type,
+        title=model_type,
+        examples=(),
+        notes=(),
+        model_class=name if isinstance(name, str) else name[0],
+        config_class=CONFIG_MAPPING_NAMES[model_type],
+        logits=NO_FILE,
+        autodetected=True,
+    )
 
 
 def _refuse_other_kinds(model_type: str) -> None:
-    """The kind of a known model type that does not generate text from text alone."""
+    """Refuse a known type that does not generate text from text alone, and name its kind."""
     if model_type in adapter_names() or model_type in UNSUPPORTED:
         return  # the registry has its own errors for those
     kinds = {
@@ -203,13 +196,13 @@ def _refuse_recurrent(model_type: str, index: int, layer: nn.Module) -> None:
         raise _refusal(model_type, f"layer {index} is recurrent already ({recurrent[0]})")
 
 
-def _explain_parameters(
+def _require_known_parameters(
     model_type: str, index: int, attention: nn.Module, out_proj: str, qk_norms: tuple[str, str] | None
 ) -> None:
     known = {"q_proj", "k_proj", "v_proj", out_proj, *(qk_norms or ())}
-    strange = sorted({name for name, _ in attention.named_parameters() if name.split(".")[0] not in known})
-    if strange:
-        raise _refusal(model_type, f"the attention of layer {index} has parameters of unknown meaning: {strange[0]}")
+    unknown = sorted({name for name, _ in attention.named_parameters() if name.split(".")[0] not in known})
+    if unknown:
+        raise _refusal(model_type, f"the attention of layer {index} has parameters of unknown meaning: {unknown[0]}")
     for name in qk_norms or ():
         norm = getattr(attention, name, None)
         if norm is not None and {own for own, _ in norm.named_parameters()} not in ({"weight"}, {"weight", "bias"}):

@@ -18,7 +18,7 @@ def attention_implementation(model_class: Any, config: Any) -> str:
     """The attention implementation that every machine has: fused where the family can, else its own plain one.
 
     Fused attention has no soft cap on its scores. Before 5.21, transformers offers it to Gemma 2 all the same, and
-    drops the cap without a word.
+    drops the cap silently.
 
     Args:
         model_class: a causal language model class of transformers.

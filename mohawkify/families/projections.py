@@ -1,6 +1,6 @@
 """An attention module's projections cut into heads, whatever its family calls them.
 
-Shapes: h query heads, g key heads, p head width, d model width, f rows of a projection.
+Shapes: h query heads, g key heads, p head_dim, d hidden_size, f rows of a projection.
 """
 
 from __future__ import annotations

@@ -20,15 +20,15 @@ _MODEL_TYPE = re.compile(r"[a-z0-9_]+")
 
 
 def adapter_names() -> list[str]:
-    """Lists the families by model type, sorted: the bundled files and those that other packages register."""
+    """List the families by model type, sorted: the bundled files and those that other packages register."""
     return sorted({*stems_in(_ADAPTER_PACKAGE, ".py"), *_entry_points()})
 
 
 def load_adapter(model_type: str) -> Adapter:
-    """Imports the adapter of a family; a bundled one comes before one that another package registers.
+    """Import the adapter of a family; a bundled one comes before one that another package registers.
 
     Args:
-        model_type: ``model_type`` in the teacher's ``config.json``; trusted no more than that file is.
+        model_type: ``model_type`` in the teacher's ``config.json``; untrusted.
 
     Raises:
         UnknownFamilyError: no adapter has that name (nothing was imported), or the registered one is broken.

@@ -1,19 +1,19 @@
-"""Families that cannot be converted, and why: refused by name, and listed in docs/families.md."""
+"""Families that cannot be converted and the reasons, also listed in docs/families.md."""
 
 from __future__ import annotations
 
 _OUTSIDE = "its attention does not go through transformers' interface, and no adapter rebuilds its matrices"
 _RECURRENT = "it is recurrent already"
 _PARTLY_RECURRENT = "some of its layers are recurrent already, and every layer must have attention"
-_ENCODER = "it is an encoder: every token sees the future, which a recurrent state cannot"
+_ENCODER = "it is an encoder: every token attends to the future, which a recurrent state cannot"
 _ENCODER_DECODER = "it has an encoder beside its decoder, and attention from one to the other"
-_SEES = "it reads images too, and only text-only decoders are converted"
+_IMAGES = "it reads images too, and only text-only decoders are converted"
 
 # A reason ends the sentence "a teacher of the family ... cannot be converted: ...".
 UNSUPPORTED: dict[str, str] = {
-    "bloom": "its attention adds the residual itself and its ALiBi is built from a padding mask, where document borders"
-    " have no place",
-    "gpt_oss": "attention sinks take a share of every row of its attention, which stage 1 does not hear, and its"
+    "bloom": "its attention adds the residual itself and its ALiBi is built from a padding mask, which cannot hold"
+    " document borders",
+    "gpt_oss": "attention sinks take a share of every row of its attention, which stage 1 does not capture, and its"
     " weights are published as MXFP4",
     "deepseek_v2": "its latent attention has values of another width than queries and keys",
     "deepseek_v3": "its latent attention has values of another width than queries and keys",
@@ -38,9 +38,9 @@ UNSUPPORTED: dict[str, str] = {
     "t5": _ENCODER_DECODER,
     "bart": _ENCODER_DECODER,
     "pegasus": _ENCODER_DECODER,
-    "whisper": "it listens: it has an encoder of sound beside its decoder, and attention from one to the other",
-    "llava": _SEES,
-    "qwen2_vl": _SEES,
-    "gemma3": f"{_SEES}; the text-only type gemma3_text is supported",
-    "mllama": _SEES,
+    "whisper": "it has an encoder of sound beside its decoder, and attention from one to the other",
+    "llava": _IMAGES,
+    "qwen2_vl": _IMAGES,
+    "gemma3": f"{_IMAGES}; the text-only type gemma3_text is supported",
+    "mllama": _IMAGES,
 }

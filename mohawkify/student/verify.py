@@ -1,4 +1,4 @@
-"""Prove on loaded weights what a recognised family is believed to be; a wrong belief ends here, before training.
+"""Verify an autodetected family on the loaded weights, before training.
 
 Shapes: b batch, h query heads, g key heads, l target position, s source position, p head width, d model width.
 """
@@ -19,13 +19,13 @@ from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 DOCUMENTS = (7, 9)  # tokens of the two documents that lie in one row
-# Of the largest output; a wrong belief is off by about 1.
+# Of the largest output; a wrong adapter is off by about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 @torch.no_grad()
-def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
-    """Check a recognised family on one row of two random documents.
+def verify_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
+    """Check an autodetected family on one row of two random documents.
 
     Every attention module is heard, each matrix times the values that the projections give is the module's output,
     no row looks into the future or across the border of documents, and the student's mixers are told of borders and
@@ -34,11 +34,11 @@ def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Ad
     Args:
         teacher: loaded.
         student: grafted from it.
-        adapter: what is believed of the family.
+        adapter: the autodetected family.
         vocab_size: token ids are drawn below it.
 
     Raises:
-        UnknownFamilyError: names the belief that is wrong.
+        UnknownFamilyError: names what is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     ids_bl = torch.randint(vocab_size, (1, sum(DOCUMENTS)), generator=generator).to(teacher.device)
@@ -49,24 +49,24 @@ def prove_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Ad
     with capture_attention(teacher, adapter), layer_hooks(attentions, calls.append):
         teacher(**inputs)
     if [call.layer for call in calls] != list(attentions):
-        raise _disproved(adapter, "its layers do not run one after the other, each once")
+        raise _mismatch(adapter, "its layers do not run one after the other, each once")
     for call in calls:
-        _prove_attention(adapter, call, attentions[call.layer])
-    _prove_keywords(adapter, student, inputs)
+        _verify_attention(adapter, call, attentions[call.layer])
+    _verify_keywords(adapter, student, inputs)
 
 
-def _prove_attention(adapter: Adapter, call: LayerCall, attention: nn.Module) -> None:
+def _verify_attention(adapter: Adapter, call: LayerCall, attention: nn.Module) -> None:
     if call.attention is None:
-        raise _disproved(adapter, f"the attention of layer {call.layer} was not heard through the interface")
+        raise _mismatch(adapter, f"the attention of layer {call.layer} was not heard through the interface")
     matrix_bhls = call.attention.probabilities()
     if matrix_bhls.triu(1).any():
-        raise _disproved(adapter, f"layer {call.layer} looks into the future")
+        raise _mismatch(adapter, f"layer {call.layer} looks into the future")
     if matrix_bhls[:, :, DOCUMENTS[0] :, : DOCUMENTS[0]].any():
-        raise _disproved(adapter, f"layer {call.layer} looks across the border of two documents")
+        raise _mismatch(adapter, f"layer {call.layer} looks across the border of two documents")
     expected_bld = _attend(matrix_bhls, call.hidden_bld, adapter, attention)
     error = (expected_bld - call.output_bld.float()).abs().max() / call.output_bld.float().abs().max()
     if not error <= TOLERANCE[call.output_bld.dtype]:
-        raise _disproved(
+        raise _mismatch(
             adapter,
             f"the attention of layer {call.layer} is not its matrix times its values (they differ by {error:.2g})",
         )
@@ -82,7 +82,7 @@ def _attend(matrix_bhls: Tensor, hidden_bld: Tensor, adapter: Adapter, attention
     return out_bld if weights.out_bias_d is None else out_bld + weights.out_bias_d.float()
 
 
-def _prove_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str, Any]) -> None:
+def _verify_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str, Any]) -> None:
     heard: list[dict[str, Any]] = []
     handles = [
         module.register_forward_pre_hook(lambda module, args, kwargs: heard.append(kwargs), with_kwargs=True)
@@ -96,10 +96,10 @@ def _prove_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str
             handle.remove()
     for name in ("position_ids", "padding_mask"):
         if any(kwargs.get(name) is None for kwargs in heard):
-            raise _disproved(adapter, f"its decoder layers keep {name} from their attention")
+            raise _mismatch(adapter, f"its decoder layers keep {name} from their attention")
 
 
-def _disproved(adapter: Adapter, reason: str) -> UnknownFamilyError:
+def _mismatch(adapter: Adapter, reason: str) -> UnknownFamilyError:
     return UnknownFamilyError(
         f"the family {adapter.model_type} has no file in adapters/, and its weights disprove what its modules say:"
         f" {reason}",

@@ -17,8 +17,8 @@ from mohawkify.errors import UnknownFamilyError
 from mohawkify.families.adapter import Adapter
 from mohawkify.ops.chunked_kl import LMHeadInput, head_logits
 
-NUM_TOKENS = 16  # of the proof
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit; a wrong belief is off by about 1
+NUM_TOKENS = 16  # of the verification
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit; a wrong adapter is off by about 1
 
 
 def run_to_lm_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> LMHeadInput:
@@ -41,7 +41,7 @@ def run_to_lm_head(model: PreTrainedModel, adapter: Adapter, **inputs: Any) -> L
 
 
 @torch.no_grad()
-def prove_head(teacher: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
+def verify_head(teacher: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
     """Check on one row of random tokens that a family's logits are as its adapter describes them.
 
     Args:

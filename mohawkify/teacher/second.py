@@ -14,7 +14,7 @@ from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.tokenize import tokenizer_hash
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Recipe
-from mohawkify.teacher.lm_head import prove_head
+from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.quantize import require_quantiser
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
@@ -46,9 +46,9 @@ class SecondTeacher:
         }
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Load its weights, frozen, and verify its head; see `load_teacher` and `prove_head`."""
+        """Load its weights, frozen, and verify its head; see `load_teacher` and `verify_head`."""
         model = load_teacher(self.teacher, dtype=dtype, device=device, bits=self.bits)
-        prove_head(model, self.teacher.adapter, self.teacher.spec.vocab_size)
+        verify_head(model, self.teacher.adapter, self.teacher.spec.vocab_size)
         return model
 
 

@@ -28,8 +28,8 @@ from mohawkify.run import checkpoint
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.student.build import build_student, checkpoint_activations, use_kernels
 from mohawkify.student.student_spec import StudentSpec
-from mohawkify.student.verify import prove_family
-from mohawkify.teacher.lm_head import prove_head
+from mohawkify.student.verify import verify_family
+from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.second import (
@@ -245,10 +245,10 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
 
     teacher = load_teacher(resolved, dtype=dtype, device=load_device)
     student = build_student(teacher, adapter, spec, recipe.student.init, recipe.seed)
-    prove_head(teacher, adapter, vocab_size)
-    if adapter.recognised:
+    verify_head(teacher, adapter, vocab_size)
+    if adapter.autodetected:
         options.report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
-        prove_family(teacher, student, adapter, vocab_size)
+        verify_family(teacher, student, adapter, vocab_size)
     if is_sharded:  # only now: the student is built from whole weights
         student.to(device)  # type: ignore[arg-type]
         _shard(teacher, spec.layers, request)

@@ -27,7 +27,7 @@ from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe, OrientRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
-from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
+from mohawkify.teacher.lm_head import run_to_lm_head, verify_head
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.train.engines.engine import LocalEngine
 from tests.close import assert_close
@@ -302,14 +302,14 @@ def test_the_loss_from_hidden_states_is_that_of_the_models_logits(case):
             assert_close(name, gradient / truth.abs().max(), truth / truth.abs().max(), tolerance=1e-5)
 
 
-def test_the_head_is_proved_on_the_weights(case):
+def test_the_head_is_verified_on_the_weights(case):
     teacher, adapter = case.pair.teacher, case.pair.adapter
-    prove_head(teacher, adapter, 97)
+    verify_head(teacher, adapter, 97)
     said = (adapter.logits.multiplier, adapter.logits.divisor, adapter.logits.softcap)
     is_odd = any(getattr(teacher.config, key) is not None for key in said if key is not None)
     for wrong in (Logits(multiplier="hidden_size"), *([Logits()] if is_odd else [])):
         with pytest.raises(UnknownFamilyError, match="are not what the family's file says"):
-            prove_head(teacher, replace(adapter, logits=wrong), 97)
+            verify_head(teacher, replace(adapter, logits=wrong), 97)
 
 
 def test_real_configurations_are_planned_with_transformers_own_parameter_count(teacher_configs):

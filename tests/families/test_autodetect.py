@@ -1,4 +1,4 @@
-"""Families without a file: recognised by their modules and proved on their weights, or refused by name."""
+"""Families without a file: autodetected by their modules and verified on their weights, or refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from mohawkify.errors import TeacherError, UnknownFamilyError
-from mohawkify.families.autodetect import recognise
+from mohawkify.families.autodetect import autodetect
 from mohawkify.families.registry import adapter_names, load_adapter
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
-from mohawkify.student.verify import prove_family
+from mohawkify.student.verify import verify_family
 from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
 from tests.commands import make_recipe, run, run_well
@@ -49,21 +49,21 @@ def unwritten_teacher(model_type: str, folder: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_is_recognised_is_what_the_file_says(name):
+def test_autodetection_agrees_with_the_files(name):
     written = load_adapter(name)
-    found = recognise(name, tiny_config(name, num_hidden_layers=2).to_dict())
+    found = autodetect(name, tiny_config(name, num_hidden_layers=2).to_dict())
     for field in ("model_class", "config_class", "layers", "attention", "out_proj"):
         assert getattr(found, field) == getattr(written, field), field
     assert found.qk_norms is None  # how unknown norms keep their weights is not known
-    assert found.recognised
-    assert not written.recognised
+    assert found.autodetected
+    assert not written.autodetected
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_what_is_not_found_is_named(name):
     values = tiny_config(name, num_hidden_layers=2).to_dict()
     with pytest.raises(UnknownFamilyError, match=f"no child of its layers has linear q_proj.*{FUSED[name]}"):
-        recognise(name, values)
+        autodetect(name, values)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_not_found_is_named(name):
 )
 def test_modules_of_another_kind_are_refused(model_type, values, wording):
     with pytest.raises(UnknownFamilyError, match=wording) as caught:
-        recognise(model_type, {**COMMON, "num_experts": 4, "num_hidden_layers": 2, **values})
+        autodetect(model_type, {**COMMON, "num_experts": 4, "num_hidden_layers": 2, **values})
     assert len(caught.value.message.splitlines()) == 1
 
 
@@ -120,20 +120,20 @@ def test_an_unwritten_family_goes_the_whole_way(tmp_path):
     assert "hf" in refused.stderr
 
 
-def prove(model_type: str, teacher: Any, folder: Path) -> None:
+def verify(model_type: str, teacher: Any, folder: Path) -> None:
     """Convert a teacher as if its family had no file."""
     teacher.save_pretrained(folder)
-    adapter = recognise(model_type, teacher.config.to_dict())
+    adapter = autodetect(model_type, teacher.config.to_dict())
     spec = resolve_teacher(str(folder)).spec
     student_spec = design_student("tiny", spec, teacher.config, adapter, StudentRecipe(state_size=8))
     student = build_student(teacher, adapter, student_spec, "attention", seed=0)
-    prove_family(teacher, student, adapter, 97)
+    verify_family(teacher, student, adapter, 97)
 
 
 @pytest.mark.parametrize("name", sorted(set(PLAIN) - {"olmo", "olmoe", "opt"}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_what_is_true_is_proved(name, dtype, tmp_path):
-    prove(name, tiny_teacher(name, num_hidden_layers=2).to(dtype), tmp_path)
+def test_a_true_family_passes_verification(name, dtype, tmp_path):
+    verify(name, tiny_teacher(name, num_hidden_layers=2).to(dtype), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_what_is_true_is_proved(name, dtype, tmp_path):
         ("nemotron", "its decoder layers keep padding_mask from their attention"),
     ],
 )
-def test_what_is_not_true_is_disproved(name, wording, tmp_path):
+def test_a_wrong_family_fails_verification(name, wording, tmp_path):
     with pytest.raises(TeacherError, match=wording):
-        prove(name, tiny_teacher(name, num_hidden_layers=2), tmp_path)
+        verify(name, tiny_teacher(name, num_hidden_layers=2), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ def test_a_teacher_that_sees_the_future_is_refused(tmp_path, family, values):
     assert "its attention sees the future" in refused.stderr
 
 
-def test_a_disproved_family_leaves_no_finished_run(tmp_path):
+def test_a_family_that_fails_verification_leaves_no_finished_run(tmp_path):
     teacher = unwritten_teacher("biogpt", tmp_path / "teacher")
     refused = run("convert", teacher, "--recipe", make_recipe(tmp_path), "--output", tmp_path / "run")
     assert refused.exit_code == 64
-    assert "reading the text" not in refused.stderr, "proved before hours of tokenising"
+    assert "reading the text" not in refused.stderr, "verified before hours of tokenising"
     assert "looks across the border of two documents" in refused.stderr
     assert not (tmp_path / "run" / "final").exists()

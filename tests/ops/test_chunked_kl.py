@@ -22,7 +22,7 @@ from mohawkify.ops.chunked_kl import LMHeadInput, chunked_distill_loss, head_log
 from mohawkify.ops.constants import chunk_tokens
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
 from mohawkify.recipe.schema import DistillRecipe
-from mohawkify.teacher.lm_head import prove_head, run_to_lm_head
+from mohawkify.teacher.lm_head import run_to_lm_head, verify_head
 from tests.close import assert_close
 from tests.tiny import packed, tiny_pair, tiny_teacher
 
@@ -343,7 +343,7 @@ def test_the_stage_gives_the_same_by_chunks_and_by_all_logits(tmp_path):
 def test_a_softcap_is_read_from_the_configuration(family, values):
     """What the samples of the families, which tests/families/test_adapters.py goes through, do not switch on or off."""
     teacher, adapter = tiny_teacher(family, num_hidden_layers=2, **values), load_adapter(family)
-    prove_head(teacher, adapter, 97)
+    verify_head(teacher, adapter, 97)
     head = run_to_lm_head(teacher, adapter, input_ids=packed().input_ids, use_cache=False)
     assert head.softcap == values["final_logit_softcapping"]
 
