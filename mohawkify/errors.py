@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what was found, what was expected and what to do.
+"""The errors a user can meet. Each names the found value, the expected one and the remedy.
 
 `mohawkify.cli.main` turns them into one clean line and an exit code; everything else that is raised is a bug.
 """
@@ -42,14 +42,14 @@ EXIT_CODES = {
 }
 
 
-# What torch says where it has no class of its own for it: of a CPU, of other devices, and of the libraries on them.
+# Messages of torch where it has no class for the error: of a CPU, of other devices, and of the libraries on them.
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|STATUS_ALLOC_FAILED|std::bad_alloc", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, a device's, or a CPU's, for which torch has no class of its own.
 
-    torch's class for a device is told by its name, so that torch need not be imported here.
+    torch's class for a device is recognised by its name, so that torch need not be imported here.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -61,7 +61,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust gave up, such as tokenizers on a damaged file: this is no `Exception`.
 
-    The class cannot be imported, so it is told by its name.
+    The class cannot be imported, so it is recognised by its name.
     """
     return type(error).__name__ == "PanicException"
 
@@ -83,7 +83,7 @@ class MohawkifyError(Exception):
 
 
 class UsageError(MohawkifyError):
-    """The command line asks for something that cannot be done as asked."""
+    """The command or its arguments cannot be carried out."""
 
     exit_code = USAGE
 
@@ -101,7 +101,7 @@ class TeacherError(MohawkifyError):
 
 
 class UnknownFamilyError(TeacherError):
-    """No adapter knows the teacher's model type."""
+    """There is no adapter for the teacher's model type."""
 
     exit_code = RECIPE
 
@@ -135,7 +135,7 @@ class NumericsError(MohawkifyError):
 
 
 class MemoryShortageError(MohawkifyError):
-    """Memory ran out, and it is known what would take less."""
+    """Memory ran out; the hint names settings that take less."""
 
     exit_code = MEMORY
 

@@ -1,4 +1,4 @@
-"""The verb `bench`: how fast, with how much memory, and first of all how exactly."""
+"""The command `bench`: errors first, then time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that look after text: tokenise it ahead of a conversion, and look at what was made."""
+"""The commands for text: tokenise it ahead of a conversion, and show tokenised text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ prepared_option = click.option(
 @click.group(cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def data(context: click.Context) -> None:
-    """Text: tokenise it ahead, look at it."""
+    """Tokenise text ahead of a conversion, or show it."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -1,4 +1,4 @@
-"""How the command line ends: one clean line per error, a hint, an exit code; the traceback only when asked for."""
+"""The end of a command: one clean line per error, a hint, an exit code; the traceback only with ``--debug``."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from mohawkify.errors import (
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
-# Paths that the system does not even look for: Python's own questions, such as whether a folder is there, raise these.
+# Errors of Python for paths that no system has, raised by checks such as `Path.is_dir`.
 _REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 
 
 @dataclass
 class Invocation:
-    """What a command line carries along.
+    """The state of a command line.
 
     Args:
-        arguments: as they were given; whoever starts processes hands them on.
+        arguments: of the command line; started processes get the same ones.
         is_one_of_several: whether this process has worked with others, and has come to its end with them.
     """
 
@@ -48,20 +48,20 @@ class Invocation:
 
 
 class CommandGroup(click.Group):
-    """A group that lists its verbs in the order they are written and reports every error the same way."""
+    """A group that lists its commands in the order of the file and reports every error the same way."""
 
-    group_class = type  # click's way to say: groups inside are of this class too
+    group_class = type  # click: groups inside are of this class too
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(debug_option())
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs in the order of the file."""
+        """The commands in the order of the file."""
         return list(self.commands)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Register a verb; ``--debug`` may stand before it and after it."""
+        """Register a command; ``--debug`` may stand before it and after it."""
         if not isinstance(cmd, CommandGroup):
             cmd.params.append(debug_option())
         super().add_command(cmd, name)
@@ -74,7 +74,7 @@ class CommandGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the verb named on the command line and leave the process with its exit code."""
+        """Run the command of the command line and exit with its code."""
         arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
@@ -95,7 +95,7 @@ class CommandGroup(click.Group):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is: what is under way is undone, and the exit code says which of the two it was."""
+    """SIGTERM, handled as Ctrl-C is: unfinished files are removed, and the exit code tells the two apart."""
 
 
 def _end_cleanly_on_sigterm() -> None:
@@ -105,7 +105,7 @@ def _end_cleanly_on_sigterm() -> None:
 
     is_main_thread = threading.current_thread() is threading.main_thread()
     if is_main_thread and LAUNCHED in os.environ:
-        # Until the processes of a run have found each other, the one that started them speaks for all.
+        # Until the processes of a run are connected, the launcher prints errors for all of them.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     elif is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
@@ -114,7 +114,7 @@ def _end_cleanly_on_sigterm() -> None:
 def end_at_once(code: int) -> None:
     """Leave without taking Python apart.
 
-    Threads of torch's gloo may let go of their last tensor just then, and abort the process that has done all its work
+    Threads of torch's gloo may release their last tensor at that time, and abort the finished process
     (pytorch/pytorch#190489; seen once in hundreds of runs).
     """
     atexit._run_exitfuncs()
@@ -132,7 +132,7 @@ def report_error(error: BaseException) -> int:
     """Write an error to standard error as one line and a hint.
 
     Returns:
-        The exit code, one of `EXIT_CODES`; a stopped conversion says its own.
+        The exit code, one of `EXIT_CODES`; a stopped conversion has its own.
     """
     message, hint, code = describe(error)
     say_error(message, hint)
@@ -140,7 +140,7 @@ def report_error(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> tuple[str, str | None, int]:
-    """What to say of an error: message, hint and exit code."""
+    """The message, hint and exit code of an error."""
     if isinstance(error, MohawkifyError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, click.UsageError):

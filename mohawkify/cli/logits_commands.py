@@ -1,4 +1,4 @@
-"""The verb that keeps a teacher's likeliest next tokens on disk."""
+"""The command `cache-logits`: stores a teacher's likeliest next tokens on disk."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def main(context: click.Context) -> None:
     TEACHER is a model on the Hugging Face Hub, a local folder or, for inspect and plan, a config.json; `demo` is the
     little teacher that comes along. RUN is a folder written by convert; without one, the newest finished run below
     runs/ is meant. Results go to standard output, everything else to standard error. The exit code is 0 when done, 2
-    when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
+    for wrong usage, 64 to 75 by the kind of error; docs/reliability.md has the list.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -339,7 +339,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
 def demo(output: Path) -> None:
     """The whole way on the demo teacher, in minutes.
 
-    Inspects, plans, converts, measures, exports to hf and mlx-q4, and lets teacher and student tell a story. Run
+    Inspects, plans, converts, measures, exports to hf and mlx-q4, and generates a story with teacher and student. Run
     again, it continues where it was stopped, or measures and exports once more.
     """
     with working():

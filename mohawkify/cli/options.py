@@ -1,4 +1,4 @@
-"""What several verbs share: options, the recipe they mean, and how they speak."""
+"""Shared by several commands: options, the choice of a recipe, and output."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def working() -> AbstractContextManager[TextIO]:
 
 
 def say(line: str) -> None:
-    """Tell the user something on standard error."""
+    """Print a line on standard error."""
     click.echo(printable(line), err=True)
 
 
 def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    """Print what a verb found on standard output."""
+    """Print the result of a command on standard output."""
     click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else printable(as_text(found)))

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def start_processes(num_processes: int | None) -> None:
-    """Start a command's processes where it asks for several and no launcher has started them; does not return then.
+    """Start the processes of a command with several, unless a launcher has started them; does not return then.
 
     Raises:
-        UsageError: a launcher has started another number of processes than the command asks for.
+        UsageError: a launcher has started another number of processes than --processes.
     """
     own = rank_from_environment()
     if own is not None:
@@ -42,7 +42,7 @@ def start_processes(num_processes: int | None) -> None:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """Join the processes of the run; an error in any of them is said once and ends all with its exit code.
+    """Join the processes of the run; an error in any of them is printed once and ends all with its exit code.
 
     Args:
         device: the recipe's ``compute.device``.

@@ -160,7 +160,7 @@ def lost(error: BaseException) -> ProcessLostError:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that a connection to another process is gone."""
+    """Whether an error means that a connection to another process is lost."""
     if isinstance(error, MohawkifyError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, distributed.DistError) or _LOST.search(str(error)) is not None

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(MohawkifyError):
-    """The run was asked to stop, saved itself and left; the exit code is 128 + the signal."""
+    """A signal stopped the run, which wrote a checkpoint; the exit code is 128 + the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message, hint="the same command continues it")
@@ -57,7 +57,7 @@ class Shutdown:
         self.check(where)
 
     def any_rank(self, world: World) -> bool:
-        """Whether any process was asked to stop; all of them are then."""
+        """Whether any process has received a signal; all of them then stop."""
         agreed = int(world.max(float(self.number or 0)))
         if agreed:  # a signal that comes after the exchange counts at the next one
             self.number = agreed

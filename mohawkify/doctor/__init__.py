@@ -1,1 +1,1 @@
-"""What is installed, and whether a folder is sound."""
+"""Checks of the installation and of folders."""

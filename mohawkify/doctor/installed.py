@@ -1,4 +1,4 @@
-"""What is installed, what the machine has, and what each missing extra would bring."""
+"""The installed packages, the machine's devices, and the use of each missing extra."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INSTALL = {"mamba": f'pip install --no-build-isolation "{NAME}[mamba]"'}
 
 
 def check_installation() -> dict[str, Any]:
-    """Look at this installation.
+    """Describe this installation.
 
     Returns:
         A JSON object: versions, ``devices`` in words, ``base`` with every required package, ``extras`` by name with

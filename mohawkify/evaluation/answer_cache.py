@@ -42,7 +42,7 @@ class Answers:
             request: its arguments.
         """
         answer = self._known.get(request_sha256(kind, request), {}).get("answer")
-        # A number that is not finite is kept as a word, and is asked again.
+        # A value that is not finite is stored as a word, and its request is repeated.
         if kind == "loglikelihood":
             if isinstance(answer, list) and [type(part) for part in answer] == [float, bool]:
                 return tuple(answer)
@@ -64,5 +64,5 @@ class Answers:
 
 
 def request_sha256(kind: str, request: Sequence[Any]) -> str:
-    """Hash what a model is asked: 64 hexadecimal digits."""
+    """The hash of a request: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps([kind, *request], sort_keys=True, default=str).encode()).hexdigest()

@@ -74,7 +74,7 @@ def load_run_models(
         device: where the models go.
 
     Returns:
-        The models by name, ``teacher`` first where wanted, then ``student``; and the tokenizer of both.
+        The models by name, ``teacher`` first if it is loaded, then ``student``; and the tokenizer of both.
 
     Raises:
         TeacherError: the teacher is damaged.
@@ -91,7 +91,7 @@ def load_run_models(
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is measured.
+    """The settings of a measurement.
 
     Args:
         against: ``teacher`` measures both and compares them; ``none`` the student alone.

@@ -143,7 +143,7 @@ def measure_perplexity(teacher: PreTrainedModel, batches: Iterable[Batch]) -> fl
 
 
 class _Reader:
-    """Runs a model; its logits are made when they are asked for, a few at a time, where its family is known.
+    """Runs a model; its logits are computed on demand, a few tokens at a time, if its family's head is known.
 
     Args:
         model: a teacher or a student.

@@ -60,7 +60,7 @@ def generate_text(
         drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     drawing |= dict.fromkeys(CHANGES_PROBABILITIES)
     torch.manual_seed(seed)
-    writer: Any = model.eval()  # transformers' own types do not know that a model can generate
+    writer: Any = model.eval()  # transformers' types lack `generate`
     with torch.inference_mode():
         writer.generate(
             input_ids=inputs["input_ids"].to(model.device),

@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-eval: teacher and student are asked the same questions in the same run."""
+"""Benchmark tasks through lm-eval: teacher and student answer the same questions in the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mohawkify.evaluation.answer_cache import Answers
 from mohawkify.evaluation.fidelity import evaluating
 from mohawkify.evaluation.harness_tasks import PRESETS, Questions, first_line, import_lm_eval, quiet_lm_eval
 
-# lm-eval's own defaults, said here so that a result can be repeated with another version.
+# lm-eval's own defaults, fixed here so that a result can be repeated with another version.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 
 
@@ -39,12 +39,12 @@ def ask_models(
         questions: what `load_questions` or `load_preset` found.
         batch_size: questions per forward pass.
         limit: how many questions of each task, from its start; None for all.
-        answers: where each model's answers are found and kept, by its name; None asks everything.
+        answers: the answers of each model so far, by its name; None starts afresh.
 
     Returns:
         A dictionary for eval.json: ``lm_eval`` (its version), ``num_fewshot``, ``limit``, ``batch_size``, ``seeds``,
         ``window`` (tokens), ``truncated_requests``, ``tasks`` and ``subtasks`` (the members of groups). Each task has
-        ``version``, ``sha256`` (of all that was asked, and the rows it was made of), ``num_fewshot``, ``samples`` and
+        ``version``, ``sha256`` (of all requests and the rows they were made of), ``num_fewshot``, ``samples`` and
         ``metrics``; each metric has ``higher_is_better``, a value per model, and ``retention``: 100 x student /
         teacher, or 100 x teacher / student where lower is better. A preset has its ``name``, its ``metrics`` and their
         ``average`` for every model under ``preset``.
@@ -52,7 +52,7 @@ def ask_models(
     Raises:
         DataError: questions do not fit the models' window.
         NumericsError: a metric is not finite.
-        UsageError: the models see windows of different lengths.
+        UsageError: the models have windows of different lengths.
     """
     from mohawkify.evaluation.harness_model import CheckedLM
 
@@ -86,7 +86,7 @@ def _average(name: str, outcome: dict[str, Any], models: dict[str, PreTrainedMod
 
 
 def _sha256(task: Any) -> str:
-    """Hash what a task has just asked, with the rows it was made of, which hold the right answers too."""
+    """Hash a task's requests with the rows they were made of, which hold the right answers too."""
     digest = hashlib.sha256()
     for instance in task.instances:
         asked = [instance.request_type, instance.args, instance.doc]
@@ -105,7 +105,7 @@ def _common_window(windows: dict[str, int]) -> int:
 
 
 def _evaluate(language_model: Any, questions: Questions, limit: int | None) -> dict[str, Any]:
-    """Put the questions; lm-eval's own way in, simple_evaluate, would also ask pip and git about this machine."""
+    """Run the tasks; lm-eval's usual entry, simple_evaluate, would also run pip and git on this machine."""
     from lm_eval.evaluator import evaluate
 
     random.seed(SEEDS["random_seed"])
@@ -132,7 +132,7 @@ def _evaluate(language_model: Any, questions: Questions, limit: int | None) -> d
 
 
 def _compare(scores: dict[str, dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
-    """Put the models' metrics side by side, tasks that were asked for apart from the members of groups."""
+    """Put the models' metrics side by side, requested tasks apart from the members of groups."""
     facts = next(iter(scores.values()))
     inside = {child for children in facts["group_subtasks"].values() for child in children}
     compared: dict[str, Any] = {"tasks": {}, "subtasks": {}}
@@ -165,7 +165,7 @@ def _metrics(task: str, scores: dict[str, dict[str, Any]], directions: dict[str,
 
 
 def _retention(values: dict[str, float], *, higher_is_better: bool | None) -> dict[str, float | None]:
-    """The share of the teacher's quality that the student keeps, in percent; None where a ratio says nothing."""
+    """The share of the teacher's quality that the student keeps, in percent; None where a ratio has no meaning."""
     if not {"teacher", "student"} <= values.keys():
         return {}
     over, under = values["student"], values["teacher"]

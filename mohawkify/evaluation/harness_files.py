@@ -18,7 +18,7 @@ from mohawkify.errors import RecipeError, UsageError
 from mohawkify.recipe.strict_yaml import load_yaml, read_text
 
 SUFFIXES = (".yaml", ".yml")
-# Kinds of files that hold rows and no code; the others that datasets knows include pickles.
+# Kinds of files that hold rows and no code; the other kinds of datasets include pickles.
 _LOCAL_DATA = ("json", "csv", "parquet", "arrow", "text")
 _HUB_DATA = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -97,7 +97,7 @@ class _Fewshot(_Part):
 
 
 class _Settings(_Part):
-    """The settings of a task or a group; what a group's members are is looked at one by one."""
+    """The settings of a task or a group; a group's members are checked one by one."""
 
     task: str | list[Any] | None = None
     task_alias: str | None = None

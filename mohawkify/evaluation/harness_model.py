@@ -1,4 +1,4 @@
-"""A model as lm-eval asks it. Imported where lm-eval is known to be installed."""
+"""A model behind lm-eval's interface. Imported only where lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mohawkify.evaluation.answer_cache import Answers
 
 
 class CheckedLM(HFLM):
-    """Says what does not fit the window before the first forward pass, and does not ask what is answered.
+    """Refuses requests that exceed the window before the first forward pass, and skips answered ones.
 
     lm-eval alone stops half-way, wordless.
 
@@ -22,7 +22,7 @@ class CheckedLM(HFLM):
         model: teacher or student.
         tokenizer: of both; copied, because lm-eval gives it a padding token.
         batch_size: questions per forward pass.
-        answers: where answers are found and kept; None asks everything.
+        answers: the answers so far; None starts afresh.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CheckedLM(HFLM):
         return self._remaining("generate_until", requests, lambda rest: super(CheckedLM, self).generate_until(rest))
 
     def _remaining(self, kind: str, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """The answers to all requests, in order; only what is not answered yet is asked."""
+        """The answers to all requests, in order; only open ones are run."""
         if self._answers is None:
             return ask(requests)
         known = [self._answers.find(kind, request.args) for request in requests]

@@ -52,10 +52,10 @@ class Questions:
     """Tasks of lm-eval with their questions, checked and ready to be put to models.
 
     Args:
-        names: what was asked for: tasks, groups, tags or files.
+        names: the requested tasks, groups, tags or files.
         tasks: every single task of lm-eval by name, the members of groups included.
         groups: its groups by name.
-        num_fewshot: solved examples in front of every question; None for what each task says, which is mostly 0.
+        num_fewshot: solved examples in front of every question; None for each task's own number, which is mostly 0.
         preset: the published set that they are; None where they were named one by one.
     """
 
@@ -79,12 +79,12 @@ def load_questions(tasks: list[str], num_fewshot: int | None = None, include_pat
 
     Args:
         tasks: names of lm-eval's tasks, groups or tags, of those in include_path, or paths of YAML files.
-        num_fewshot: solved examples in front of every question; None for what each task says.
+        num_fewshot: solved examples in front of every question; None for each task's own number.
         include_path: a folder with more task files.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        UsageError: an unknown task, or one that would run code or cannot be run as asked.
+        UsageError: an unknown task, or one that would run code or cannot run with these settings.
         DataError: a task's questions cannot be read.
     """
     import_lm_eval()
@@ -147,7 +147,7 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 def _task_manager(tasks: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
-    """An index that knows every task, and the names in it that the tasks asked for have.
+    """An index of all tasks, and the names of the requested ones in it.
 
     lm-eval's own 14,000, which take 10 s to read, are there only where one is needed.
     """
@@ -174,7 +174,7 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> tuple[Any, lis
 
 
 def _own_tasks(tasks: list[str], include_path: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Task files as entries of lm-eval's index that hold their settings, and the tasks asked for by name."""
+    """Task files as entries of lm-eval's index that hold their settings, and the names of the requested tasks."""
     from lm_eval.api import metrics  # noqa: F401 - fills the registry
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks._index import TaskIndex
@@ -236,7 +236,7 @@ def _members(
 
 
 def _check_task(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Refuse a loaded task that would not run as asked."""
+    """Refuse a loaded task that would not run with these settings."""
     if getattr(task, "UNSAFE_CODE", False):
         raise refusal(f"task {name}", "runs code that the model writes")
     if getattr(task, "MULTIMODAL", False):

@@ -10,7 +10,7 @@ _MISSING = "-"
 
 
 class _Table(NamedTuple):
-    """A titled table; the first column holds names, the others metrics, and a missing figure is None."""
+    """A titled table; the first column holds names, the others metrics, and a missing metric is None."""
 
     title: str
     header: list[str]
@@ -134,7 +134,7 @@ def _sizes_table(results: dict[str, Any]) -> _Table:
 
 
 def _cells(table: _Table) -> list[list[str]]:
-    """Header and rows without the columns that nobody measured."""
+    """Header and rows without empty columns."""
     kept = [column for column in range(len(table.header)) if any(row[column] is not None for row in table.rows)]
     rows = [[row[column] or _MISSING for column in kept] for row in table.rows]
     return [[table.header[column] for column in kept], *rows]
@@ -162,7 +162,7 @@ def _decimals(value: float | None, digits: int) -> str | None:
 
 
 def _significant(value: float | None, digits: int) -> str | None:
-    """A figure with so many digits that carry meaning, never in powers of ten."""
+    """A value with so many significant digits, never in powers of ten."""
     if value is None:
         return None
     whole_digits = 1 if abs(value) < 1 else int(math.log10(abs(value))) + 1
@@ -170,7 +170,7 @@ def _significant(value: float | None, digits: int) -> str | None:
 
 
 def _metric(value: float | None) -> str | None:
-    """A share as 0.1234; a perplexity or another large figure with four significant digits."""
+    """A share as 0.1234; a perplexity or another large value with four significant digits."""
     return _decimals(value, 4) if value is None or abs(value) <= 1 else _significant(value, 4)
 
 

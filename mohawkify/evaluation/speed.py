@@ -79,7 +79,7 @@ def _generate_seconds(model: PreTrainedModel, prompt_ids_bl: torch.Tensor, new_t
 
 
 def _wait_for(device: torch.device) -> None:
-    """Let a GPU finish what it was given, so that the clock sees it."""
+    """Wait until a GPU has finished its queue, so that the time includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

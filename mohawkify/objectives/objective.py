@@ -1,7 +1,7 @@
 """The objective of a stage: its loss, and the parameters that it trains; and the registry of all objectives.
 
 A new objective is one file: a class registered under a name, with the block of the recipe that configures it.
-hidden_state.py is the example; docs/architecture.md says how one outside of the package is found.
+hidden_state.py is the example; docs/architecture.md describes the registration of one outside of the package.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch, spec: StudentSpec | Adapter) -> dict[str, Any]:
-    """What a teacher or student is called with, so that nothing looks across the borders of documents."""
+    """The inputs of a teacher or student, under which no token attends across the borders of documents."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if spec.packs_by_mask:
         mask_b1ll = document_mask(batch.position_ids)

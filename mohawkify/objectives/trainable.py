@@ -17,7 +17,7 @@ MIXING = ("b_proj", "c_proj", "decay_proj", "b_conv", "c_conv", "d")
 
 
 def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str, str]:
-    """Say for every parameter of the student which part it belongs to.
+    """Map every parameter of the student to its part.
 
     Args:
         student: the student; a tied head counts as embedding, and so do learned positions.

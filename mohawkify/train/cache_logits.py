@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is cached of a teacher's logits, and how.
+    """The part of a teacher's logits that is cached, and the way.
 
     Args:
         output: the folder of logits; one that was begun is continued.
@@ -173,7 +173,7 @@ def _segment(recipe: Recipe, phase: str) -> Segment:
 
 
 def _require_room(text: TextReader, segment: Segment, layout: Layout, output: Path) -> None:
-    """Refuse before the text is read where the disk cannot hold it with its logits, as far as that can be known."""
+    """Refuse, before the text is read, if the disk cannot hold it with its logits, as far as its size is known."""
     recipe, needed = text.recipe, text.bytes_to_write(segment.data)
     if epochs_of(recipe, segment.data) is not None:  # otherwise the text may be short and read many times
         most = segment.num_steps * recipe.stages.distill.batch_sequences
@@ -221,7 +221,7 @@ def _begin(job: _Job, task: Task, layout: Layout) -> TeacherLogits:
 def _write_missing(job: _Job, logits: TeacherLogits, task: Task, stop: Shutdown) -> None:
     """Write this process's share of the shards that are not there yet."""
     teacher, device, world, report = job.teacher, job.device, job.world, job.report
-    missing = world.on_rank0(logits.missing)  # one list for all: the first process may be writing before the last looks
+    missing = world.on_rank0(logits.missing)  # one list for all: the first process may write before the last one reads
     if not missing:
         report(f"{logits.folder} is already finished")
         return

@@ -30,7 +30,7 @@ class PlateauDetector:
     before: float | None = None
 
     def reset(self) -> None:
-        """Forget everything: another phase begins."""
+        """Start afresh for another phase."""
         self.num_losses, self.total, self.before = 0, 0.0, None
 
     def add(self, loss: float, window_steps: int, threshold: float) -> float | None:

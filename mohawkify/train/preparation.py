@@ -51,7 +51,7 @@ from mohawkify.train.engines.choice import (
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion that was asked for and can be made, as far as configurations tell.
+    """A requested conversion that is possible, as far as configurations show.
 
     Args:
         recipe: the resolved recipe.
@@ -79,7 +79,7 @@ class Request:
 
 
 def read_request(source: str, recipe: Recipe, options: ConvertOptions, world: World) -> Request:
-    """Check what is known before anything is read or written but the teacher's configuration.
+    """Check the request before anything is read or written but the teacher's configuration.
 
     Raises:
         MohawkifyError: processes, engine, device or kernels do not fit the recipe, or the teacher has no family.

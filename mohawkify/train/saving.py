@@ -126,6 +126,6 @@ def resume_engine(conversion: Conversion, saved: checkpoint.Checkpoint, engine: 
 
 
 def _origin(conversion: Conversion) -> dict[str, Any]:
-    """What a run started from: a checkpoint of another origin is refused."""
+    """The origin of a run: a checkpoint of another origin is refused."""
     text = {name: corpus.fingerprint for name, corpus in conversion.corpora.items()}
     return {"identity": conversion.identity, "text": text}

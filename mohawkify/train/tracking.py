@@ -36,7 +36,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def tracking_id(file: Path) -> str:
-    """The name under which trackers know a run, drawn once and kept, so that a run that continues is the same one.
+    """The name of a run in trackers, drawn once and kept, so that a continued run is the same one.
 
     Raises:
         CheckpointError: the file holds something else.

@@ -175,7 +175,7 @@ class Trainer:
         ):
 
             def check() -> None:
-                """Between micro-batches: stop where a process was asked to; the step under way is lost."""
+                """Between micro-batches: stop if any process has received a signal; the step under way is lost."""
                 hang.heartbeat()
                 self._stop.defer()
                 if self._stop.any_rank(conversion.world):
