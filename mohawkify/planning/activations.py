@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
@@ -30,6 +31,8 @@ from mohawkify.families.decoder_layers import attention_implementation, find_lay
 from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer
+from mohawkify.ops import scan
+from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 from mohawkify.planning.memory import Footprint
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import classes_for, student_config
@@ -51,10 +54,20 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
+        if isinstance(result, Tensor):
+            self._add(result)
+        else:
+            tree_map_only(Tensor, self._add, result)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    @contextmanager
+    def keeping_peak(self) -> Iterator[None]:
+        """Leave the peak as it is, while tensors are replaced by others of the same size."""
+        peak = self.peak
+        yield
+        self.peak = peak
+
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
@@ -69,7 +82,85 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
 
-def count_footprint(config: PretrainedConfig, adapter: Adapter, student: StudentSpec, recipe: Recipe) -> Footprint:
+class _ShortScan(torch.autograd.Function):
+    """`scan_chunked` on fake tensors, computed on three groups of chunks at most, with the memory of all.
+
+    All whole groups need the same memory on their way, so two of them stand for all (the second starts while the first
+    one's tensors are alive), beside an incomplete last one. What the others would leave is allocated in one piece.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, live: _Live, *inputs: Any) -> tuple[Tensor, Tensor]:
+        *tensors, state_bhpn, document_starts_bl = inputs
+        x_blhp, b_blhn = tensors[:2]
+        batch, length, heads, head_dim = x_blhp.shape
+        ctx.chunk_length = scan_chunk_length(head_dim, b_blhn.shape[-1], length)
+        group = scan_group_tokens(batch, heads, ctx.chunk_length)
+        ctx.short, ctx.live = min(length, 2 * group + length % group), live
+        skipped_y = _empty_rest(x_blhp, ctx.short)
+        num_chunks = (length - ctx.short) // ctx.chunk_length
+        skipped_states = state_bhpn.new_empty(batch, heads, num_chunks, *state_bhpn.shape[2:])
+        states: list[Tensor] = []
+        short_y, state_bhpn = scan._scan_groups(  # type: ignore[call-arg]
+            *(tensor[:, : ctx.short] for tensor in tensors),
+            state_bhpn,
+            None if document_starts_bl is None else document_starts_bl[:, : ctx.short],
+            ctx.chunk_length,
+            states,
+        )
+        ctx.save_for_backward(*tensors, document_starts_bl, skipped_states, *states)
+        with live.keeping_peak():
+            y_blhp = torch.empty(x_blhp.shape, dtype=x_blhp.dtype)
+            del skipped_y, short_y
+        return y_blhp, state_bhpn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, document_starts_bl, _ = ctx.saved_tensors[:6]
+        skipped = [_empty_rest(tensor, ctx.short) for tensor in tensors]
+        with torch.autocast("cpu", enabled=False):
+            *short, d_state_bhpn = scan._gradients_of_groups(  # type: ignore[call-arg]
+                *(tensor[:, : ctx.short] for tensor in tensors),
+                None if document_starts_bl is None else document_starts_bl[:, : ctx.short],
+                ctx.chunk_length,
+                ctx.saved_tensors[6:],
+                gradients[0][:, : ctx.short],
+                gradients[1],
+            )
+        with ctx.live.keeping_peak():
+            whole = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+            del skipped, short
+        return None, *whole, d_state_bhpn, None
+
+
+def _empty_rest(tensor_bl: Tensor, begin: int) -> Tensor:
+    return torch.empty(tensor_bl[:, begin:].shape, dtype=tensor_bl.dtype)
+
+
+def _short_scan(live: _Live) -> Callable[..., tuple[Tensor, Tensor]]:
+    def short_scan(
+        x_blhp: Tensor,
+        b_blhn: Tensor,
+        c_blhn: Tensor,
+        log_decay_blh: Tensor,
+        state_bhpn: Tensor | None = None,
+        document_starts_bl: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (x_blhp, b_blhn, c_blhn, log_decay_blh)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+            return scan.scan_chunked(*inputs, state_bhpn, document_starts_bl)
+        state = scan._first_state(x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32)), b_blhn, state_bhpn)
+        with torch.autocast("cpu", enabled=False):
+            y_blhp, state = _ShortScan.apply(live, *inputs, state, document_starts_bl)
+        return y_blhp, state
+
+    return short_scan
+
+
+def count_footprint(
+    config: PretrainedConfig, adapter: Adapter, student: StudentSpec, recipe: Recipe, *, whole_scan: bool = False
+) -> Footprint:
     """Count what one sequence takes in one layer, in every stage.
 
     Args:
@@ -77,6 +168,7 @@ def count_footprint(config: PretrainedConfig, adapter: Adapter, student: Student
         adapter: its family.
         student: the student's facts; its first grafted layer stands for all layers.
         recipe: precision, lengths and what is trained.
+        whole_scan: whether to run all groups of a scan's chunks, which takes far longer; the bytes are equal.
 
     Returns:
         Bytes per sequence of each stage's greatest length.
@@ -98,7 +190,7 @@ def count_footprint(config: PretrainedConfig, adapter: Adapter, student: Student
         trained = align.parameters()
 
         def count(function: Callable[[Batch, _Live], dict[str, float]], length: int) -> dict[str, float]:
-            return _per_sequence(lambda batch: _watched(pair, function, batch, is_half), length)
+            return _per_sequence(lambda batch: _watched(pair, function, batch, is_half, whole_scan), length)
 
         # The gradient of an embedding would hide everything else: it is the loss's to count, as the head's is.
         tables = {id(p) for m in pair.student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -128,12 +220,19 @@ def _per_sequence(run: Callable[[Batch], dict[str, float]], length: int) -> dict
 
 
 def _watched(
-    pair: TeacherStudent, function: Callable[[Batch, _Live], dict[str, float]], batch: Batch, is_half: bool
+    pair: TeacherStudent,
+    function: Callable[[Batch, _Live], dict[str, float]],
+    batch: Batch,
+    is_half: bool,
+    whole_scan: bool,
 ) -> dict[str, float]:
     """Run a function with a counter of the memory in use beside the models, their gradients and the batch."""
     there = [tensor for model in (pair.teacher, pair.student) for tensor in (*model.parameters(), *model.buffers())]
     there += [parameter.grad for parameter in pair.student.parameters() if parameter.grad is not None]
     live = _Live([*there, *batch])
+    if not whole_scan:
+        for mixer in mixers_by_layer(pair.student, pair.spec).values():
+            mixer.scan = _short_scan(live)
     with live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
         return function(batch, live)
 

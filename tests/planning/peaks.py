@@ -68,7 +68,7 @@ CASES = {
 
 
 @cache
-def _built(name: str) -> tuple[TeacherStudent, ResolvedTeacher]:
+def built(name: str) -> tuple[TeacherStudent, ResolvedTeacher]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         sizes = {**case.sizes, "max_position_embeddings": 1024}
@@ -81,13 +81,13 @@ def _built(name: str) -> tuple[TeacherStudent, ResolvedTeacher]:
 
 @cache
 def _footprint(name: str) -> Any:
-    pair, inspection = _built(name)
+    pair, inspection = built(name)
     return count_footprint(inspection.config, inspection.adapter, pair.spec, CASES[name].recipe())
 
 
 def planned_parts(name: str, stage: str, checkpointing: bool = False) -> dict[str, int]:
     """What the plan says of a case."""
-    case, (pair, inspection) = CASES[name], _built(name)
+    case, (pair, inspection) = CASES[name], built(name)
     trained = trained_parameters(stage, getattr(case.recipe().stages, stage), inspection.spec, pair.spec)
     layout = Layout(precision=case.precision, micro_batch=case.micro_batch, checkpointing=checkpointing, on_gpu=False)
     sizes = sizes_of(stage, case.length, inspection.spec, pair.spec, trained)
@@ -96,7 +96,7 @@ def planned_parts(name: str, stage: str, checkpointing: bool = False) -> dict[st
 
 def training_step(name: str, stage: str, checkpointing: bool = False) -> tuple[Callable[[], None], Callable[[], int]]:
     """One optimiser step of a case, to be called; and the bytes of models and moments that lie there between steps."""
-    case, (pair, _) = CASES[name], _built(name)
+    case, (pair, _) = CASES[name], built(name)
     recipe = case.recipe()
     if checkpointing:
         checkpoint_activations(pair.student, pair.spec.layers)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mohawkify.errors import UsageError
-from mohawkify.ops import chunked_kl, matrix_distance, scan
+from mohawkify.ops import chunked_kl, constants, matrix_distance, scan
 from mohawkify.ops.constants import band_rows
 from mohawkify.ops.matrix_distance import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
 from mohawkify.ops.scan import scan_chunked
 from mohawkify.planning import memory, planner
+from mohawkify.planning.activations import count_footprint
 from mohawkify.planning.gpus import GPUS, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import (
     STAGES,
@@ -31,7 +32,7 @@ from mohawkify.planning.planning import PlanOptions, plan
 from mohawkify.recipe.loading import load_recipe
 from mohawkify.student.build import design_student
 from mohawkify.teacher.resolve import resolve_teacher
-from tests.planning.peaks import allocated_peak, planned_parts
+from tests.planning.peaks import CASES, allocated_peak, built, planned_parts
 from tests.tiny import save_teacher, tiny_teacher
 
 TOLERANCE = 0.15
@@ -208,3 +209,16 @@ def test_a_router_of_experts_leaves_the_rule_of_thumb(tmp_path):
     planned = plan(str(folder), load_recipe("demo"), PlanOptions(count=True))
     assert planned["activations_counted"] is False
     assert planned["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["activations in bf16", "activations of another family"])
+def test_a_shortened_scan_takes_what_the_whole_one_takes(name, monkeypatch):
+    case, (pair, teacher) = CASES[name], built(name)
+    heads = pair.spec.num_heads
+    # Groups of one chunk for two sequences and of two for one; the last one of 200 tokens is incomplete.
+    monkeypatch.setattr(constants, "SCAN_GROUP_ELEMENTS", 2 * heads * 16**2)
+    short, whole = (
+        count_footprint(teacher.config, teacher.adapter, pair.spec, case.recipe(), whole_scan=is_whole)
+        for is_whole in (False, True)
+    )
+    assert short == whole
