@@ -241,7 +241,7 @@ def sweep_temporaries(directory: Path, *, alone: bool = False) -> list[str]:
     with clear_errors("clean up", directory):
         for path in sorted(directory.glob(".tmp-*")):
             match = _TEMPORARY_NAME.fullmatch(path.name)
-            if match is None or not (alone or _is_dead(int(match[2]))):
+            if match is None or not (alone or is_dead(int(match[2]))):
                 continue
             _remove_tree(path)
             removed.append(path.name)
@@ -253,7 +253,7 @@ def sweep_leftovers(target: Path) -> None:
     with clear_errors("clean up beside", target):
         for path in target.parent.glob(".tmp-*"):
             match = _TEMPORARY_NAME.fullmatch(path.name)
-            if match is None or match[1] != target.name or not _is_dead(int(match[2])):
+            if match is None or match[1] != target.name or not is_dead(int(match[2])):
                 continue
             # That of another user is not ours to remove, and another process may be sweeping too.
             with suppress(PermissionError, FileNotFoundError):
@@ -283,7 +283,7 @@ def _temporary_for(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 
 
-def _is_dead(pid: int) -> bool:
+def is_dead(pid: int) -> bool:
     """Whether no other process has a number, so that what carries it is left over."""
     if pid == os.getpid():
         return True

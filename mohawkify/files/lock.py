@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mohawkify.errors import UsageError
-from mohawkify.files.atomic import make_directory
+from mohawkify.files.atomic import is_dead, make_directory
 from mohawkify.files.disk import clear_errors
 
 LOCK_NAME = ".lock"
+POLLS, POLL_SECONDS = 50, 0.02
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 
 def _take_lock(directory: Path) -> int:
-    """Lock a folder and leave our process number for the message that another process will show."""
+    """Lock a folder and write this process number into the lock file, for the messages of others."""
     with clear_errors("lock", directory):
         handle = _lock_file(directory)
         while not _is_named(handle, directory / LOCK_NAME):  # its holder removed the folder in the meantime
@@ -53,7 +55,7 @@ def _lock_file(directory: Path) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        holder = _holder(handle)
         os.close(handle)
         raise UsageError(
             f"another process (pid {holder}) is working in {directory}",
@@ -63,6 +65,16 @@ def _lock_file(directory: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def _holder(handle: int) -> str:
+    """The process number in a lock file, which its holder writes just after it has locked the file."""
+    for _ in range(POLLS):
+        text = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+        if text.isdecimal() and (int(text) == os.getpid() or not is_dead(int(text))):
+            return text
+        time.sleep(POLL_SECONDS)
+    return "unknown"
 
 
 def _is_named(handle: int, path: Path) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from mohawkify.files.atomic import (
     write_text,
 )
 from mohawkify.files.disk import free_bytes, require_space
-from mohawkify.files.lock import run_lock
+from mohawkify.files.lock import LOCK_NAME, run_lock
 from tests.files.faults import content_of, fault_at, killed_at, raise_error
 
 
@@ -274,6 +276,19 @@ class TestLock:
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+    def test_the_holder_is_named_though_it_writes_its_number_late(self, tmp_path: Path) -> None:
+        handle = os.open(tmp_path / LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        os.pwrite(handle, b"999999999\n", 0)  # of a process that was killed
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        late = threading.Timer(0.2, lambda: os.pwrite(handle, b"%09d\n" % os.getppid(), 0))
+        late.start()
+        try:
+            with pytest.raises(UsageError, match=rf"\(pid 0*{os.getppid()}\)"), run_lock(tmp_path):
+                pass
+        finally:
+            late.join()
+            os.close(handle)
 
     def test_a_lock_that_is_a_link_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "victim").write_text("x")
