@@ -8,7 +8,6 @@ failure is a `MohawkifyError`. ``report`` receives a line of text for every step
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from mohawkify.run.folder import RunFolder, finished_run
 if TYPE_CHECKING:
     from mohawkify.distributed.process_group import World
     from mohawkify.evaluation.evaluation import EvaluateOptions
+    from mohawkify.evaluation.generation import GenerateOptions
     from mohawkify.planning.planning import PlanOptions
     from mohawkify.train.conversion import ConvertOptions
 
@@ -37,28 +37,15 @@ def __getattr__(name: str) -> Any:
         from mohawkify.evaluation.evaluation import EvaluateOptions
 
         return EvaluateOptions
+    if name == "GenerateOptions":
+        from mohawkify.evaluation.generation import GenerateOptions
+
+        return GenerateOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _ignore(line: str) -> None:
     """Drop a line."""
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How a text is continued.
-
-    Args:
-        max_tokens: the most tokens to write.
-        temperature: 0 takes the most probable token every time; above 0, tokens are sampled.
-        seed: of the sampling.
-        with_teacher: whether the teacher continues the prompt too.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    with_teacher: bool = False
 
 
 def inspect(teacher: str | Path) -> dict[str, Any]:
@@ -164,12 +151,15 @@ def export(
 def generate(
     run: str | Path | RunFolder | None,
     prompt: str,
-    options: GenerateOptions = GenerateOptions(),
+    options: GenerateOptions | None = None,
     on_text: Callable[[str, str], None] = lambda name, text: None,
+    with_teacher: bool = False,
 ) -> dict[str, str]:
     """Continue a prompt with a run's student, and with its teacher on request. No chat template is applied.
 
     Args:
+        options: length and sampling.
+        with_teacher: whether the teacher continues the prompt too.
         on_text: receives ``student`` or ``teacher`` and a piece of text: first the prompt, then new text as it comes.
 
     Returns:
@@ -177,10 +167,10 @@ def generate(
     """
     from mohawkify.distributed.device import choose_device
     from mohawkify.evaluation.evaluation import load_run_models, run_teacher
-    from mohawkify.evaluation.generation import generate_text
+    from mohawkify.evaluation.generation import GenerateOptions, generate_text
 
     chosen = resolve_run(run)
-    teacher = run_teacher(chosen) if options.with_teacher else None
+    teacher = run_teacher(chosen) if with_teacher else None
     models, tokenizer = load_run_models(chosen, teacher, choose_device(chosen.recipe().compute.device))
     texts = {}
     for name, model in models.items():
@@ -189,10 +179,8 @@ def generate(
             model,
             tokenizer,
             prompt,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            on_text=lambda text, name=name: on_text(name, text),  # type: ignore[misc]
+            options or GenerateOptions(),
+            lambda text, name=name: on_text(name, text),  # type: ignore[misc]
         )
     return texts
 

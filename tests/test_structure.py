@@ -365,11 +365,6 @@ MANY_ARGUMENTS = {
     *("cli/*:*", "ops/*:*", "mixers/*:__init__"),
     # to be emptied
     *(
-        "evaluation/evaluation.py:evaluate_run",
-        "evaluation/evaluation.py:_measure",
-        "evaluation/generation.py:generate_text",
-    ),
-    *(
         "planning/planner.py:make_plan",
         "planning/planner.py:_phases",
         "planning/planner.py:_stage",

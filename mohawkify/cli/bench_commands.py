@@ -1,4 +1,4 @@
-"""The command `bench`: errors first, then time and memory."""
+"""The commands of `bench`: errors first, then speed and memory."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from mohawkify.cli.options import (
     FOLDER,
     as_json,
     chosen_recipe,
+    print_line,
     print_result,
     recipe_option,
-    say,
     set_option,
-    working,
 )
+from mohawkify.cli.quiet import quiet_libraries
 from mohawkify.cli.tables import short_bytes, short_time, table
 
 PREPARED = Path("prepared")
@@ -35,7 +35,7 @@ prepared_option = click.option(
 @click.group(cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def data(context: click.Context) -> None:
-    """Tokenise text ahead of a conversion, or show it."""
+    """Text: tokenise it ahead, show it."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -69,10 +69,10 @@ def prepare(
     the same teacher, text and token budgets uses the result where it lies.
     """
     recipe = chosen_recipe(recipe_name, overrides)
-    with working():
+    with quiet_libraries():
         from mohawkify.train.prepare_text import prepare_text
 
-        found = prepare_text(teacher, recipe, output, num_workers=workers, report=say)
+        found = prepare_text(teacher, recipe, output, num_workers=workers, report=print_line)
     print_result(found, _prepared_text, as_json)
 
 
@@ -91,7 +91,7 @@ def inspect_data(folder: Path, teacher: str | None, documents: int, as_json: boo
     FOLDER is what `mohawkify data prepare` wrote, one corpus of it, or a run. Counts, sources, and the beginnings of
     documents spread over the text; where only completions count, they stand between the marks ⟦ and ⟧.
     """
-    with working():
+    with quiet_libraries():
         from mohawkify.train.prepare_text import inspect_text
 
         found = inspect_text(folder, teacher, documents)
@@ -113,7 +113,7 @@ def _corpora_text(found: dict[str, Any]) -> str:
                 f" {entry['tokens']:,} tokens ({entry['tokens'] / facts['tokens']:.1%})"
             )
         for shown in facts["shown"]:
-            text = "(the tokenizer is not at hand)" if shown["text"] is None else repr(shown["text"])
+            text = "(without its tokenizer)" if shown["text"] is None else repr(shown["text"])
             lines.append(f"  document {shown['document']:,}, {shown['tokens']:,} tokens: {text}")
     return "\n".join(lines)
 

@@ -30,16 +30,16 @@ from mohawkify.errors import (
 LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --processes has started
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
-# Errors of Python for paths that no system has, raised by checks such as `Path.is_dir`.
+# Errors of paths that the system does not look up, such as names that are too long.
 _REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 
 
 @dataclass
 class Invocation:
-    """The state of a command line.
+    """State of one command line.
 
     Args:
-        arguments: of the command line; started processes get the same ones.
+        arguments: as they were given; they are handed on to processes that the command starts.
         is_one_of_several: whether this process has worked with others, and has come to its end with them.
     """
 
@@ -48,7 +48,7 @@ class Invocation:
 
 
 class CommandGroup(click.Group):
-    """A group that lists its commands in the order of the file and reports every error the same way."""
+    """A group that lists its commands in the order of the file, and reports every error in the same way."""
 
     group_class = type  # click: groups inside are of this class too
 
@@ -74,7 +74,7 @@ class CommandGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command of the command line and exit with its code."""
+        """Run the command and end the process with its exit code."""
         arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
@@ -95,7 +95,7 @@ class CommandGroup(click.Group):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is: unfinished files are removed, and the exit code tells the two apart."""
+    """SIGTERM, handled like Ctrl-C, with an exit code of its own."""
 
 
 def _end_cleanly_on_sigterm() -> None:
@@ -105,17 +105,16 @@ def _end_cleanly_on_sigterm() -> None:
 
     is_main_thread = threading.current_thread() is threading.main_thread()
     if is_main_thread and LAUNCHED in os.environ:
-        # Until the processes of a run are connected, the launcher prints errors for all of them.
+        # Until the processes of a run are connected, the process that started them reports for all.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     elif is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
 
 
 def end_at_once(code: int) -> None:
-    """Leave without taking Python apart.
+    """End the process without Python's shutdown, in which threads of torch's gloo may abort it.
 
-    Threads of torch's gloo may release their last tensor at that time, and abort the finished process
-    (pytorch/pytorch#190489; seen once in hundreds of runs).
+    See pytorch/pytorch#190489; observed once in hundreds of runs.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -132,10 +131,10 @@ def report_error(error: BaseException) -> int:
     """Write an error to standard error as one line and a hint.
 
     Returns:
-        The exit code, one of `EXIT_CODES`; a stopped conversion has its own.
+        The exit code, one of `EXIT_CODES`.
     """
     message, hint, code = describe(error)
-    say_error(message, hint)
+    print_error(message, hint)
     return code
 
 
@@ -144,8 +143,8 @@ def describe(error: BaseException) -> tuple[str, str | None, int]:
     if isinstance(error, MohawkifyError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, click.UsageError):
-        verb = error.ctx.command_path if error.ctx is not None else "mohawkify"
-        return error.format_message(), f"`{verb} --help` lists what it takes", USAGE
+        command = error.ctx.command_path if error.ctx is not None else "mohawkify"
+        return error.format_message(), f"`{command} --help` lists what it takes", USAGE
     if isinstance(error, click.ClickException):
         return error.format_message(), None, error.exit_code
     # click turns whatever a KeyboardInterrupt is into an Abort.
@@ -161,7 +160,7 @@ def describe(error: BaseException) -> tuple[str, str | None, int]:
     return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG
 
 
-def say_error(message: str, hint: str | None) -> None:
+def print_error(message: str, hint: str | None) -> None:
     """Write an error's line and its hint to standard error."""
     lines = [f"error: {_one_line(message)}", *([f"hint: {_one_line(hint)}"] if hint else [])]
     click.echo("\n".join(lines), err=True)  # in one piece, as other processes may write too

@@ -1,4 +1,4 @@
-"""The command `cache-logits`: stores a teacher's likeliest next tokens on disk."""
+"""The command that writes a teacher's most probable next tokens to disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mohawkify.cli.options import (
     as_json,
     chosen_recipe,
     own_text,
+    print_line,
     processes_option,
     recipe_option,
-    say,
     set_option,
     setting,
-    working,
 )
+from mohawkify.cli.quiet import quiet_libraries
 
 
 @click.command("cache-logits")
@@ -29,7 +29,7 @@ from mohawkify.cli.options import (
     "--for",
     "for_source",
     metavar="TEACHER",
-    help="The teacher that is converted: its tokenizer and folder give the text; by default the one that is asked.",
+    help="The teacher that is converted: its tokenizer and folder give the text; by default the same.",
 )
 @click.option(
     "--stage-phase",
@@ -45,10 +45,10 @@ from mohawkify.cli.options import (
     default=64,
     show_default=True,
     metavar="K",
-    help="How many of the likeliest tokens are kept; the rest is kept as one number.",
+    help="How many of the most probable tokens are kept; the rest is summed up.",
 )
 @click.option("--output", type=FOLDER, metavar="DIR", help="By default teacher-logits/ and the teacher's name.")
-@click.option("--bits", type=click.Choice(["8", "4"]), help="Take the teacher's weights in so many bits.")
+@click.option("--bits", type=click.Choice(["8", "4"]), help="Load the teacher's weights in so many bits.")
 @prepared_option
 @processes_option
 @set_option
@@ -67,17 +67,17 @@ def cache_logits(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Keep a teacher's likeliest next tokens on disk.
+    """Write a teacher's most probable next tokens to disk.
 
     For every token of the text that a phase of the recipe's stage 3 reads, so that `convert` can learn from a teacher
-    that is not there: stages.distill.final_phase.logits names the folder. Stop it at any time; the same command
+    that is not loaded: stages.distill.final_phase.logits names the folder. Stop it at any time; the same command
     continues it. Prints the folder.
     """
     text = [] if data is None else own_text(data, None)
     if data is not None and stage_phase == "final_phase":
         text = [setting("data.final_phase", [{"path": data}])]
     recipe = chosen_recipe(recipe_name, (*text, *overrides))
-    with working():
+    with quiet_libraries():
         from mohawkify.cli.ranks import joined, start_processes
 
         start_processes(processes)
@@ -94,7 +94,7 @@ def cache_logits(
                 top_k,
                 bits=None if bits is None else int(bits),
                 prepared=prepared,
-                report=say if world.is_rank0 else lambda line: None,
+                report=print_line if world.is_rank0 else lambda line: None,
             )
             done = write_logits(teacher, recipe, options, choose_device(recipe.compute.device), world)
     if world.is_rank0:

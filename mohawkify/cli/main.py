@@ -27,15 +27,15 @@ from mohawkify.cli.options import (
     chosen_recipe,
     own_text,
     paused_collector,
+    print_line,
     print_result,
     processes_option,
     recipe_names_beginning,
     recipe_option,
-    say,
     set_option,
     setting,
-    working,
 )
+from mohawkify.cli.quiet import quiet_libraries
 from mohawkify.errors import INPUT, UsageError
 
 NAME = "mohawkify"
@@ -49,9 +49,9 @@ def main(context: click.Context) -> None:
     """Turn a pretrained Transformer into a recurrent model.
 
     TEACHER is a model on the Hugging Face Hub, a local folder or, for inspect and plan, a config.json; `demo` is the
-    little teacher that comes along. RUN is a folder written by convert; without one, the newest finished run below
-    runs/ is meant. Results go to standard output, everything else to standard error. The exit code is 0 when done, 2
-    for wrong usage, 64 to 75 by the kind of error; docs/reliability.md has the list.
+    small teacher that comes with mohawkify. RUN is a folder written by convert; without one, the newest finished run
+    below runs/ is used. Results go to standard output, everything else to standard error. The exit code is 0 when done,
+    2 when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -61,11 +61,11 @@ def main(context: click.Context) -> None:
 @click.argument("teacher")
 @as_json
 def inspect(teacher: str, as_json: bool) -> None:
-    """Show layer by layer what is grafted, copied, learned.
+    """Show layer by layer what is replaced, copied, trained.
 
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
-    with working(), paused_collector():
+    with quiet_libraries(), paused_collector():
         from mohawkify import api
 
         described = api.inspect(teacher)
@@ -122,7 +122,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
     recipe = chosen_recipe(recipe_name, overrides)
-    with working(), paused_collector():
+    with quiet_libraries(), paused_collector():
         from mohawkify import api
         from mohawkify.cli.plan_tables import plan_text
 
@@ -152,7 +152,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
 @click.option(
     "--offload",
     type=click.Choice(["none", "optimizer", "all"]),
-    help="What is kept in the CPU's memory, instead of what the recipe says.",
+    help="What is kept in the CPU's memory, instead of the recipe's setting.",
 )
 @click.option("--deepspeed-config", type=FOLDER, metavar="FILE", help="A JSON file of further settings for DeepSpeed.")
 @click.option(
@@ -160,7 +160,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     type=click.Choice(["auto", "never"]),
     default="auto",
     show_default=True,
-    help="auto: continue what the same command began; never: insist on a fresh folder.",
+    help="auto: continue what the same command began; never: require a fresh folder.",
 )
 @click.option(
     "--hang-timeout",
@@ -225,14 +225,16 @@ def convert(
     if engine in ("single", "fsdp") and zero is None:
         compute.append("compute.zero=null")  # the recipe's is for DeepSpeed
     recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
-    with working():
+    with quiet_libraries():
         from mohawkify.cli.ranks import joined, start_processes
 
         start_processes(processes)
         with joined(recipe.compute.device) as world:
             from mohawkify import api
 
-            options = api.ConvertOptions(output, resume, hang_timeout, disk_wait, prepared, track, track_project, say)
+            options = api.ConvertOptions(
+                output, resume, hang_timeout, disk_wait, prepared, track, track_project, print_line
+            )
             run = api.convert(teacher, recipe, options=options, world=world)
     if world.is_rank0:
         click.echo(str(run.path))
@@ -272,11 +274,11 @@ def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
     Perplexity, KL(teacher || student) and top-1 agreement on the run's held-out text, and lm-eval tasks. Also writes
     eval.json and eval.md into the run.
     """
-    with working():
+    with quiet_libraries():
         from mohawkify import api
         from mohawkify.evaluation.report import console_table
 
-        results = api.evaluate(run, api.EvaluateOptions(**options), say)
+        results = api.evaluate(run, api.EvaluateOptions(**options), print_line)
     print_result(results, console_table, as_json)
 
 
@@ -293,24 +295,24 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
 
     The export is loaded again and compared with the run before it is kept. Prints the folder.
     """
-    with working():
+    with quiet_libraries():
         from mohawkify import api
 
-        done = api.export(run, target, output, dtype, say)
-    say(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
+        done = api.export(run, target, output, dtype, print_line)
+    print_line(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
     click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
 
 
 @main.command()
 @click.argument("words", nargs=-1, required=True, metavar="[RUN] PROMPT")
-@click.option("--teacher", "with_teacher", is_flag=True, help="Let the teacher continue the prompt too.")
+@click.option("--teacher", "with_teacher", is_flag=True, help="Continue the prompt with the teacher too.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="The most tokens to write."
 )
 @click.option(
-    "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the likeliest token."
+    "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the most probable token."
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the drawn tokens.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the sampling.")
 def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None:
     """Continue PROMPT with a run's student.
 
@@ -320,7 +322,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
         raise UsageError(f"found {len(words)} arguments, expected [RUN] PROMPT", hint="put the prompt into quotes")
     run = Path(words[0]) if len(words) == 2 else None
     started: list[str] = []
-    with working() as output:
+    with quiet_libraries() as output:
         from mohawkify import api
 
         def show(name: str, text: str) -> None:
@@ -329,7 +331,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
                 started.append(name)
             click.echo(text, file=output, nl=False)
 
-        api.generate(run, words[-1], api.GenerateOptions(**options, with_teacher=with_teacher), show)
+        api.generate(run, words[-1], api.GenerateOptions(**options), show, with_teacher)
         click.echo(file=output)
 
 
@@ -343,10 +345,10 @@ def demo(output: Path) -> None:
     Inspects, plans, converts, measures, exports to hf and mlx-q4, and generates a story with teacher and student. Run
     again, it continues where it was stopped, or measures and exports once more.
     """
-    with working():
+    with quiet_libraries():
         from mohawkify.cli.showcase import run_demo
 
-        summary = run_demo(output, report=say)
+        summary = run_demo(output, report=print_line)
     click.echo(summary)
 
 

@@ -1,4 +1,4 @@
-"""Shared by several commands: options, the choice of a recipe, and output."""
+"""Options that several commands share, the recipe that they name, and output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -90,13 +90,6 @@ def setting(key: str, value: Any) -> str:
     return f"{key}={dump_yaml(value).removesuffix(_END)}"
 
 
-def working() -> AbstractContextManager[TextIO]:
-    """Keep the libraries' own chatter off the terminal; gives the real standard output."""
-    from mohawkify.cli.quiet import quiet_libraries
-
-    return quiet_libraries()
-
-
 @contextmanager
 def paused_collector() -> Iterator[None]:
     """Pause Python's collector of reference cycles, for short commands.
@@ -112,11 +105,11 @@ def paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def say(line: str) -> None:
-    """Print a line on standard error."""
+def print_line(line: str) -> None:
+    """Print a line for people on standard error."""
     click.echo(printable(line), err=True)
 
 
-def print_result(found: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    """Print the result of a command on standard output."""
-    click.echo(json.dumps(found, indent=2, allow_nan=False) if as_json else printable(as_text(found)))
+def print_result(result: dict[str, Any], as_text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print a result on standard output."""
+    click.echo(json.dumps(result, indent=2, allow_nan=False) if as_json else printable(as_text(result)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mohawkify.cli.error_lines import DEBUG_FLAG, LAUNCHED, describe, say_error
+from mohawkify.cli.error_lines import DEBUG_FLAG, LAUNCHED, describe, print_error
 from mohawkify.distributed.launch import launch, rank_from_environment
 from mohawkify.errors import UsageError
 
@@ -37,7 +37,7 @@ def start_processes(num_processes: int | None) -> None:
     if num_processes is not None and num_processes > 1:
         arguments = click.get_current_context().find_root().obj.arguments
         os.environ[LAUNCHED] = "1"
-        raise SystemExit(launch(num_processes, arguments, say_error))
+        raise SystemExit(launch(num_processes, arguments, print_error))
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _leave(world: World, error: BaseException) -> None:
     def say() -> None:
         if DEBUG_FLAG in sys.argv:
             traceback.print_exception(error, file=sys.stderr)
-        say_error(message, hint)
+        print_error(message, hint)
 
     assert world.failures is not None
     code = world.failures.report(code, say)

@@ -56,7 +56,7 @@ def run_demo(output: Path, *, report: Report) -> str:
 
     report("\n[6/6] a story begun, continued by teacher and student\n")
     prompt = " ".join(split_stories("validation")[0].split()[:PROMPT_WORDS])
-    texts = api.generate(run, prompt, api.GenerateOptions(max_tokens=SAMPLE_TOKENS, with_teacher=True))
+    texts = api.generate(run, prompt, api.GenerateOptions(max_tokens=SAMPLE_TOKENS), with_teacher=True)
     for name, text in texts.items():
         report(f"{name}: {prompt} [...]{text}\n")
     sizes = {name: _bytes(folder) for name, folder in folders.items() if name != "run"}

@@ -16,12 +16,12 @@ from mohawkify.data.stage_text import TextReader
 from mohawkify.data.validation import evaluation_batches
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import TeacherError, UsageError
-from mohawkify.evaluation.answer_cache import Answers
 from mohawkify.evaluation.fidelity import measure_fidelity, measure_perplexity
-from mohawkify.evaluation.harness import ask_models
-from mohawkify.evaluation.harness_tasks import PRESETS, Questions, load_preset, load_questions
+from mohawkify.evaluation.harness import run_tasks
+from mohawkify.evaluation.harness_tasks import PRESETS, TaskSet, load_preset, load_tasks
 from mohawkify.evaluation.provenance import provenance, text_sha256
 from mohawkify.evaluation.report import markdown_report
+from mohawkify.evaluation.response_cache import ResponseCache
 from mohawkify.evaluation.speed import decode_speed
 from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
@@ -34,7 +34,7 @@ from mohawkify.teacher.tokenizer import load_tokenizer
 Report = Callable[[str], None]
 EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
 SPEED_PROMPT_TOKENS, SPEED_NEW_TOKENS = 16, 64
-ANSWERS = "answers"  # the folder of a run where answers are kept until its evaluation is done
+RESPONSES = "responses"  # the folder of a run where responses are kept until its evaluation is done
 
 
 def run_teacher(run: RunFolder, override: str | None = None) -> ResolvedTeacher:
@@ -131,26 +131,26 @@ def evaluate_run(run: RunFolder, options: EvaluateOptions, *, device: torch.devi
         ``provenance`` (`mohawkify.evaluation.provenance`).
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the same call takes the answers that are stored already.
+        Interrupted: Ctrl-C or SIGTERM; the same call takes the responses that are stored already.
         MohawkifyError: anything foreseeable, such as a teacher that is gone, or another process at work in the run.
     """
     # First of all, because a mistyped task should not cost the loading of two models.
-    questions = _questions(options)
+    tasks = _task_set(options)
     with run_lock(run.path), Shutdown() as stop:
         try:
-            results = _measure(run, questions, options, device, report)
+            results = _measure(run, tasks, options, device, report)
             atomic.write_text(run.path / EVAL_MARKDOWN, markdown_report(results))
             atomic.write_json(run.path / EVAL_JSON, results)
-            if (run.path / ANSWERS).is_dir():
-                atomic.remove_directory(run.path / ANSWERS)
+            if (run.path / RESPONSES).is_dir():
+                atomic.remove_directory(run.path / RESPONSES)
         except KeyboardInterrupt:
-            stop.check("before all was measured" + ("; the answers so far are kept" if questions else ""))
+            stop.check("before all was measured" + ("; the responses so far are kept" if tasks else ""))
             raise
     return results
 
 
 def _measure(
-    run: RunFolder, questions: Questions | None, options: EvaluateOptions, device: torch.device, report: Report
+    run: RunFolder, tasks: TaskSet | None, options: EvaluateOptions, device: torch.device, report: Report
 ) -> dict[str, Any]:
     recipe = run.recipe()
     resolved = run_teacher(run, options.teacher_source) if options.against == "teacher" else None
@@ -158,11 +158,11 @@ def _measure(
     models, tokenizer = load_run_models(run, resolved, device)
     student, teacher = models["student"], models.get("teacher")
     results: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
-    if questions is not None:
-        report(f"running the tasks {questions.preset or ', '.join(questions.names)}")
-        answers = _answers(run, results["provenance"], models, options.batch_size, report)
-        results["tasks"] = ask_models(
-            models, tokenizer, questions, batch_size=options.batch_size, limit=options.limit, answers=answers
+    if tasks is not None:
+        report(f"running the tasks {tasks.preset or ', '.join(tasks.names)}")
+        responses = _responses(run, results["provenance"], models, options.batch_size, report)
+        results["tasks"] = run_tasks(
+            models, tokenizer, tasks, batch_size=options.batch_size, limit=options.limit, responses=responses
         )
     # Text beside the teacher is found without it being compared, or even whole.
     text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
@@ -179,10 +179,10 @@ def _measure(
     if teacher is None:
         results["student"] = {"perplexity": measure_perplexity(student, batches)}
     else:
-        agreement = measure_fidelity(student, teacher, batches, device=device)
-        results["teacher"] = {"perplexity": agreement.teacher_perplexity}
-        results["student"] = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
-        results["evaluation_tokens"] = agreement.tokens
+        fidelity = measure_fidelity(student, teacher, batches, device=device)
+        results["teacher"] = {"perplexity": fidelity.teacher_perplexity}
+        results["student"] = {"perplexity": fidelity.perplexity, "kl": fidelity.kl, "top1": fidelity.top1}
+        results["evaluation_tokens"] = fidelity.tokens
     if options.speed:
         speeds = {
             name: decode_speed(model, prompt_tokens=16, new_tokens=64, device=device) for name, model in models.items()
@@ -191,20 +191,22 @@ def _measure(
     return results
 
 
-def _answers(
+def _responses(
     run: RunFolder, facts: dict[str, Any], models: dict[str, PreTrainedModel], batch_size: int, report: Report
-) -> dict[str, Answers]:
-    """Where each model's answers are kept: in a file that is named by all that they depend on but the questions."""
-    folder = run.path / ANSWERS
+) -> dict[str, ResponseCache]:
+    """Each model's stored responses, in a file named by a hash of all that they depend on but the requests."""
+    folder = run.path / RESPONSES
     atomic.ensure_writable(folder)
-    found = {}
+    caches = {}
     for name in models:
-        of = [facts["versions"], facts["device"], facts[name], facts["student"]["files"], batch_size]
-        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
-        found[name] = Answers(folder / f"{name}-{key[:16]}.jsonl")
-        if len(found[name]):
-            report(f"{len(found[name]):,} answers of the {name} are there already, from an evaluation that was stopped")
-    return found
+        depends_on = [facts["versions"], facts["device"], facts[name], facts["student"]["files"], batch_size]
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        caches[name] = ResponseCache(folder / f"{name}-{key[:16]}.jsonl")
+        if len(caches[name]):
+            report(
+                f"{len(caches[name]):,} responses of the {name} are there already, from an evaluation that was stopped"
+            )
+    return caches
 
 
 def _corpora(run: RunFolder) -> set[str]:
@@ -213,7 +215,7 @@ def _corpora(run: RunFolder) -> set[str]:
     return {entry.name for entry in entries if not entry.name.startswith(".")}
 
 
-def _questions(options: EvaluateOptions) -> Questions | None:
+def _task_set(options: EvaluateOptions) -> TaskSet | None:
     """The tasks of the options, None if they name none; refuses settings that would be ignored."""
     names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
     if options.tasks is not None and not names:
@@ -233,4 +235,4 @@ def _questions(options: EvaluateOptions) -> Questions | None:
         raise UsageError(f"found {ignored[0]} without --tasks or --preset, expected both or neither")
     if options.preset is not None:
         return load_preset(options.preset)
-    return load_questions(names, options.num_fewshot, options.include_path) if names else None
+    return load_tasks(names, options.num_fewshot, options.include_path) if names else None

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mohawkify.data.validation import EvaluationBatch
 from mohawkify.errors import DataError, NumericsError
 from mohawkify.families.autodetect import find_classes
 from mohawkify.ops.chunked_kl import head_logits
@@ -25,18 +25,6 @@ from mohawkify.teacher.lm_head import run_to_lm_head
 MAX_COPY_BYTES = 256 * 1024 * 1024  # of float32 copies of logits that exist at a time
 _COPIES = 7  # live at the peak of `_add_chunk`: both logits, both log-softmaxes, the probabilities, two temporaries
 _LARGEST_EXPONENT = 700.0  # exp of a mean loss beyond this is not a float64
-
-
-class Batch(Protocol):
-    """Right-padded rows of text: ``input_ids`` (b, l) int64, and ``valid`` (b, l) bool, true where a token is real."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Token ids."""
-
-    @property
-    def valid(self) -> Tensor:
-        """Which tokens are real."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
 def measure_fidelity(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[EvaluationBatch],
     *,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
@@ -131,7 +119,7 @@ def measure_fidelity(
     )
 
 
-def measure_perplexity(teacher: PreTrainedModel, batches: Iterable[Batch]) -> float:
+def measure_perplexity(teacher: PreTrainedModel, batches: Iterable[EvaluationBatch]) -> float:
     """The perplexity of one model, over the tokens that `measure_fidelity` counts; raises what it raises."""
     sums, reader = _Sums(), _Reader(teacher)
     with evaluating(teacher):
@@ -143,7 +131,7 @@ def measure_perplexity(teacher: PreTrainedModel, batches: Iterable[Batch]) -> fl
 
 
 class _Reader:
-    """Runs a model; its logits are computed on demand, a few tokens at a time, if its family's head is known.
+    """Runs a model; where its family is known, logits are computed a few tokens at a time.
 
     Args:
         model: a teacher or a student.
@@ -157,9 +145,9 @@ class _Reader:
         """Run the model; returns what maps rows and columns of tokens to logits (t, v) in float32."""
         if self.adapter.logits.unknown is not None:
             logits_blv = self.model(input_ids=input_ids_bl, use_cache=False).logits
-            return lambda places: logits_blv[places].float()
+            return lambda positions: logits_blv[positions].float()
         head = run_to_lm_head(self.model, self.adapter, input_ids=input_ids_bl, use_cache=False)
-        return lambda places: head_logits(head._replace(hidden_bld=head.hidden_bld[places])).float()
+        return lambda positions: head_logits(head._replace(hidden_bld=head.hidden_bld[positions])).float()
 
 
 def _add_batch(sums: _Sums, input_ids_bl: Tensor, valid_bl: Tensor, teacher: _Reader, student: _Reader | None) -> None:
@@ -170,9 +158,9 @@ def _add_batch(sums: _Sums, input_ids_bl: Tensor, valid_bl: Tensor, teacher: _Re
     student_logits = None if student is None else student.read(input_ids_bl)
     tokens_per_chunk = max(1, MAX_COPY_BYTES // (_COPIES * teacher.model.config.vocab_size * 4))
     for first in range(0, len(next_ids_t), tokens_per_chunk):
-        places = rows[first : first + tokens_per_chunk], columns[first : first + tokens_per_chunk]
-        student_tv = None if student_logits is None else student_logits(places)
-        _add_chunk(sums, next_ids_t[first : first + tokens_per_chunk], teacher_logits(places), student_tv)
+        positions = rows[first : first + tokens_per_chunk], columns[first : first + tokens_per_chunk]
+        student_tv = None if student_logits is None else student_logits(positions)
+        _add_chunk(sums, next_ids_t[first : first + tokens_per_chunk], teacher_logits(positions), student_tv)
 
 
 def _add_chunk(sums: _Sums, next_ids_t: Tensor, teacher_tv: Tensor, student_tv: Tensor | None) -> None:

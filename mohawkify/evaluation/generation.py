@@ -1,8 +1,9 @@
-"""Let a model write: text piece by piece as it comes, greedy or sampled."""
+"""Continue a prompt with a model, greedily or by sampling; text is handed on as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +19,27 @@ CHANGES_PROBABILITIES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How a text is continued.
+
+    Args:
+        max_tokens: the most tokens to write; the model may end sooner.
+        temperature: 0 takes the most probable token every time; above 0, tokens are sampled.
+        seed: of the sampling.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    on_text: Callable[[str], None],
+    options: GenerateOptions = GenerateOptions(),
+    on_text: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Continue a prompt.
 
@@ -34,10 +47,7 @@ def generate_text(
         model: a student or a teacher.
         tokenizer: of both.
         prompt: where the text begins, exactly as given: no chat template is put around it.
-        max_tokens: the most tokens to write; the model may end sooner.
-        temperature: 0 takes the likeliest token every time; above, tokens are drawn. Of the model's own generation
-            settings the special tokens alone count.
-        seed: of the draws.
+        options: length and sampling; of the model's own generation settings the special tokens alone count.
         on_text: receives each piece of new text as it comes.
 
     Returns:
@@ -56,16 +66,16 @@ def generate_text(
         on_text(text)
 
     drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    if options.temperature > 0:
+        drawing = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
     drawing |= dict.fromkeys(CHANGES_PROBABILITIES)
-    torch.manual_seed(seed)
-    writer: Any = model.eval()  # transformers' types lack `generate`
+    torch.manual_seed(options.seed)
+    writer: Any = model.eval()  # `generate` is missing from transformers' types
     with torch.inference_mode():
         writer.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max_tokens,
+            max_new_tokens=options.max_tokens,
             num_beams=1,
             pad_token_id=0,  # one row needs no padding; without an id, generate warns
             streamer=_Pieces(tokenizer, keep),

@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-eval: teacher and student answer the same questions in the same run."""
+"""Benchmark tasks of lm-eval: teacher and student get the same requests with the same settings."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError, MohawkifyError, NumericsError, UsageError
-from mohawkify.evaluation.answer_cache import Answers
 from mohawkify.evaluation.fidelity import evaluating
-from mohawkify.evaluation.harness_tasks import PRESETS, Questions, first_line, import_lm_eval, quiet_lm_eval
+from mohawkify.evaluation.harness_tasks import PRESETS, TaskSet, first_line, import_lm_eval, quiet_lm_eval
+from mohawkify.evaluation.response_cache import ResponseCache
 
 # lm-eval's own defaults, fixed here so that a result can be repeated with another version.
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 
 
-def ask_models(
+def run_tasks(
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    questions: Questions,
+    tasks: TaskSet,
     *,
     batch_size: int,
     limit: int | None,
-    answers: Mapping[str, Answers] | None = None,
+    responses: Mapping[str, ResponseCache] | None = None,
 ) -> dict[str, Any]:
-    """Score models on the same questions with the same settings.
+    """Score models on the same tasks with the same settings.
 
     Args:
         models: by name; ``teacher`` and ``student`` are compared with each other.
         tokenizer: of all the models; not changed.
-        questions: what `load_questions` or `load_preset` found.
+        tasks: from `load_tasks` or `load_preset`.
         batch_size: questions per forward pass.
         limit: how many questions of each task, from its start; None for all.
-        answers: the answers of each model so far, by its name; None starts afresh.
+        responses: where each model's responses are found and kept, by its name; None runs everything.
 
     Returns:
         A dictionary for eval.json: ``lm_eval`` (its version), ``num_fewshot``, ``limit``, ``batch_size``, ``seeds``,
@@ -58,23 +58,23 @@ def ask_models(
 
     scores = {}
     with evaluating(*models.values()), quiet_lm_eval():
-        asked = {
-            name: CheckedLM(model, tokenizer, batch_size, (answers or {}).get(name)) for name, model in models.items()
+        language_models = {
+            name: CheckedLM(model, tokenizer, batch_size, (responses or {}).get(name)) for name, model in models.items()
         }
-        window = _common_window({name: each.max_length for name, each in asked.items()})
-        for name, language_model in asked.items():
-            scores[name] = _evaluate(language_model, questions, limit)
+        window = _common_window({name: each.max_length for name, each in language_models.items()})
+        for name, language_model in language_models.items():
+            scores[name] = _evaluate(language_model, tasks, limit)
     outcome = {
         "lm_eval": import_lm_eval().__version__,
-        "num_fewshot": questions.num_fewshot,
+        "num_fewshot": tasks.num_fewshot,
         "limit": limit,
         "batch_size": batch_size,
         "seeds": SEEDS,
         "window": window,
-        "truncated_requests": max(each.truncated_requests for each in asked.values()),
-        **_compare(scores, {name: _sha256(task) for name, task in questions.tasks.items()}),
+        "truncated_requests": max(each.truncated_requests for each in language_models.values()),
+        **_compare(scores, {name: _sha256(task) for name, task in tasks.tasks.items()}),
     }
-    return outcome if questions.preset is None else {**outcome, "preset": _average(questions.preset, outcome, models)}
+    return outcome if tasks.preset is None else {**outcome, "preset": _average(tasks.preset, outcome, models)}
 
 
 def _average(name: str, outcome: dict[str, Any], models: dict[str, PreTrainedModel]) -> dict[str, Any]:
@@ -86,11 +86,11 @@ def _average(name: str, outcome: dict[str, Any], models: dict[str, PreTrainedMod
 
 
 def _sha256(task: Any) -> str:
-    """Hash a task's requests with the rows they were made of, which hold the right answers too."""
+    """Hash a task's requests, with the rows they were made of, which hold the right answers too."""
     digest = hashlib.sha256()
     for instance in task.instances:
-        asked = [instance.request_type, instance.args, instance.doc]
-        digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
+        request = [instance.request_type, instance.args, instance.doc]
+        digest.update(json.dumps(request, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -98,37 +98,37 @@ def _common_window(windows: dict[str, int]) -> int:
     if len(set(windows.values())) > 1:
         shown = ", ".join(f"{name} {window}" for name, window in windows.items())
         raise UsageError(
-            f"the models see windows of different lengths ({shown}), so they would answer different questions",
+            f"the models see windows of different lengths ({shown}), so they would get different requests",
             hint="give them the same max_position_embeddings in config.json",
         )
     return next(iter(windows.values()))
 
 
-def _evaluate(language_model: Any, questions: Questions, limit: int | None) -> dict[str, Any]:
-    """Run the tasks; lm-eval's usual entry, simple_evaluate, would also run pip and git on this machine."""
+def _evaluate(language_model: Any, tasks: TaskSet, limit: int | None) -> dict[str, Any]:
+    """Run the tasks; lm-eval's simple_evaluate would also start pip and git."""
     from lm_eval.evaluator import evaluate
 
     random.seed(SEEDS["random_seed"])
     numpy.random.seed(SEEDS["numpy_random_seed"])
     torch.manual_seed(SEEDS["torch_random_seed"])
-    for task in questions.tasks.values():
-        if questions.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config("num_fewshot", questions.num_fewshot)
+    for task in tasks.tasks.values():
+        if tasks.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config("num_fewshot", tasks.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=SEEDS["fewshot_random_seed"])
     try:
         return evaluate(
             lm=language_model,
-            task_dict={"tasks": questions.tasks, "groups": questions.groups},
+            task_dict={"tasks": tasks.tasks, "groups": tasks.groups},
             limit=limit,
             bootstrap_iters=0,
             log_samples=False,
         )
     except (MohawkifyError, MemoryError, RuntimeError):  # ours, and those of the models
         raise
-    except Exception as error:  # whatever lm-eval and Jinja make of somebody's task
-        raise DataError(f"lm-eval cannot put the questions: {first_line(error)}") from error
+    except Exception as error:  # lm-eval and Jinja raise anything on a broken task
+        raise DataError(f"lm-eval cannot run the tasks: {first_line(error)}") from error
 
 
 def _compare(scores: dict[str, dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model behind lm-eval's interface. Imported only where lm-eval is installed."""
+"""A model for lm-eval. Imported only where lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.errors import DataError
-from mohawkify.evaluation.answer_cache import Answers
+from mohawkify.evaluation.response_cache import ResponseCache
 
 
 class CheckedLM(HFLM):
@@ -22,17 +22,21 @@ class CheckedLM(HFLM):
         model: teacher or student.
         tokenizer: of both; copied, because lm-eval gives it a padding token.
         batch_size: questions per forward pass.
-        answers: the answers so far; None starts afresh.
+        responses: where responses are found and kept; None runs everything.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, answers: Answers | None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        responses: ResponseCache | None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self.truncated_requests = 0
-        self._answers = answers
-        if answers is not None:
-            self.set_cache_hook(answers)
+        self._responses = responses
+        if responses is not None:
+            self.set_cache_hook(responses)
 
     def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations, and whether greedy writing would give them."""
@@ -50,19 +54,19 @@ class CheckedLM(HFLM):
             return super().generate_until(requests)
         return self._remaining("generate_until", requests, lambda rest: super(CheckedLM, self).generate_until(rest))
 
-    def _remaining(self, kind: str, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """The answers to all requests, in order; only open ones are run."""
-        if self._answers is None:
-            return ask(requests)
-        known = [self._answers.find(kind, request.args) for request in requests]
+    def _remaining(self, kind: str, requests: list[Any], run: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """The responses to all requests, in order; only those without a stored response are run."""
+        if self._responses is None:
+            return run(requests)
+        known = [self._responses.find(kind, request.args) for request in requests]
         self.truncated_requests += sum(
-            self._answers.was_cut(kind, request.args)
+            self._responses.was_cut(kind, request.args)
             for request, answer in zip(requests, known, strict=True)
             if answer is not None
         )
         rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
-        asked = iter(ask(rest) if rest else [])
-        return [next(asked) if answer is None else answer for answer in known]
+        new = iter(run(rest) if rest else [])
+        return [next(new) if answer is None else answer for answer in known]
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         for request, context_ids, continuation_ids in requests:
@@ -75,6 +79,6 @@ class CheckedLM(HFLM):
             # The last token is only predicted, so one more than the window fits.
             if len(context_ids) + len(continuation_ids) > self.max_length + 1:
                 self.truncated_requests += 1
-                if self._answers is not None:
-                    self._answers.will_be_cut("loglikelihood", request)
+                if self._responses is not None:
+                    self._responses.will_be_cut("loglikelihood", request)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)

@@ -48,11 +48,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Tasks of lm-eval with their questions, checked and ready to be put to models.
+class TaskSet:
+    """Tasks of lm-eval, loaded and checked.
 
     Args:
-        names: the requested tasks, groups, tags or files.
+        names: as given: tasks, groups, tags or files.
         tasks: every single task of lm-eval by name, the members of groups included.
         groups: its groups by name.
         num_fewshot: solved examples in front of every question; None for each task's own number, which is mostly 0.
@@ -66,16 +66,16 @@ class Questions:
     preset: str | None = None
 
 
-def load_preset(name: str, include_path: Path | None = None) -> Questions:
-    """Load a published set of tasks; raises what `load_questions` raises, and UsageError where there is no such set."""
+def load_preset(name: str, include_path: Path | None = None) -> TaskSet:
+    """Load a published set of tasks; raises what `load_tasks` raises, and UsageError where there is no such set."""
     if name not in PRESETS:
         raise UsageError(f"found no preset named {name!r}, expected one of: {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    return replace(load_questions(list(preset.metrics), preset.num_fewshot, include_path), preset=name)
+    return replace(load_tasks(list(preset.metrics), preset.num_fewshot, include_path), preset=name)
 
 
-def load_questions(tasks: list[str], num_fewshot: int | None = None, include_path: Path | None = None) -> Questions:
-    """Find, check and load tasks; no model is needed, and nothing that a task file names is run.
+def load_tasks(tasks: list[str], num_fewshot: int | None = None, include_path: Path | None = None) -> TaskSet:
+    """Find, check and load tasks; nothing that a task file names is run.
 
     Args:
         tasks: names of lm-eval's tasks, groups or tags, of those in include_path, or paths of YAML files.
@@ -98,7 +98,7 @@ def load_questions(tasks: list[str], num_fewshot: int | None = None, include_pat
         try:
             with quiet_lm_eval():
                 found = manager.load(name)
-        except Exception as error:  # whatever lm-eval, datasets, Jinja or the network make of somebody's task
+        except Exception as error:  # lm-eval, datasets, Jinja and the network raise anything on a broken task
             raise DataError(
                 f"the questions of task {spec} cannot be loaded: {first_line(error)}",
                 hint="the bundled tasks come from the Hub; for local data write a task file (docs/evaluation.md)",
@@ -110,7 +110,7 @@ def load_questions(tasks: list[str], num_fewshot: int | None = None, include_pat
             _check_task(task_name, task, num_fewshot)
         loaded |= found["tasks"]
         groups |= found.get("groups") or {}
-    return Questions(tasks, loaded, groups, num_fewshot)
+    return TaskSet(tasks, loaded, groups, num_fewshot)
 
 
 def import_lm_eval() -> Any:

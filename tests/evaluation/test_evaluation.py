@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mohawkify.evaluation import evaluation as evaluation
-from mohawkify.evaluation.answer_cache import Answers
+from mohawkify.evaluation.response_cache import ResponseCache
 from mohawkify.files.atomic import file_sha256
 from mohawkify.files.lock import run_lock
 from tests.commands import make_recipe, make_teacher, run, run_well
@@ -92,21 +92,21 @@ def test_a_stopped_evaluation_does_not_ask_again(inside: Path, monkeypatch: pyte
     assert undisturbed["tasks"]["truncated_requests"] == 2  # the two answers of the long question
     before = Path("run/eval.json").read_bytes()
     kept: list[str] = []
-    add = Answers.add_partial
+    add = ResponseCache.add_partial
     stop_at = 17  # of 2 x 24: the teacher's first two tasks and a part of the third are answered
 
-    def keep(self: Answers, kind: str, request: Any, answer: Any) -> None:
+    def keep(self: ResponseCache, kind: str, request: Any, answer: Any) -> None:
         if len(kept) == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         kept.append(kind)
         add(self, kind, request, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Answers, "add_partial", keep)
+        patch.setattr(ResponseCache, "add_partial", keep)
         stopped = run(*ASK)
         assert stopped.exit_code == 130, stopped.stderr
         assert stopped.stderr.splitlines()[-2:] == [
-            "error: stopped before all was measured; the answers so far are kept",
+            "error: stopped before all was measured; the responses so far are kept",
             "hint: the same command continues it",
         ]
         assert Path("run/eval.json").read_bytes() == before
@@ -119,7 +119,7 @@ def test_a_stopped_evaluation_does_not_ask_again(inside: Path, monkeypatch: pyte
         task["sha256"] for task in undisturbed["tasks"]["tasks"].values()
     }
     assert continued == undisturbed
-    assert not Path("run/answers").exists()
+    assert not Path("run/responses").exists()
 
 
 def test_a_terminated_evaluation_goes_on(inside: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_terminated_evaluation_goes_on(inside: Path) -> None:
     command = [sys.executable, "-m", "mohawkify", *map(str, ASK)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        while not any(file.stat().st_size > 2000 for file in Path("run").glob("answers/*.jsonl")):
+        while not any(file.stat().st_size > 2000 for file in Path("run").glob("responses/*.jsonl")):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
@@ -136,29 +136,29 @@ def test_a_terminated_evaluation_goes_on(inside: Path) -> None:
         process.kill()
         write_questions(inside, NUM_QUESTIONS)
     assert process.returncode == 143, errors
-    assert "the answers so far are kept" in errors
+    assert "the responses so far are kept" in errors
     assert not Path("run/eval.json").exists()
     result = run_well(*ASK)
-    assert "answers of the teacher are there already, from an evaluation that was stopped" in result.stderr
+    assert "responses of the teacher are there already, from an evaluation that was stopped" in result.stderr
 
 
 def test_answers_of_another_student_or_batch_size_are_not_taken(inside: Path) -> None:
-    Path("run/answers").mkdir()
+    Path("run/responses").mkdir()
     for name in ("teacher", "student"):
-        Path(f"run/answers/{name}-0123456789abcdef.jsonl").write_text('{"request": "x", "answer": 1.0}\n')
+        Path(f"run/responses/{name}-0123456789abcdef.jsonl").write_text('{"request": "x", "answer": 1.0}\n')
     assert "are there already" not in run_well(*ASK).stderr
 
 
 @pytest.mark.parametrize("answer", ['"nan"', "[1]", "[NaN, true]", "null", "[-1.0, 1]", "{}"])
 def test_an_answer_that_is_none_is_asked_again(tmp_path: Path, answer: str) -> None:
-    answers = Answers(tmp_path / "answers.jsonl")
+    answers = ResponseCache(tmp_path / "responses.jsonl")
     answers.add_partial("loglikelihood", ("a", "b"), (-1.5, True))
-    assert Answers(tmp_path / "answers.jsonl").find("loglikelihood", ("a", "b")) == (-1.5, True)
-    line = json.loads((tmp_path / "answers.jsonl").read_text())
+    assert ResponseCache(tmp_path / "responses.jsonl").find("loglikelihood", ("a", "b")) == (-1.5, True)
+    line = json.loads((tmp_path / "responses.jsonl").read_text())
     text = json.dumps({**line, "answer": "ANSWER"}).replace('"ANSWER"', answer)
-    (tmp_path / "answers.jsonl").write_text(text.replace("NaN", '"nan"') + "\n")
+    (tmp_path / "responses.jsonl").write_text(text.replace("NaN", '"nan"') + "\n")
     for kind in ("loglikelihood", "loglikelihood_rolling"):
-        assert Answers(tmp_path / "answers.jsonl").find(kind, ("a", "b")) is None
+        assert ResponseCache(tmp_path / "responses.jsonl").find(kind, ("a", "b")) is None
 
 
 def test_figures_say_what_they_were_measured_with(inside: Path) -> None:

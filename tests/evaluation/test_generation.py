@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mohawkify.evaluation.generation import generate_text
+from mohawkify.evaluation.generation import GenerateOptions, generate_text
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.finished import tiny_student
 
@@ -34,5 +34,5 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_teachers_settings_
     if 257 in likeliest:
         likeliest = likeliest[: likeliest.index(257)]
     student.generation_config.update(**SETTINGS, suppress_tokens=likeliest[1:2])
-    text = generate_text(student, tokenizer, "Once", max_tokens=12, temperature=0, seed=0, on_text=lambda piece: None)
+    text = generate_text(student, tokenizer, "Once", GenerateOptions(max_tokens=12))
     assert text == tokenizer.decode(likeliest, skip_special_tokens=True) != ""

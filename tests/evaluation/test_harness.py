@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mohawkify.errors import DataError, MissingExtraError, NumericsError, UsageError
 from mohawkify.evaluation import harness
-from mohawkify.evaluation.harness import ask_models
-from mohawkify.evaluation.harness_tasks import PRESETS, load_preset, load_questions
+from mohawkify.evaluation.harness import run_tasks
+from mohawkify.evaluation.harness_tasks import PRESETS, load_preset, load_tasks
 from tests.conftest import ROOT, SHARED_DATA
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -109,7 +109,7 @@ def run(teacher: PreTrainedModel, tokenizer: Any, tasks: list[Any], **changes: A
     found = {name: changes.pop(name) for name in ("num_fewshot", "include_path") if name in changes}
     settings: dict[str, Any] = {"batch_size": 8, "limit": 6, **changes}
     models = settings.pop("models", {"teacher": teacher, "student": teacher})
-    return ask_models(models, tokenizer, load_questions([str(task) for task in tasks], **found), **settings)
+    return run_tasks(models, tokenizer, load_tasks([str(task) for task in tasks], **found), **settings)
 
 
 def benchmark(name: str) -> Path:
@@ -201,7 +201,7 @@ def test_the_llamba_preset_runs_on_local_copies(
     for name in PRESETS["llamba"].metrics:
         write_task(name, questions, LAST_WORD if name == "lambada_openai" else CHOICE)
     models = {"teacher": teacher, "student": teacher}
-    found = ask_models(models, tokenizer, load_preset("llamba", tmp_path), batch_size=8, limit=2)
+    found = run_tasks(models, tokenizer, load_preset("llamba", tmp_path), batch_size=8, limit=2)
     chosen = [found["tasks"][task]["metrics"][metric]["teacher"] for task, metric in PRESETS["llamba"].metrics.items()]
     assert len(chosen) == 8
     assert found["num_fewshot"] == 0
@@ -387,7 +387,7 @@ def test_rows_that_do_not_fit_the_templates(
     rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
     rows[1]["endings"] = None
     questions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    with pytest.raises(DataError, match="lm-eval cannot put the questions"):
+    with pytest.raises(DataError, match="lm-eval cannot run the tasks"):
         run(teacher, tokenizer, [write_task("ours", questions, CHOICE)])
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError
-from mohawkify.evaluation.generation import generate_text
+from mohawkify.evaluation.generation import GenerateOptions, generate_text
 from mohawkify.exporters.card import model_card
 from mohawkify.exporters.mlx import require_mlx
 from mohawkify.run.folder import RunFolder
@@ -110,8 +110,7 @@ def test_generation_settings_that_do_more_than_draw_are_dropped(run: RunFolder, 
     student = load_student(run.final)
     assert getattr(student.generation_config, key, None) == getattr(GenerationConfig(), key, None)
     tokenizer = load_tokenizer(run.final, student.config.vocab_size)
-    options: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "seed": 0, "on_text": lambda text: None}
-    generate_text(student, tokenizer, "once", **options)
+    generate_text(student, tokenizer, "once", GenerateOptions(max_tokens=3))
 
 
 @pytest.mark.parametrize(

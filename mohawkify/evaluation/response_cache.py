@@ -1,4 +1,4 @@
-"""Keeps a model's answers on the disk, so that a stopped evaluation continues without repeating them.
+"""Keeps a model's responses on the disk, so that a stopped evaluation continues without repeating them.
 
 A request is identified by a hash of its kind and content: the questions themselves are not kept.
 """
@@ -14,8 +14,8 @@ from typing import Any
 from mohawkify.files import atomic
 
 
-class Answers:
-    """The answers of one model, a line of JSON for each.
+class ResponseCache:
+    """The responses of one model, a line of JSON for each.
 
     Args:
         path: where they are kept; what is there already is taken over.
