@@ -106,9 +106,9 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
     """
     require_own_files(folder)
     index = folder / INDEX_FILE
-    places = _read_index(index) if index.is_file() else None
-    if places is not None:
-        names = sorted(set(places.values()))
+    file_of = _read_index(index) if index.is_file() else None
+    if file_of is not None:
+        names = sorted(set(file_of.values()))
     elif (folder / SINGLE_FILE).is_file():
         names = [SINGLE_FILE]
     else:
@@ -116,7 +116,7 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
     for name in names:
         if not (folder / name).is_file():
             raise TeacherError(f"{folder / name} is missing; {INDEX_FILE} names it", hint="download the teacher again")
-    if places is not None:
+    if file_of is not None:
         _refuse_unlisted(folder, names)
     tensors: dict[str, TensorHeader] = {}
     for name in names:
@@ -127,8 +127,8 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
                     hint="the files are of different downloads: fetch the teacher again",
                 )
             tensors[key] = tensor
-    if places is not None:
-        _compare_index(index, places, tensors)
+    if file_of is not None:
+        _compare_index(index, file_of, tensors)
     return tensors
 
 
@@ -148,13 +148,13 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
     tensors = {key: _read_entry(path, key, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"}
-    place = 8 + length
+    position = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
-        if tensor.begin != place:
+        if tensor.begin != position:
             raise _damaged(path, "its tensors overlap or leave gaps")
-        place = tensor.end
-    if place != size:
-        raise _damaged(path, f"its tensors end at byte {place:,}, the file has {size:,}")
+        position = tensor.end
+    if position != size:
+        raise _damaged(path, f"its tensors end at byte {position:,}, the file has {size:,}")
     return tensors
 
 
@@ -201,13 +201,15 @@ def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor by its name."""
     refuse_pointer(index)
     content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not file_of:
         raise TeacherError(f"{index} has no weight_map")
-    for name in places.values():
+    for name in file_of.values():
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise TeacherError(f"{index} names {name!r:.100}, expected a .safetensors file inside the folder")
-    return places
+    if not isinstance(content.get("metadata"), dict):
+        raise TeacherError(f"{index} has no metadata, which transformers reads", hint='add "metadata": {}')
+    return file_of
 
 
 def _refuse_unlisted(folder: Path, names: list[str]) -> None:
@@ -221,16 +223,14 @@ def _refuse_unlisted(folder: Path, names: list[str]) -> None:
             )
 
 
-def _compare_index(index: Path, places: dict[str, str], tensors: dict[str, TensorHeader]) -> None:
+def _compare_index(index: Path, file_of: dict[str, str], tensors: dict[str, TensorHeader]) -> None:
     hint = "index and files are of different downloads: fetch the teacher again"
-    for key, name in places.items():
+    for key, name in file_of.items():
         if key not in tensors or tensors[key].file.name != name:
             raise TeacherError(f"{index} says tensor {key!r:.100} is in {name}, which lacks it", hint=hint)
     for key, tensor in tensors.items():
-        if key not in places:
+        if key not in file_of:
             raise TeacherError(f"{tensor.file} has tensor {key!r:.100}, which {INDEX_FILE} does not list", hint=hint)
-    if not isinstance(read_json(index).get("metadata"), dict):
-        raise TeacherError(f"{index} has no metadata, which transformers looks into", hint='add "metadata": {}')
 
 
 def _read_entry(path: Path, key: str, entry: Any, start: int) -> TensorHeader:
@@ -244,7 +244,7 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> TensorHeader:
             hint="quantised weights cannot be trained against: use the teacher's plain version",
         )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"the entry of {key!r:.100} has no shape or place")
+        raise _damaged(path, f"the entry of {key!r:.100} has no shape or offsets")
     begin, end = offsets
     if end - begin != math.prod(shape) * width:
         raise _damaged(path, f"tensor {key!r:.100} has {end - begin:,} bytes, which do not fit its shape")

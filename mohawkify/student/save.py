@@ -28,6 +28,7 @@ from mohawkify.files.safetensors_headers import read_tensors
 from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
 from mohawkify.student.build import classes_for
 from mohawkify.teacher.generation_settings import plain_generation
+from mohawkify.teacher.load import misfit
 from mohawkify.teacher.no_remote_code import never_ask
 from mohawkify.teacher.validate import (
     require_config,
@@ -169,15 +170,9 @@ def load_student(
             f"the student in {directory} could not be loaded: {' '.join(str(error).split())[:300]}",
             hint="its files are damaged or incomplete: copy them again, or convert again into another --output",
         ) from error
-    for problem, wording in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has an unexpected"),
-        ("mismatched_keys", "has a wrong shape for"),
-    ):
-        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[problem])
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"the student in {directory} {wording} tensor {names[0]}{more}")
+    problem = misfit(info)
+    if problem is not None:
+        raise CheckpointError(f"the student in {directory} {problem}")
     return student.eval()
 
 

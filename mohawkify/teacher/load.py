@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -53,18 +55,11 @@ def load_teacher(
         raise TeacherError(f"{folder} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    for problem, wording in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has unexpected"),
-        ("mismatched_keys", "has a wrong shape for"),
-    ):
-        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[problem])
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise TeacherError(
-                f"the teacher in {folder} {wording} tensor {names[0]}{more}",
-                hint="the weights do not fit config.json: is the download complete?",
-            )
+    problem = misfit(info)
+    if problem is not None:
+        raise TeacherError(
+            f"the teacher in {folder} {problem}", hint="the weights do not fit config.json: is the download complete?"
+        )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise TeacherError(f"the teacher in {folder} has values that are not finite in {name}")
@@ -77,3 +72,16 @@ def load_teacher(
     else:
         model = model.to(device)
     return model.eval().requires_grad_(False)
+
+
+def misfit(info: Mapping[str, Any]) -> str | None:
+    """The first misfit of weights and model in the loading info of ``from_pretrained``; None where they fit."""
+    for key, wording in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has an unexpected"),
+        ("mismatched_keys", "has a wrong shape for"),
+    ):
+        names = sorted(name if isinstance(name, str) else str(name[0]) for name in info[key])
+        if names:
+            return f"{wording} tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return None

@@ -65,16 +65,16 @@ def require_tokenizer_files(folder: Path) -> None:
         CheckpointError: not strict JSON.
     """
     require_own_files(folder)
-    for path in (*(folder / name for name in _NAMES), *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        _is_file(path)
-    if _is_file(folder / TOKENIZER_FILE):
-        read_json_object(folder / TOKENIZER_FILE)
-    if _is_file(folder / SETTINGS_FILE):
-        _require_plain_settings(folder / SETTINGS_FILE)
-    if _is_file(folder / SPECIAL_TOKENS_FILE):
-        _require_special_tokens(folder / SPECIAL_TOKENS_FILE)
-    if _is_file(folder / ADDED_TOKENS_FILE):
-        _require_added_tokens(folder / ADDED_TOKENS_FILE)
+    paths = (*(folder / name for name in _NAMES), *(folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    present = {path.name for path in paths if _is_file(path)}
+    for name, check in (
+        (TOKENIZER_FILE, read_json_object),
+        (SETTINGS_FILE, _require_plain_settings),
+        (SPECIAL_TOKENS_FILE, _require_special_tokens),
+        (ADDED_TOKENS_FILE, _require_added_tokens),
+    ):
+        if name in present:
+            check(folder / name)
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:

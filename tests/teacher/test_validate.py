@@ -148,11 +148,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tensor twice in a header": (twice_in_the_header, "appears twice"),
     "tensors overlap": (header(lambda h: set_tensor(h, data_offsets=h[HEAD]["data_offsets"])), DAMAGED),
     "tensor beyond the file": (header(lambda h: set_tensor(h, data_offsets=[1 << 40, (1 << 40) + 128])), DAMAGED),
-    "negative offset": (header(lambda h: set_tensor(h, data_offsets=[-128, 0])), "has no shape or place"),
-    "negative size": (header(lambda h: set_tensor(h, shape=[-32])), "has no shape or place"),
+    "negative offset": (header(lambda h: set_tensor(h, data_offsets=[-128, 0])), "has no shape or offsets"),
+    "negative size": (header(lambda h: set_tensor(h, shape=[-32])), "has no shape or offsets"),
     "absurd size": (header(lambda h: set_tensor(h, shape=[1 << 62, 1 << 62])), "which do not fit its shape"),
     "no shape": (header(lambda h: h[NORM].pop("shape")), "is incomplete"),
-    "shape of text": (header(lambda h: set_tensor(h, shape="32")), "has no shape or place"),
+    "shape of text": (header(lambda h: set_tensor(h, shape="32")), "has no shape or offsets"),
     # shards
     "tensor in two shards": (sharded(duplicate), "lies in two files"),
     "shard not in the index": (
