@@ -6,7 +6,6 @@ hidden_state.py is the example; docs/architecture.md describes the registration 
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mohawkify.data.packing import Batch, document_mask
 from mohawkify.families.adapter import Adapter
-from mohawkify.recipe.stages import StageRecipe, register_stage_block, stage_block
+from mohawkify.recipe.stages import StageRecipe, register_stage_block
 from mohawkify.student.student_spec import StudentSpec
 
 Result = TypeVar("Result")
@@ -109,8 +108,7 @@ class Objective(ABC):
         """
 
 
-_OBJECTIVES: dict[str, type[Objective]] = {}
-_BUILT_IN = ("matrix", "hidden_state", "logits")  # each in a file of its name in this folder
+OBJECTIVES: dict[str, type[Objective]] = {}  # filled by `register_objective`
 Class = TypeVar("Class", bound=type[Objective])
 
 
@@ -125,20 +123,10 @@ def register_objective(name: str, block: type[StageRecipe] | None = None) -> Cal
         register_stage_block(name, block)
 
     def register(objective: Class) -> Class:
-        _OBJECTIVES[name] = objective
+        OBJECTIVES[name] = objective
         return objective
 
     return register
-
-
-def make_objective(models: TeacherStudent, block: StageRecipe) -> Objective:
-    """The objective that a stage's block of the recipe names."""
-    name = block.objective
-    if name in _BUILT_IN:
-        importlib.import_module(f"mohawkify.objectives.{name}")
-    else:
-        stage_block(name)  # loads the file that registers both
-    return _OBJECTIVES[name](models, block)
 
 
 def run_trunk(teacher: PreTrainedModel, batch: Batch, spec: StudentSpec) -> None:

@@ -10,7 +10,7 @@ from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.evaluation.report import markdown_report
 from mohawkify.files import atomic
-from mohawkify.objectives.objective import make_objective
+from mohawkify.objectives.catalogue import make_objective
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.checkpoint import Checkpoint
 from mohawkify.run.folder import RunFolder

@@ -16,7 +16,8 @@ from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import RecipeError
 from mohawkify.evaluation.report import console_table
 from mohawkify.files.atomic import read_json, read_lines
-from mohawkify.objectives.objective import Runner, TeacherStudent, make_objective
+from mohawkify.objectives.catalogue import make_objective
+from mohawkify.objectives.objective import Runner, TeacherStudent
 from mohawkify.planning.planning import plan
 from mohawkify.recipe import stages
 from mohawkify.recipe.loading import apply_overrides, dump_recipe, parse_recipe
