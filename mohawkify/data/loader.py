@@ -1,4 +1,8 @@
-"""The batches of a stage, a pure function of seed and step, read ahead by threads."""
+"""The batches of a stage, a pure function of seed and step, read ahead by threads.
+
+The order in which a corpus is read does not depend on processes, workers, batches or the step where a run was resumed:
+sample 1234 is always the same sequence. So a checkpoint keeps nothing but the number of steps taken.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.order import sequence_indices
 from mohawkify.data.packing import Batch, num_sequences, packed_batch
 
 _BATCHES_AHEAD = 2  # per thread
@@ -43,6 +47,41 @@ class SampleRange:
             first=self.first_sequence + first,
             count=count,
         )
+
+
+def sequence_indices(*, num_blocks: int, sequences_per_block: int = 1, seed: int, first: int, count: int) -> np.ndarray:
+    """The sequences of the samples first ... first + count - 1 of a run.
+
+    Blocks of neighbouring sequences are shuffled: stages of several lengths share one order if a block is as long for
+    all of them. Epoch 0 reads each block once, in an order of its own, then epoch 1; a batch at the end of an
+    epoch goes on into the next.
+
+    Args:
+        num_blocks: blocks in the corpus, at least 1.
+        sequences_per_block: how many sequences each block holds, which are read one after the other.
+        seed: the run's, at least 0.
+        first: the first sample, counted from the beginning of the run.
+        count: how many samples.
+
+    Returns:
+        (count,) int64, each from 0 to num_blocks * sequences_per_block - 1.
+    """
+    blocks, pieces = np.divmod(np.arange(first, first + count, dtype=np.int64), sequences_per_block)
+    parts = [np.empty(0, dtype=np.int64)]
+    for epoch in np.unique(blocks // num_blocks):
+        positions = blocks[blocks // num_blocks == epoch] % num_blocks
+        parts.append(_permutation(num_blocks, seed, int(epoch))[positions])
+    return np.concatenate(parts) * sequences_per_block + pieces
+
+
+@lru_cache(maxsize=4)  # threads may read on both sides of a border of epochs or segments
+def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    # numpy guarantees the raw output of a bit generator for ever, but not that of `permutation` (NEP 19). So the order
+    # is that of raw random values; two equal 64-bit values stay in place.
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_blocks)
+    permutation = np.argsort(keys, kind="stable")
+    permutation.flags.writeable = False  # the cache returns the same array again
+    return permutation
 
 
 def sequences_of(sample_range: SampleRange, batch_sequences: int, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.order import sequence_indices
+from mohawkify.data.loader import sequence_indices
 from mohawkify.data.packing import num_sequences, packed_batch
 from mohawkify.data.validation import evaluation_batches, evaluation_rows
 from mohawkify.errors import DataError
