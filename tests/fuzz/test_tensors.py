@@ -17,10 +17,11 @@ from torch import Tensor
 from mohawkify.doctor.check_folder import check_folder
 from mohawkify.errors import CheckpointError, TeacherError, UsageError
 from mohawkify.files import atomic
-from mohawkify.files.safetensors_headers import INDEX_FILE
+from mohawkify.files.safetensors_headers import INDEX_FILE, read_tensors
 from mohawkify.run.checkpoint import load_tensors, newest_valid, restore_rng, save_checkpoint
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import resolve_teacher
+from mohawkify.teacher.validate import require_config, require_plain_weights
 from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.folders import changed, decode, encode, inside
@@ -213,7 +214,8 @@ def test_any_teacher(folder: Path, name: str, number: int) -> None:
             checks = check_folder(folder)["checks"] if facts.get("judged", True) else []
             is_valid = all(each["passed"] for each in checks if each["name"] in WEIGHTS)
             try:
-                files = {tensor.file for tensor in resolve_teacher(str(folder)).tensors.values()}
+                files = {tensor.file for tensor in read_tensors(folder).values()}
+                require_plain_weights(folder / "config.json", require_config(folder / "config.json"))
                 assert all(file.parent == folder and file.is_file() for file in files)
                 assert is_valid, "the doctor refuses weights that are read"
                 if name == "loaded":
