@@ -33,12 +33,14 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **changes: Any) -> tuple[PreTrainedModel, Any]:
+def tiny_student(
+    family: str, folder: Path, keep: tuple[int, ...] = (), mixer: str = "discrete_mamba2", **changes: Any
+) -> tuple[PreTrainedModel, Any]:
     """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``."""
     teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
     save_teacher(teacher, folder)
     found = resolve_teacher(str(folder))
-    recipe = StudentRecipe(state_size=16, keep_attention=keep)
+    recipe = StudentRecipe(state_size=16, keep_attention=keep, mixer=mixer)
     spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
     student = build_student(teacher, found.adapter, spec, "attention", seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -48,9 +50,9 @@ def tiny_student(family: str, folder: Path, keep: tuple[int, ...] = (), **change
     return student.eval(), spec
 
 
-def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = (), **changes: Any) -> PreTrainedModel:
-    """Write what a finished conversion leaves behind; returns the student."""
-    student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
+def finished_run(folder: Path, family: str = "llama", **changes: Any) -> PreTrainedModel:
+    """Write what a finished conversion leaves behind, of `tiny_student` with these arguments; returns the student."""
+    student, spec = tiny_student(family, folder / "teacher-folder", **changes)
     with atomic_directory(folder / "final") as final:
         save_student(student, bytes_tokenizer(chat_template=TEMPLATE), final)
     metrics = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}

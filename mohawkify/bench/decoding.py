@@ -21,6 +21,7 @@ from mohawkify.bench.markdown import Bound, Measure, Report
 from mohawkify.bench.measure import available_bytes, side_by_side
 from mohawkify.errors import NumericsError
 from mohawkify.families.registry import load_adapter
+from mohawkify.mixers.kinds import mixers_of
 from mohawkify.student.build import classes_for, student_config
 from mohawkify.student.cache import RecurrentLayer, StudentCache
 from mohawkify.student.layer_spec import LayerSpec
@@ -84,11 +85,11 @@ class Models:
         )  # fmt: skip
         adapter = load_adapter("llama")
         mixer = {
-            "layers": adapter.layers, "attention": adapter.attention,
+            "layers": adapter.layers,
+            "attention": adapter.attention,
             "layer_specs": [vars(LayerSpec("discrete_mamba2", heads, 0))] * plan.layers,
-            "num_heads": heads, "head_dim": 64, "state_size": 64, "conv_kernel": 4, "decay_bias": True,
-            "out_bias": False, "reads_mask": False,
-        }  # fmt: skip
+            "config": {"head_dim": 64},
+        }
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
@@ -257,14 +258,11 @@ def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int,
 
 def student_cache(student: PreTrainedModel, batch: int, context: int) -> StudentCache:
     """A cache as after ``context`` tokens."""
-    mixer, dtype, device = student.config.mixer, student.dtype, student.device
-    width = mixer["num_heads"] * (mixer["head_dim"] + 2 * mixer["state_size"])
     cache = StudentCache(student.config)
-    for layer in cache.layers:
-        assert isinstance(layer, RecurrentLayer)  # every layer is grafted
-        tail_bkf = torch.randn(batch, mixer["conv_kernel"] - 1, width, dtype=dtype, device=device)
-        shape = (batch, mixer["num_heads"], mixer["head_dim"], mixer["state_size"])
-        layer.write(tail_bkf, torch.randn(shape, device=device), context)
+    for layer, mixer in zip(cache.layers, mixers_of(student).values(), strict=True):  # every layer is grafted
+        assert isinstance(layer, RecurrentLayer)
+        states = layer.in_place(mixer.state_spec(), torch.empty(batch, 1, dtype=student.dtype, device=student.device))
+        layer.write({name: torch.randn_like(state) for name, state in states.items()}, context)
     return cache
 
 
@@ -294,7 +292,7 @@ def _cache_bytes(models: Models, name: str, batch: int, context: int) -> int:
     """The size of a cache for a batch: constant for the student, linear in the context for the teacher."""
     if name in (STUDENT, STUDENT_CAPTURED):
         layers: Any = student_cache(models.student, 1, context).layers
-        held = [t for layer in layers for t in (layer.tail_bkf, layer.state_bhpn)]
+        held = [t for layer in layers for t in layer.states.values()]
         return batch * sum(t.numel() * t.element_size() for t in held)
     config = models.teacher.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context

@@ -21,6 +21,7 @@ from mohawkify.bench.measure import can_measure_memory, peak_in_child, peak_over
 from mohawkify.data.packing import Batch
 from mohawkify.errors import NumericsError
 from mohawkify.families.decoder_layers import find_layers
+from mohawkify.mixers.kinds import mixers_of
 from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
@@ -32,7 +33,7 @@ from mohawkify.planning.planner import STAGES
 from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
-from mohawkify.student.build import build_student, design_student, mixers_of
+from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.capture import LayerCall, layer_hooks
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import resolve_teacher
@@ -248,7 +249,7 @@ def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     mixers = mixers_by_layer(models.student, models.spec)
     losses = []
     for layer, call in calls.items():
-        parts = runner.call(mixers[layer].mixing_parts, call.hidden_bld, document_starts_bl)
+        parts = runner.call(mixers[layer].matrix_parts, call.hidden_bld, document_starts_bl)
         matrix_bhls = runner.call(mixing_matrix, *parts, document_starts_bl)
         # Summed in float64, as the loss of the stage is.
         norm_bh = torch.linalg.vector_norm(
@@ -326,7 +327,7 @@ def _mixing_by_matrix(student: nn.Module) -> Iterator[None]:
         matrix_bhls = mixing_matrix(b_blhn, c_blhn, log_decay_blh, None, document_starts_bl)
         return torch.einsum("bhls,bshp->blhp", matrix_bhls, x_blhp), x_blhp.new_empty(0)
 
-    mixers = mixers_of(student)
+    mixers: list[Any] = list(mixers_of(student).values())
     scans = [mixer.scan for mixer in mixers]
     for mixer in mixers:
         mixer.scan = by_matrix

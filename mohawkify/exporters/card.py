@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from mohawkify.mixers.kinds import mixer_class, mixer_kinds
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import HUB_ID, teacher_name
 
@@ -72,12 +73,13 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
 
 def _description(teacher: str, student: dict[str, Any]) -> str:
-    grafted = sum(layer["mixer_heads"] > 0 for layer in student.get("layer_specs", ()))
+    kinds = [layer["kind"] for layer in student.get("layer_specs", ()) if layer["mixer_heads"]]
+    grafted, mixers = len(kinds), mixer_class(kinds[0]).title if kinds and kinds[0] in mixer_kinds() else "recurrent"
     where = f"in {grafted} layers " if grafted else ""
     size = f" It has {student['num_parameters']:,} parameters." if "num_parameters" in student else ""
     return (
-        f"A recurrent language model made from {teacher} with mohawkify: attention {where}was replaced by Discrete\n"
-        "Mamba-2 mixers (Llamba, arXiv 2502.14458), and the model distilled in the three stages of MOHAWK\n"
+        f"A recurrent language model made from {teacher} with mohawkify: attention {where}was replaced by {mixers}\n"
+        "mixers (see Llamba, arXiv 2502.14458), and the model distilled in the three stages of MOHAWK\n"
         f"(arXiv 2408.10189).{size}\n"
     )
 
@@ -104,7 +106,7 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
         )
     dtypes = result["dtypes"].items()
     text = (
-        f"{weights}; the decay's projection, the convolutions, D and the gate's bias are float32.\n\n"
+        f"{weights}; the mixers' parameters that need it are float32.\n\n"
         f"Against the run in float32, on {result['tokens']:,} tokens the student wrote:\n"
         f"KL {result['kl']:.2g} nats per token, top-1 agreement {result['top1']:.4f}, largest difference of a logit\n"
         f"{result['max_logit_difference']:.2g}, perplexity {result['run_perplexity']:.4g} of the run, "

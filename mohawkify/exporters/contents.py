@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from mohawkify.errors import CheckpointError, ExportError, TeacherError
 from mohawkify.files.safetensors_headers import read_tensors
-from mohawkify.student.save import is_precise
 
 STORED_AS = {"bfloat16": "BF16", "float32": "F32"}  # safetensors' names of the precisions
 PRECISE = "F32"
@@ -60,7 +60,7 @@ class Quantised:
 
 
 def expected_tensors(
-    shapes: Mapping[str, tuple[int, ...]], dtype: str, quantised: Quantised | None
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, quantised: Quantised | None, precise: Iterable[str]
 ) -> dict[str, Stored]:
     """The tensors an export must have; in a quantised one every matrix is packed that is neither precise nor plain.
 
@@ -68,6 +68,7 @@ def expected_tensors(
         shapes: of the student's tensors, all floating-point, by the name they have in the export.
         dtype: precision of what is neither quantised nor precise, a key of `STORED_AS`.
         quantised: what was quantised and how; None where the target does not quantise.
+        precise: patterns of the parameters that stay in float32.
     """
     expected: dict[str, Stored] = {}
     for name, shape in shapes.items():
@@ -75,7 +76,7 @@ def expected_tensors(
         packing = None
         if quantised is not None and len(shape) > 1 and module not in quantised.plain:
             packing = quantised.packed.get(module, Packing(quantised.bits, USUAL_GROUP))
-        if is_precise(name):
+        if any(re.search(pattern, name) for pattern in precise):
             expected[name] = Stored(PRECISE, shape)
         elif packing is None:
             expected[name] = Stored(STORED_AS[dtype], shape)

@@ -17,6 +17,7 @@ from mohawkify.exporters.contents import Quantised, expected_tensors, require_co
 from mohawkify.exporters.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
 from mohawkify.files.atomic import atomic_directory
 from mohawkify.run.folder import finished_run
+from mohawkify.student.graft import precise_parameters
 from mohawkify.student.save import load_student, save_student, save_tokenizer, saved_tensors, weight_bytes
 from mohawkify.teacher.tokenizer import load_tokenizer
 from mohawkify.teacher.validate import require_config
@@ -90,7 +91,9 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         else:
             save_student(student, tokenizer, folder, DTYPES[dtype])
             shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(student).items()}
-        dtypes = require_contents(folder, expected_tensors(shapes, dtype, quantised))
+        dtypes = require_contents(
+            folder, expected_tensors(shapes, dtype, quantised, precise_parameters(student.config.mixer))
+        )
         report("comparing the export with the run")
         is_mlx = wanted.library == "mlx"
         found = mlx_logits(load_mlx(folder)) if is_mlx else _torch_logits(load_student(folder, DTYPES[dtype]))

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.exporters.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.families.adapter import Adapter
+from mohawkify.mixers.kinds import mixers_of
 from mohawkify.student.layer_spec import ATTENTION, mixer_layers, read_layer_specs
 from mohawkify.student.save import family_of, saved_tensors
 from mohawkify.teacher.validate import without_code
@@ -53,13 +54,16 @@ def build_mlx(values: Mapping[str, Any], student: PreTrainedModel) -> tuple[Any,
         The model in float32, and its configuration as mlx-lm reads it.
 
     Raises:
-        ExportError: mlx-lm's model of the family cannot hold this student.
+        ExportError: mlx-lm's model of the family cannot hold this student, or its mixers have no counterpart.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     from mohawkify.exporters import mlx_model
 
+    without = {mixer.kind for mixer in mixers_of(student).values() if not mixer.has_mlx}
+    if without:
+        raise ExportError(f"the mixer {without.pop()} has no counterpart in MLX", hint="export to hf instead")
     adapter = family_of(values["model_type"])
     config = _mlx_config(values, adapter)
     teacher = _teacher_modules(values, adapter)
@@ -195,7 +199,7 @@ def _mlx_config(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
             config.setdefault(alias, config[name])
     config["mixer"]["counts_tokens"] = adapter.mlx_counts_tokens
     if config.get("head_dim") is None:
-        config["head_dim"] = config["mixer"]["head_dim"]
+        config["head_dim"] = config["mixer"]["config"]["head_dim"]
     config |= _older_rope(config.pop("rope_parameters", None) or {})
     if all(layer.kind != ATTENTION for layer in read_layer_specs(config["mixer"])):
         config["rope_scaling"] = None  # nothing rotates any more, and mlx-lm refuses kinds that it does not have

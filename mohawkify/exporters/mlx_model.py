@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 CHUNK_LENGTH = 64
+NORM_EPSILON = 1e-5
 _MODULE_NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -67,10 +68,11 @@ def scan_step(
 
 
 class DepthwiseConv(nn.Module):
-    """One short causal convolution without an activation."""
+    """One short causal convolution and what follows it."""
 
-    def __init__(self, num_features: int, num_taps: int) -> None:
+    def __init__(self, num_features: int, num_taps: int, activation: str) -> None:
         super().__init__()
+        self.activation = activation
         self.weight = mx.zeros((num_features, num_taps))
         self.bias = mx.zeros((num_features,))
 
@@ -81,35 +83,37 @@ class DepthwiseConv(nn.Module):
         y_blf = self.bias
         for tap in range(num_taps):
             y_blf = y_blf + self.weight[:, tap] * padded_blf[:, tap : tap + length]
-        return y_blf
+        return nn.silu(y_blf) if self.activation == "silu" else y_blf
 
 
 class DiscreteMamba2(nn.Module):
-    """The mixer; its tensors have the names they have in the Hugging Face folder.
+    """The mixers discrete_mamba2 and mamba2; their tensors have the names they have in the Hugging Face folder.
 
     Args:
         hidden_size: model width.
-        mixer: the entry of that name in config.json.
+        num_heads: heads of the mixer.
+        config: the entry ``mixer.config`` of config.json.
     """
 
-    def __init__(self, hidden_size: int, mixer: dict[str, Any]) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, config: dict[str, Any]) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.state_size = (
-            mixer["num_heads"], mixer["head_dim"], mixer["state_size"]
-        )  # fmt: skip
-        self.num_lags = mixer["conv_kernel"] - 1
+        self.num_heads, self.head_dim, self.state_size = num_heads, config["head_dim"], config["state_size"]
+        self.num_lags, self.time_step = config["conv_kernel"] - 1, config["time_step"]
+        conv = (config["conv_kernel"], config["conv_activation"])
         inner, state = self.num_heads * self.head_dim, self.num_heads * self.state_size
         self.x_proj = nn.Linear(hidden_size, inner, bias=False)
         self.b_proj = nn.Linear(hidden_size, state, bias=False)
         self.c_proj = nn.Linear(hidden_size, state, bias=False)
         self.z_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.decay_proj = nn.Linear(hidden_size, self.num_heads, bias=mixer["decay_bias"])
-        self.x_conv = DepthwiseConv(inner, mixer["conv_kernel"])
-        self.b_conv = DepthwiseConv(state, mixer["conv_kernel"])
-        self.c_conv = DepthwiseConv(state, mixer["conv_kernel"])
+        self.decay_proj = nn.Linear(hidden_size, self.num_heads, bias=config["decay_bias"])
+        self.x_conv = DepthwiseConv(inner, *conv)
+        self.b_conv = DepthwiseConv(state, *conv)
+        self.c_conv = DepthwiseConv(state, *conv)
         self.z_bias = mx.zeros((inner,))
         self.d = mx.ones((self.num_heads,))
-        self.out_proj = nn.Linear(inner, hidden_size, bias=mixer["out_bias"])
+        if config["gated_norm"]:
+            self.norm = nn.RMSNorm(inner, eps=NORM_EPSILON)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=config["out_bias"])
 
     def __call__(self, hidden_bld: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Map hidden states as the attention module did, and move the memory on.
@@ -140,6 +144,8 @@ class DiscreteMamba2(nn.Module):
             x_blhp = mx.where(keep_bl[..., None, None], x_blhp, 0)
             log_decay_blh = mx.where(keep_bl[..., None], log_decay_blh, 0)
 
+        if self.time_step:
+            b_blhn = b_blhn * -log_decay_blh[..., None]
         state_bhpn = memory[1]
         if state_bhpn is None:
             state_bhpn = mx.zeros((batch, self.num_heads, self.head_dim, self.state_size), dtype=mx.float32)
@@ -152,7 +158,10 @@ class DiscreteMamba2(nn.Module):
 
         y_blhp = y_blhp + self.d[:, None] * x_blhp
         gate_blf = nn.silu(self.z_proj(hidden_bld) + self.z_bias)
-        return self.out_proj((y_blhp.reshape(batch, length, inner) * gate_blf).astype(hidden_bld.dtype))
+        gated_blf = y_blhp.reshape(batch, length, inner) * gate_blf
+        if "norm" in self:
+            gated_blf = self.norm(gated_blf)
+        return self.out_proj(gated_blf.astype(hidden_bld.dtype))
 
     def _extend_tail(self, memory: Any, features_blf: mx.array) -> mx.array:
         """Put the last inputs of the previous call in front, and remember the last of this one, before any padding."""
@@ -208,7 +217,9 @@ class GraftedModel(FamilyModel):
         mixer, layers = args.mixer, self.layers
         grafted = _mixer_layers(mixer)
         for index in grafted:
-            attention, module = getattr(layers[index], mixer["attention"]), DiscreteMamba2(args.hidden_size, mixer)
+            attention = getattr(layers[index], mixer["attention"])
+            num_heads = mixer["layer_specs"][index]["mixer_heads"]
+            module = DiscreteMamba2(args.hidden_size, num_heads, mixer["config"])
             for name, fact in vars(attention).items():
                 vars(module).setdefault(name, fact)  # the family's model may ask its attention what it looks at
             setattr(layers[index], mixer["attention"], module)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
+from mohawkify.mixers.kinds import matrix_parameters
 from mohawkify.objectives.objective import Objective, Runner, register_objective, run_trunk
-from mohawkify.objectives.trainable import mixers_by_layer, mixing_parameters
+from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.dispatch import orient_loss
-from mohawkify.ops.mixing_matrices import MixingMatrix
+from mohawkify.ops.scan import MixingMatrix
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
@@ -24,8 +25,8 @@ class MatrixObjective(Objective):
     """
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the mixing matrices: B, C, their convolutions, the decay and the skip."""
-        return mixing_parameters(self.models.student)
+        """The parameters that the mixers' matrices are made of."""
+        return matrix_parameters(self.models.student)
 
     def run(self, batch: Batch, runner: Runner) -> dict[str, Tensor]:
         """See `Objective.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
@@ -37,7 +38,7 @@ class MatrixObjective(Objective):
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
-            parts = runner.call(mixers[call.layer].mixing_parts, call.hidden_bld, document_starts_bl)
+            parts = runner.call(mixers[call.layer].matrix_parts, call.hidden_bld, document_starts_bl)
             loss, relative = orient_loss(MixingMatrix(*parts), call.attention, document_starts_bl, models.kernels)
             runner.backward(loss)
             losses.append(loss.detach())

@@ -9,11 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mohawkify.families.decoder_layers import find_layers
-from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.student.student_spec import StudentSpec
-
-# What a mixing matrix is made of; x, z and the output projection have no part in it.
-MIXING = ("b_proj", "c_proj", "decay_proj", "b_conv", "c_conv", "d")
 
 
 def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str, str]:
@@ -60,17 +56,6 @@ def layer_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterabl
     """As `trainable_parameters`, but only inside the grafted layers: what a layer-wise stage can reach."""
     prefixes = tuple(f"{spec.layers}.{index}." for index in spec.mixer_layers)
     return {n: p for n, p in trainable_parameters(student, spec, parts).items() if n.startswith(prefixes)}
-
-
-def mixing_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a mixing matrix is made of."""
-    return {
-        f"{name}.{own}": parameter
-        for name, module in student.named_modules()
-        if isinstance(module, DiscreteMamba2)
-        for own, parameter in module.named_parameters()
-        if own.split(".")[0] in MIXING
-    }
 
 
 def mixers_by_layer(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:

@@ -23,6 +23,9 @@ def decode_step(
     tail_bkf: Tensor,
     state_bhpn: Tensor,
     keep_b: Tensor | None = None,
+    *,
+    conv_silu: bool = False,
+    time_step: bool = False,
 ) -> Tensor:
     """Move the memory on by one token and give the mixer's output before its last projection.
 
@@ -41,6 +44,8 @@ def decode_step(
         tail_bkf: the last k - 1 projected inputs of the convolutions, the latest last; overwritten.
         state_bhpn: the state in at least float32; overwritten.
         keep_b: 0 where the token is padding, which neither writes to the state nor lets it decay; None where none is.
+        conv_silu: whether SiLU follows the convolutions.
+        time_step: whether B is multiplied by the time step, softplus(a_log).
 
     Returns:
         The gated outputs (b, h * p), in the precision that the inputs and the skip promote to.
@@ -60,12 +65,16 @@ def decode_step(
     if num_lags:
         tail_bkf[:, -1].copy_(inputs_bf)
 
+    if conv_silu:
+        features_bf = F.silu(features_bf)
     x_bf, b_bf, c_bf = features_bf.split([x_bf.shape[-1], b_bf.shape[-1], c_bf.shape[-1]], dim=-1)
     x_bhp, b_bhn, c_bhn = (
         feature.unflatten(-1, (heads, width))
         for feature, width in ((x_bf, head_dim), (b_bf, state_size), (c_bf, state_size))
     )
     dtype = state_bhpn.dtype
+    if time_step:
+        b_bhn = (b_bhn * F.softplus(a_log_bh.to(dtype)).unsqueeze(-1)).to(b_bhn.dtype)
     decay_bh = torch.sigmoid(-a_log_bh.to(dtype))
     if keep_b1 is not None:
         x_bhp, decay_bh = x_bhp * keep_b1.unsqueeze(-1), decay_bh.masked_fill(~keep_b1, 1.0)

@@ -155,18 +155,29 @@ def step(
     state_bhpn: Tensor,
     keep_b: Tensor | None = None,
     kernels: str = "auto",
+    *,
+    conv_silu: bool = False,
+    time_step: bool = False,
 ) -> Tensor:
     """The step of `decode_step.decode_step` by the implementation that `backend` names."""
-    run = decode_step
     if _chosen("step", x_bf.device, x_bf.dtype, kernels, 0) == "triton":
-        numbers = state_bhpn.shape[2] * state_bhpn.shape[3]
-        if numbers <= LARGEST_STATE:
+        elements = state_bhpn.shape[2] * state_bhpn.shape[3]
+        if conv_silu or time_step:
+            _say_once(f"step: torch on {x_bf.device}: the Triton step has neither SiLU nor time step")
+        elif elements > LARGEST_STATE:
+            _say_once(
+                f"step: torch on {x_bf.device}: a head's state of {elements:,} elements is over {LARGEST_STATE:,}"
+            )
+        else:
             from mohawkify.ops import triton_decode
 
-            run = triton_decode.decode_step
-        else:
-            _say_once(f"step: torch on {x_bf.device}: a head's state of {numbers:,} numbers is over {LARGEST_STATE:,}")
-    return run(x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
+            return triton_decode.decode_step(
+                x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b
+            )
+    return decode_step(
+        x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b,
+        conv_silu=conv_silu, time_step=time_step,
+    )  # fmt: skip
 
 
 def _scan_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:

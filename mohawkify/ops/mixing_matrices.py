@@ -13,23 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mohawkify.ops.scan import mixing_matrix
-
-
-class MixingMatrix(NamedTuple):
-    """The parts of a mixer's matrix.
-
-    Args:
-        b_blhn: input maps.
-        c_blhn: output maps.
-        log_decay_blh: logarithm of the decay, at most 0.
-        d_h: the skip of each head.
-    """
-
-    b_blhn: Tensor
-    c_blhn: Tensor
-    log_decay_blh: Tensor
-    d_h: Tensor
+from mohawkify.ops.scan import MixingMatrix, mixing_matrix
 
 
 class AttentionMatrix(NamedTuple):

@@ -26,6 +26,22 @@ from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 LOWEST_LOG_DECAY = -1000.0
 
 
+class MixingMatrix(NamedTuple):
+    """The parts of a mixer's matrix.
+
+    Args:
+        b_blhn: input maps.
+        c_blhn: output maps.
+        log_decay_blh: logarithm of the decay, at most 0.
+        d_h: the skip of each head.
+    """
+
+    b_blhn: Tensor
+    c_blhn: Tensor
+    log_decay_blh: Tensor
+    d_h: Tensor
+
+
 def scan_recurrent(
     x_blhp: Tensor,
     b_blhn: Tensor,

@@ -248,7 +248,7 @@ def _orient(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]
     found: dict[str, float] = {}
 
     def on_attention(call: LayerCall) -> None:
-        parts = mixers[call.layer].mixing_parts(call.hidden_bld, batch.position_ids == 0)
+        parts = mixers[call.layer].matrix_parts(call.hidden_bld, batch.position_ids == 0) or ()
         found["parts"] = live.bytes
         made = [part for part in parts if part.grad_fn is not None]
         torch.autograd.backward(made, [torch.zeros_like(part) for part in made])
@@ -300,7 +300,7 @@ def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dt
         teacher = teacher_class._from_config(
             deepcopy(config), attn_implementation=attention_implementation(teacher_class, config), dtype=dtype
         )
-        student = student_class(student_config(config, adapter, spec.mixer_config())).float()
+        student = student_class(student_config(config, adapter, spec.mixer_entry())).float()
     for model in (teacher, student):
         layers = find_layers(model, spec.layers)
         layers[0] = layers[first]

@@ -11,7 +11,6 @@ from pathlib import PurePath
 from typing import Any
 
 from mohawkify.errors import UsageError
-from mohawkify.ops.constants import scan_chunk_length
 from mohawkify.planning.gpus import UTILISATION, Gpu
 from mohawkify.planning.memory import (
     FP32,
@@ -205,10 +204,7 @@ def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, stud
     """How many parameters a stage trains, by part; norms count with the MLPs."""
     head = 0 if teacher.tie_word_embeddings else teacher.head_parameters
     if name == "orient":
-        heads, state = student.num_heads, student.state_size
-        per_layer = 2 * heads * state * (teacher.hidden_size + student.conv_kernel + 1)
-        per_layer += heads * (teacher.hidden_size + student.decay_bias + 1)
-        return {"mixer": per_layer * len(student.mixer_layers)}
+        return {"mixer": student.matrix_parameters}
     parts = getattr(stage, "train", MIXER_ONLY)
     if name == "align" and getattr(stage, "target", None) == "mixer":
         parts = MIXER_ONLY
@@ -352,6 +348,8 @@ def _work(
 
     Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
     """
+    from mohawkify.student.build import mixer_flops
+
     heads, width, state = student.num_heads, student.head_dim, student.state_size
     num_grafted = len(student.mixer_layers)
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
@@ -362,8 +360,7 @@ def _work(
         # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
         bands = float(length * heads * (width + 3 * state))
         return _Work(trunk, 4.0 * sum(trained.values()) + bands * num_grafted)
-    chunk = scan_chunk_length(width, state, length)
-    scan = 2.0 * heads * (chunk * (state + width) + 2 * state * width) * num_grafted
+    scan = mixer_flops(student, length) * num_grafted
     if name == "align" and getattr(stage, "target", None) == "mixer":
         mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted
         return _Work(trunk, mixers + scan + mixers + outputs + 2 * scan)

@@ -103,7 +103,8 @@ def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
     """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
 
     Raises:
-        RecipeError: the teacher's head is its embedding, and a stage would train the head alone.
+        RecipeError: the teacher's head is its embedding, and a stage would train the head alone; or a stage compares
+            matrices that the mixer does not have.
     """
     alone = [
         name
@@ -116,7 +117,14 @@ def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
             hint="name embedding too, and both learn as one",
         )
     name = recipe.student.name or f"{teacher.name}-mohawk"
-    return design_student(name, teacher.spec, teacher.config, teacher.adapter, recipe.student)
+    student = design_student(name, teacher.spec, teacher.config, teacher.adapter, recipe.student)
+    for stage, block in recipe.stages.blocks().items():
+        if block.num_steps and block.objective == "matrix" and not student.matrix_parameters:
+            raise RecipeError(
+                f"stages.{stage}.tokens: found {block.tokens:,}, expected 0: the mixer {student.kind} has no matrix to"
+                " compare with attention"
+            )
+    return student
 
 
 def _makes_whole_logits(teacher: ResolvedTeacher) -> bool:

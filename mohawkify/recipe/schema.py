@@ -40,6 +40,10 @@ class StudentRecipe(Section):
     name: Name | None = Field(
         default=None, description="name of the student and of its run folder; null: the teacher's, with -mohawk"
     )
+    mixer: Name = Field(
+        default="discrete_mamba2",
+        description="kind of the mixers: discrete_mamba2, mamba2, or one that an installed package registers",
+    )
     init: Literal["attention", "identity"] = Field(
         default="attention",
         description="start of the mixers: from the teacher's attention weights, or as published (identity)",
@@ -49,6 +53,17 @@ class StudentRecipe(Section):
     decay_bias: bool = Field(
         default=True,
         description="learned bias on the decay, half-lives spread over the heads; not representable in Llamba's layout",
+    )
+    time_step: bool | None = Field(
+        default=None,
+        description="multiply what a token writes to the state by its time step; null: as the mixer's kind has it",
+    )
+    conv_activation: Literal["none", "silu"] | None = Field(
+        default=None, description="what follows the convolution; null: as the mixer's kind has it"
+    )
+    gated_norm: bool | None = Field(
+        default=None,
+        description="normalise the gated output before the output projection; null: as the mixer's kind has it",
     )
     keep_attention: Layers = Field(
         default=(), description="numbers of the layers that keep the teacher's attention: a hybrid"

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, fields, replace
+from math import prod
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mohawkify.errors import RecipeError
-from mohawkify.families.adapter import Adapter
+from mohawkify.errors import RecipeError, did_you_mean
+from mohawkify.families.adapter import Adapter, AttentionWeights
 from mohawkify.families.decoder_layers import find_layers
-from mohawkify.mixers.mamba2 import DiscreteMamba2
-from mohawkify.ops import dispatch
+from mohawkify.families.projections import read_attention
+from mohawkify.mixers.kinds import matrix_parameters, mixer_class, mixer_kinds, mixers_of
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.graft import student_classes
 from mohawkify.student.layer_spec import ATTENTION, LayerSpec
 from mohawkify.student.student_spec import StudentSpec
-from mohawkify.student.transfer import copy_kept_weights, start_as_published, start_from_attention
 from mohawkify.teacher.teacher_spec import TeacherSpec
 
 NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
@@ -30,9 +29,8 @@ NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 # student's own.
 NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "mixer")
 
-# The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
-DiscreteMamba2.scan = staticmethod(dispatch.scan)
-DiscreteMamba2.step = staticmethod(dispatch.step)
+# Keys under `student` that are options of mixers, for those whose configuration has a field of that name.
+MIXER_OPTIONS = ("state_size", "conv_kernel", "decay_bias", "time_step", "conv_activation", "gated_norm")
 
 
 def classes_for(adapter: Adapter) -> tuple[Any, Any]:
@@ -81,51 +79,78 @@ def design_student(
     """Decide what the student is; its parameters are counted on the meta device.
 
     Raises:
-        RecipeError: a layer to keep does not exist, or none is left to graft.
+        RecipeError: a layer to keep does not exist, none is left to graft, or the mixer, its start or one of its
+            options does not exist.
     """
-    wrong = [index for index in recipe.keep_attention if index >= teacher.num_hidden_layers]
+    num_layers, heads = teacher.num_hidden_layers, teacher.num_attention_heads
+    wrong = [index for index in recipe.keep_attention if index >= num_layers]
     if wrong:
-        raise RecipeError(
-            f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {teacher.num_hidden_layers - 1}"
-        )
-    heads = teacher.num_attention_heads
-    kept, grafted = LayerSpec(ATTENTION, 0, heads), LayerSpec("discrete_mamba2", heads, 0)
-    layer_specs = tuple(
-        kept if index in recipe.keep_attention else grafted for index in range(teacher.num_hidden_layers)
-    )
+        raise RecipeError(f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {num_layers - 1}")
+    mixer = _mixer_config(teacher, adapter, recipe)
+    kept, grafted = LayerSpec(ATTENTION, 0, heads), LayerSpec(recipe.mixer, heads, 0)
+    layer_specs = tuple(kept if index in recipe.keep_attention else grafted for index in range(num_layers))
     if grafted not in layer_specs:
         raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
-    width, state = teacher.head_dim, recipe.state_size
-    sizes: dict[str, Any] = {
-        "layers": adapter.layers,
-        "attention": adapter.attention,
-        "layer_specs": layer_specs,
-        "num_heads": heads,
-        "head_dim": width,
-        "state_size": state,
-        "conv_kernel": recipe.conv_kernel,
-        "decay_bias": recipe.decay_bias,
-        "out_bias": "out" in teacher.attention_biases,
-        "reads_mask": adapter.reads_mask,
-    }
     config_class, model_class = classes_for(adapter)
-    with torch.device("meta"):
-        facts = {**sizes, "layer_specs": [asdict(layer) for layer in layer_specs]}
-        modules = model_class(student_config(teacher_config, adapter, facts))
-    return StudentSpec(
+    spec = StudentSpec(
         name=name,
         model_type=config_class.model_type,
         teacher_type=adapter.model_type,
-        **sizes,
+        layers=adapter.layers,
+        attention=adapter.attention,
+        layer_specs=layer_specs,
+        mixer=mixer,
         packs_by_mask=adapter.packs_by_mask,
-        num_parameters=sum(p.numel() for p in modules.parameters()),
-        mixer_parameters=sum(
-            p.numel() for m in modules.modules() if isinstance(m, DiscreteMamba2) for p in m.parameters()
-        ),
-        state_elements=layer_specs.count(grafted)
-        * heads
-        * (width * state + (recipe.conv_kernel - 1) * (width + 2 * state)),
+        num_parameters=0,
+        mixer_parameters=0,
+        matrix_parameters=0,
+        state_elements=0,
     )
+    with torch.device("meta"):
+        modules = model_class(student_config(teacher_config, adapter, spec.mixer_entry()))
+    mixers = mixers_of(modules).values()
+    return replace(
+        spec,
+        num_parameters=sum(p.numel() for p in modules.parameters()),
+        mixer_parameters=sum(p.numel() for mixer in mixers for p in mixer.parameters()),
+        matrix_parameters=sum(p.numel() for p in matrix_parameters(modules).values()),
+        state_elements=sum(prod(state.shape) for mixer in mixers for state in mixer.state_spec().values()),
+    )
+
+
+def _mixer_config(teacher: TeacherSpec, adapter: Adapter, recipe: StudentRecipe) -> dict[str, Any]:
+    """The sizes and options of the recipe's mixer, without the heads, which are the layer's."""
+    try:
+        kind = mixer_class(recipe.mixer)
+    except ValueError as error:
+        guess = did_you_mean(recipe.mixer, mixer_kinds())
+        raise RecipeError(f"student.mixer: {error}{guess}") from error
+    if recipe.init not in kind.starts:
+        raise RecipeError(
+            f"student.init: found {recipe.init}, expected one of {', '.join(kind.starts)} for {kind.title}"
+        )
+    values: dict[str, Any] = {
+        "num_heads": teacher.num_attention_heads,
+        "head_dim": teacher.head_dim,
+        "out_bias": "out" in teacher.attention_biases,
+        "reads_mask": adapter.reads_mask,
+    }
+    options = {field.name for field in fields(kind.config_class)}
+    for key in MIXER_OPTIONS:
+        value = getattr(recipe, key)
+        if key in options and value is not None:
+            values[key] = value
+        elif key not in options and value != StudentRecipe.model_fields[key].default:
+            raise RecipeError(f"student.{key}: found {value}, but {kind.title} has no such option")
+    config = asdict(kind.config_class(**values))
+    del config["num_heads"]
+    return config
+
+
+def mixer_flops(spec: StudentSpec, length: int) -> float:
+    """`Mixer.flops` of one of the student's layers."""
+    kind = mixer_class(spec.kind)
+    return kind.flops(kind.config_class(num_heads=spec.num_heads, **spec.mixer), length)
 
 
 def build_student(
@@ -137,7 +162,7 @@ def build_student(
         teacher: the loaded teacher.
         adapter: its family.
         spec: the student's facts.
-        init: ``attention`` or ``identity``.
+        init: a start of its mixers, as `design_student` has checked.
         seed: of the random start values.
 
     Returns:
@@ -146,24 +171,40 @@ def build_student(
     """
     _, model_class = classes_for(adapter)
     torch.manual_seed(seed)
-    student = model_class(student_config(teacher.config, adapter, spec.mixer_config())).float()
+    student = model_class(student_config(teacher.config, adapter, spec.mixer_entry())).float()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.generation_config.use_cache = True
-    copy_kept_weights(teacher, student, adapter, spec.mixer_layers)
-    if init == "attention":
-        start_from_attention(teacher, student, adapter, spec.mixer_layers)
-    else:
-        start_as_published(student, spec.layers, spec.attention, spec.mixer_layers)
+    _copy_kept_weights(teacher, student, spec)
+    attentions, stack = find_layers(teacher, spec.layers), find_layers(student, spec.layers)
+    for index in spec.mixer_layers:
+        mixer = getattr(stack[index], spec.attention)
+        weights = read_attention(adapter, getattr(attentions[index], spec.attention))
+        mixer.starts[init](mixer, float_on(next(mixer.parameters()).device, weights), len(stack))
     return student.to(teacher.device).eval()
 
 
-def use_kernels(student: nn.Module, kernels: str) -> None:
-    """Let a student's mixers compute by the implementation of a recipe's ``compute.kernels``; see `ops.backend`."""
-    for mixer in mixers_of(student):
-        mixer.scan = partial(dispatch.scan, kernels=kernels)
-        mixer.step = partial(dispatch.step, kernels=kernels)
+@torch.no_grad()
+def _copy_kept_weights(teacher: nn.Module, student: nn.Module, spec: StudentSpec) -> None:
+    """Copy every tensor of the teacher, buffers too, but those of the replaced attention modules.
+
+    The names of those are left alone even where a mixer's are the same: some families call their output projection
+    ``out_proj`` or ``c_proj`` too.
+    """
+    replaced = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.mixer_layers)
+    target = student.state_dict()
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith(replaced):
+            target[name].copy_(tensor)
 
 
-def mixers_of(student: nn.Module) -> list[DiscreteMamba2]:
-    """The student's mixers in layer order."""
-    return [module for module in student.modules() if isinstance(module, DiscreteMamba2)]
+def float_on(device: torch.device, weights: AttentionWeights) -> AttentionWeights:
+    """The weights in float32 on the mixer's device: a student is built on the CPU, its teacher may be on a GPU.
+
+    The CPU also has the decompositions of the starts, which not every accelerator has.
+    """
+    moved: dict[str, Any] = {
+        name: tensor.detach().to(device, torch.float32)
+        for name, tensor in vars(weights).items()
+        if isinstance(tensor, Tensor)
+    }
+    return replace(weights, **moved)

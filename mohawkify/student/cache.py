@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from mohawkify.mixers.mixer import StateSpec
 from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """One mixer's memory: the last inputs of its convolutions and its state.
+    """The states of one mixer.
 
-    Its size does not depend on the number of tokens seen, and its tensors are moved on in place, so that a step of
-    decoding allocates no state and a captured step (CUDA graphs) finds it where it was.
+    Their size does not depend on the number of tokens seen, and they are updated in place, so that a step of decoding
+    allocates no state and a captured step (CUDA graphs) finds it where it was.
 
-    Shapes: b batch, k convolution taps, f convolved features (x, B and C side by side), h heads, p head width,
-    n state width.
+    Attributes:
+        states: the tensors of the mixer's `state_spec` by name, each with the batch in front.
+        num_tokens: tokens seen.
     """
 
     is_compileable = False
@@ -25,54 +29,44 @@ class RecurrentLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tail_bkf: torch.Tensor | None = None
-        self.state_bhpn: torch.Tensor | None = None
+        self.states: dict[str, Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the tensors stay where they can be written to."""
-        memories = [memory for memory in (self.tail_bkf, self.state_bhpn) if memory is not None]
-        if all(_writable(memory) and not memory.requires_grad for memory in memories):
-            for memory in memories:
-                memory.zero_()
+        """Start again with zeros, in the same tensors where they can be written to."""
+        if all(_writable(state) and not state.requires_grad for state in self.states.values()):
+            for state in self.states.values():
+                state.zero_()
         else:
-            self.tail_bkf = self.state_bhpn = None
+            self.states = {}
         self.num_tokens = 0
         self.is_initialized = False
 
-    def write(self, tail_bkf: torch.Tensor, state_bhpn: torch.Tensor, num_new_tokens: int) -> None:
-        """Store the memory after ``num_new_tokens`` more tokens: into the tensors there are, if they fit."""
-        self.tail_bkf = _stored(self.tail_bkf, tail_bkf)
-        self.state_bhpn = _stored(self.state_bhpn, state_bhpn)
+    def write(self, states: Mapping[str, Tensor], num_new_tokens: int) -> None:
+        """Store the states after ``num_new_tokens`` more tokens: in the tensors there are, if they fit."""
+        self.states = {name: _stored(self.states.get(name), state) for name, state in states.items()}
         self.advance(num_new_tokens)
 
     def advance(self, num_new_tokens: int) -> None:
-        """Count tokens that were already worked into the memory in place."""
+        """Count tokens whose effect is already in the states."""
         self.num_tokens += num_new_tokens
         self.is_initialized = True
 
-    def step_memory(
-        self, tail_shape: tuple[int, ...], state_shape: tuple[int, ...], like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensors that a single token moves on in place.
+    def in_place(self, spec: Mapping[str, StateSpec], like: Tensor) -> dict[str, Tensor]:
+        """The states that a single token updates in place; zeros where nothing was seen yet.
 
         Args:
-            tail_shape: (b, k - 1, f).
-            state_shape: (b, h, p, n).
-            like: a projected token, whose device and precision the convolution's inputs have.
-
-        Returns:
-            ``tail_bkf`` and ``state_bhpn``, zeros where nothing was seen yet.
+            spec: the mixer's `state_spec`.
+            like: a projected token (b, features), whose batch, device and precision the states have.
         """
-        precise = torch.promote_types(like.dtype, torch.float32)
         if self.num_tokens == 0:
-            self.tail_bkf = _zeros(self.tail_bkf, tail_shape, like.dtype, like.device)
-            self.state_bhpn = _zeros(self.state_bhpn, state_shape, precise, like.device)
-        assert self.tail_bkf is not None
-        assert self.state_bhpn is not None
-        if not _writable(self.state_bhpn):
-            self.tail_bkf, self.state_bhpn = self.tail_bkf.clone(), self.state_bhpn.clone()
-        return self.tail_bkf, self.state_bhpn
+            precise = torch.promote_types(like.dtype, torch.float32)
+            for name, (shape, is_precise) in spec.items():
+                dtype = precise if is_precise else like.dtype
+                self.states[name] = _zeros(self.states.get(name), (len(like), *shape), dtype, like.device)
+        if not all(_writable(state) for state in self.states.values()):
+            self.states = {name: state.clone() for name, state in self.states.items()}
+        return self.states
 
     def get_seq_length(self) -> int:
         """Number of tokens seen."""
@@ -93,7 +87,7 @@ class RecurrentLayer(CacheLayerMixin):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare: the mixer's first call fills the layer."""
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("a recurrent layer holds a state, not keys and values")
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -101,34 +95,28 @@ class RecurrentLayer(CacheLayerMixin):
         if tokens_to_remove != 0:
             raise ValueError("a recurrent state cannot be cropped: it does not hold its past tokens")
 
-    def _select(self, index: torch.Tensor) -> None:
-        if self.state_bhpn is not None and self.tail_bkf is not None:
-            self.tail_bkf = self.tail_bkf.index_select(0, index.to(self.tail_bkf.device))
-            self.state_bhpn = self.state_bhpn.index_select(0, index.to(self.state_bhpn.device))
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of rows."""
-        self._select(beam_idx)
+        for name, state in self.states.items():
+            self.states[name] = state.index_select(0, beam_idx.to(state.device))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self.reorder_cache(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        if self.state_bhpn is not None and self.tail_bkf is not None:
-            self.tail_bkf = self.tail_bkf.repeat_interleave(repeats, dim=0)
-            self.state_bhpn = self.state_bhpn.repeat_interleave(repeats, dim=0)
+        self.states = {name: state.repeat_interleave(repeats, dim=0) for name, state in self.states.items()}
 
 
-def _zeros(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(old: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The old tensor, which `RecurrentLayer.reset` has cleared, or a new one where that does not fit."""
     if old is not None and (old.shape, old.dtype, old.device) == (shape, dtype, device):
         return old
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _stored(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     """Copy into the old tensor, or keep the new one where that cannot be."""
     if (
         old is None
@@ -141,7 +129,7 @@ def _stored(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     return old.copy_(new)
 
 
-def _writable(tensor: torch.Tensor) -> bool:
+def _writable(tensor: Tensor) -> bool:
     """Whether a tensor can be written to: one made in inference mode cannot outside of it."""
     return torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled()
 
@@ -155,7 +143,7 @@ class StudentCache(Cache):
         config: the student's configuration; ``config.mixer["layer_specs"]`` says which layers are recurrent.
     """
 
-    padding_mask: torch.Tensor | None = None
+    padding_mask: Tensor | None = None
 
     def __init__(self, config: Any) -> None:
         kept = DynamicCache(config=config).layers  # with the windows of every family
@@ -177,7 +165,7 @@ def require_states(cache: Any, config: Any) -> None:
     """
     first = mixer_layers(read_layer_specs(config.mixer))[0]
     layers = getattr(cache, "layers", [])
-    if first < len(layers) and hasattr(layers[first], "state_bhpn"):
+    if first < len(layers) and hasattr(layers[first], "states"):
         return
     if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
         cache.layers = StudentCache(config).layers

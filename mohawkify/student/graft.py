@@ -1,4 +1,4 @@
-"""Graft, don't fork: a transformers model whose chosen attention modules are Discrete Mamba-2 mixers.
+"""Graft, don't fork: a transformers model with mixers in place of attention in chosen layers.
 
 This file, the mixer, the cache and its operators travel with every exported student, so that it loads without
 mohawkify. They import nothing but each other, torch and transformers.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mohawkify.families.decoder_layers import attention_implementation, find_layers
-from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS, DiscreteMamba2
+from mohawkify.mixers.mixer import Mixer, mixer_class
 from mohawkify.student.cache import StudentCache, require_states
 from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
 
@@ -25,27 +25,27 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
 
     Args:
         model: a causal language model of transformers.
-        config: its configuration; ``config.mixer`` says where the layers and their attention are, which layers are
-            grafted, and the mixer's sizes.
+        config: its configuration; ``config.mixer`` has the paths of the layers and their attention, the layers'
+            specifications and the mixers' sizes and options.
     """
     mixer = config.mixer
     layers = find_layers(model, mixer["layers"])
-    for index in mixer_layers(read_layer_specs(mixer)):
+    specs = read_layer_specs(mixer)
+    for index in mixer_layers(specs):
+        kind = mixer_class(specs[index].kind)
         old = getattr(layers[index], mixer["attention"])
         reference = next(old.parameters())
         with reference.device:
-            new = DiscreteMamba2(
-                hidden_size=config.hidden_size,
-                num_heads=mixer["num_heads"],
-                head_dim=mixer["head_dim"],
-                state_size=mixer["state_size"],
-                conv_kernel=mixer["conv_kernel"],
-                decay_bias=mixer["decay_bias"],
-                out_bias=mixer["out_bias"],
-                reads_mask=mixer["reads_mask"],
-                layer_idx=index,
-            )
+            sizes = kind.config_class(num_heads=specs[index].mixer_heads, **mixer["config"])
+            new = kind(config.hidden_size, sizes, index)
         setattr(layers[index], mixer["attention"], new.to(reference.dtype))
+
+
+def precise_parameters(mixer: Mapping[str, Any]) -> set[str]:
+    """Patterns of the parameters that stay in float32 in a student with this ``mixer`` entry in its config.json."""
+    specs = read_layer_specs(mixer)
+    kinds = {specs[index].kind for index in mixer_layers(specs)}
+    return {pattern for kind in kinds for pattern in mixer_class(kind).precise_parameters}
 
 
 if TYPE_CHECKING:
@@ -61,17 +61,18 @@ class GraftedModel(TeacherModel):
     """
 
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted decoding refuses cleanly
-    _keep_in_fp32_modules_strict = PRECISE_PARAMETERS
 
     def __init__(self, config: Any) -> None:
         if config._attn_implementation in (None, "sdpa"):  # what transformers takes by itself
             config._attn_implementation = attention_implementation(type(self), config)
         super().__init__(config)
         graft_mixers(self, config)
+        precise = {*(self._keep_in_fp32_modules_strict or ()), *precise_parameters(config.mixer)}
+        self._keep_in_fp32_modules_strict = precise
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, DiscreteMamba2):
+        if isinstance(module, Mixer):
             if not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
                 module.reset_parameters()
         else:

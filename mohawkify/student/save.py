@@ -8,11 +8,13 @@ registered and no code of the folder runs.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
-from importlib import resources
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from mohawkify.errors import CheckpointError, is_out_of_memory
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.autodetect import find_classes
 from mohawkify.files.safetensors_headers import read_tensors
-from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
+from mohawkify.mixers.kinds import Mixer, mixer_class
 from mohawkify.student.build import classes_for
+from mohawkify.student.graft import precise_parameters
+from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
 from mohawkify.teacher.generation_settings import plain_generation
 from mohawkify.teacher.load import misfit
 from mohawkify.teacher.no_remote_code import never_ask
@@ -42,28 +46,21 @@ from mohawkify.teacher.validate import (
 
 TYPE_PREFIX = "mohawk_"
 MODEL_FILE = "modeling_mohawk"
-CARRIED_FILES = {
-    "mohawkify.families": ("decoder_layers.py",),
-    "mohawkify.mixers": ("mamba2.py",),
-    "mohawkify.ops": ("constants.py", "conv.py", "decode.py", "scan.py"),
-    "mohawkify.student": ("cache.py", "graft.py", "layer_spec.py"),
-}
+# Modules that travel with every student; those of its mixers come beside them.
+CARRIED_MODULES = (
+    "mohawkify.families.decoder_layers",
+    "mohawkify.mixers.mixer",
+    *(f"mohawkify.student.{name}" for name in ("cache", "graft", "layer_spec")),
+)
 
-_OUR_IMPORT = re.compile(r"^from mohawkify\.\w+\.(\w+) import", re.MULTILINE)
+_OUR_IMPORT = re.compile(r"^from mohawkify(?:\.\w+)*\.(\w+) import", re.MULTILINE)
 _MODEL_TEXT = '''"""The student's classes for transformers; written by mohawkify."""
 
 from transformers import {config}, {model}
 
 # All of the folder's code is named here: transformers 5.5.0 fetches what this file imports and no more.
-from .cache import StudentCache  # noqa: F401
-from .constants import scan_chunk_length  # noqa: F401
-from .conv import causal_conv  # noqa: F401
-from .decode import decode_step  # noqa: F401
-from .decoder_layers import find_layers  # noqa: F401
+{imports}
 from .graft import GraftedModel, grafted_forward
-from .layer_spec import LayerSpec  # noqa: F401
-from .mamba2 import DiscreteMamba2  # noqa: F401
-from .scan import scan_chunked  # noqa: F401
 
 
 class Mohawk{config}({config}):
@@ -85,12 +82,15 @@ def save_student(
         student: the model; it is not changed.
         tokenizer: its teacher's tokenizer.
         directory: an existing, empty folder; make it with `storage.atomic_directory`.
-        dtype: of the weights; None keeps theirs. The parameters of `PRECISE_PARAMETERS` never go below float32.
+        dtype: of the weights; None keeps theirs. Its mixers' `precise_parameters` never go below float32.
     """
     model: Any = student  # transformers' own types do not know the grafted class
     dtype = dtype or model.dtype
     adapter = family_of(model.config.model_type)
-    weights = {name: _cast(name, tensor, dtype) for name, tensor in saved_tensors(model).items()}
+    weights = {
+        name: tensor.to(_saved_dtype(name, tensor, dtype, model.config)).contiguous()
+        for name, tensor in saved_tensors(model).items()
+    }
     save_torch_state_dict(weights, directory, max_shard_size="5GB")
 
     config = copy.deepcopy(model.config)
@@ -102,7 +102,7 @@ def save_student(
     # Not save_pretrained: it refuses sampling settings without do_sample, which published teachers have.
     model.generation_config.to_json_file(directory / "generation_config.json")
     save_tokenizer(tokenizer, directory)
-    _write_code(adapter, directory)
+    _write_code(adapter, config.mixer, directory)
 
 
 def saved_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def weight_bytes(student: PreTrainedModel, dtype: torch.dtype | None = None) -> 
     """What the weights take on the disk as `save_student` writes them; the rest of the folder is small."""
     dtype = dtype or student.dtype
     kept = saved_tensors(student).items()
-    return sum(tensor.numel() * _dtype_of(name, tensor, dtype).itemsize for name, tensor in kept)
+    return sum(tensor.numel() * _saved_dtype(name, tensor, dtype, student.config).itemsize for name, tensor in kept)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -135,7 +135,7 @@ def load_student(
 
     Args:
         directory: the folder.
-        dtype: precision of the weights; the parameters of `PRECISE_PARAMETERS` stay in float32.
+        dtype: precision of the weights; the mixers' `precise_parameters` stay in float32.
         config_values: the content of config.json; None reads it.
 
     Returns:
@@ -193,9 +193,9 @@ def register_family(adapter: Adapter) -> tuple[Any, Any]:
     return config_class, model_class
 
 
-def is_precise(name: str) -> bool:
-    """Whether a parameter stays in float32 whatever the student's precision."""
-    return any(re.search(pattern, name) for pattern in PRECISE_PARAMETERS)
+def is_precise(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter stays in float32 whatever the student's precision, by its `precise_parameters`."""
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _saving_code(adapter: Adapter, save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -205,7 +205,7 @@ def _saving_code(adapter: Adapter, save_pretrained: Callable[..., None]) -> Call
     def save(self: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         if is_main_process:  # of several that save one model together
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            _write_code(adapter, Path(save_directory))
+            _write_code(adapter, self.config.mixer, Path(save_directory))
         self.config.auto_map = _auto_map(adapter)
         save_pretrained(self, save_directory, is_main_process=is_main_process, **kwargs)
 
@@ -220,23 +220,35 @@ def _auto_map(adapter: Adapter) -> dict[str, str]:
     }
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(_dtype_of(name, tensor, dtype)).contiguous()
-
-
-def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """In what precision a tensor is written."""
+def _saved_dtype(name: str, tensor: Tensor, dtype: torch.dtype, config: Any) -> torch.dtype:
+    """The precision in which a tensor is written."""
     if not tensor.is_floating_point():
         return tensor.dtype
-    return torch.promote_types(dtype, torch.float32) if is_precise(name) else dtype
+    return torch.promote_types(dtype, torch.float32) if is_precise(name, precise_parameters(config.mixer)) else dtype
 
 
-def _write_code(adapter: Adapter, directory: Path) -> None:
-    for package, names in CARRIED_FILES.items():
-        for name in names:
-            text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
-            (directory / name).write_text(_OUR_IMPORT.sub(r"from .\1 import", text), encoding="utf-8")
+def _carried_code(mixer: dict[str, Any]) -> dict[str, str]:
+    """The text of every module that travels with a student, by the name it has in the folder."""
+    specs = read_layer_specs(mixer)
+    kinds = [mixer_class(kind) for kind in {specs[index].kind for index in mixer_layers(specs)}]
+    names = {*CARRIED_MODULES, *(name for kind in kinds for name in (*_defining_modules(kind), *kind.code))}
+    modules = [sys.modules.get(name) or importlib.import_module(name) for name in sorted(names)]
+    return {m.__name__.rpartition(".")[2]: _OUR_IMPORT.sub(r"from .\1 import", getsource(m)) for m in modules}
+
+
+def _defining_modules(kind: type[Mixer]) -> set[str]:
+    """The modules of a mixer and of what it is derived from."""
+    return {base.__module__ for base in kind.__mro__ if issubclass(base, Mixer)}
+
+
+def _write_code(adapter: Adapter, mixer: dict[str, Any], directory: Path) -> None:
+    code = _carried_code(mixer)
+    for name, text in code.items():
+        (directory / f"{name}.py").write_text(text, encoding="utf-8")
     text = _MODEL_TEXT.format(
-        config=adapter.config_class, model=adapter.model_class, model_type=TYPE_PREFIX + adapter.model_type
+        config=adapter.config_class,
+        model=adapter.model_class,
+        model_type=TYPE_PREFIX + adapter.model_type,
+        imports="\n".join(f"from .{name} import __name__ as _{name}" for name in code),
     )
     (directory / f"{MODEL_FILE}.py").write_text(text, encoding="utf-8")

@@ -10,26 +10,21 @@ from mohawkify.student.layer_spec import LayerSpec, mixer_layers
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """The facts of a student: which layers are grafted and the sizes of their mixers.
+    """The facts of a student.
 
     Args:
         name: the student's name, also its run folder's.
         model_type: its key in ``config.json``.
         teacher_type: the teacher's key.
         layers: attribute path from the model to its decoder layers.
-        attention: attribute of a decoder layer where the mixer stands.
+        attention: attribute of a decoder layer where its mixer stands.
         layer_specs: how each decoder layer mixes its tokens.
-        num_heads: heads per mixer.
-        head_dim: width of x, z and y per head.
-        state_size: width of B and C per head.
-        conv_kernel: taps of the convolutions.
-        decay_bias: whether a_log has a learned bias.
-        out_bias: whether the output projection has a bias.
-        reads_mask: whether mixers read document borders and padding from the mask of attention.
+        mixer: sizes and options of the mixers, without the heads, which are the layer's.
         packs_by_mask: whether the model is handed a mask with the document borders.
         num_parameters: all parameters of the student.
         mixer_parameters: parameters of all mixers.
-        state_elements: numbers in the constant state of one sequence, convolution tails included.
+        matrix_parameters: those that the matrices of stage 1 are made of; 0 where the mixers have no such matrix.
+        state_elements: elements of the constant state of one sequence, convolution inputs included.
     """
 
     name: str
@@ -38,16 +33,11 @@ class StudentSpec:
     layers: str
     attention: str
     layer_specs: tuple[LayerSpec, ...]
-    num_heads: int
-    head_dim: int
-    state_size: int
-    conv_kernel: int
-    decay_bias: bool
-    out_bias: bool
-    reads_mask: bool
+    mixer: dict[str, Any]
     packs_by_mask: bool
     num_parameters: int
     mixer_parameters: int
+    matrix_parameters: int
     state_elements: int
 
     @property
@@ -55,21 +45,35 @@ class StudentSpec:
         """Indices of the layers with a mixer."""
         return mixer_layers(self.layer_specs)
 
+    @property
+    def kind(self) -> str:
+        """The kind of the mixers."""
+        return self.layer_specs[self.mixer_layers[0]].kind
+
+    @property
+    def num_heads(self) -> int:
+        """Heads per mixer."""
+        return self.layer_specs[self.mixer_layers[0]].mixer_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return int(self.mixer["head_dim"])
+
+    @property
+    def state_size(self) -> int:
+        """Width of the state per head; 0 for mixers that have no such size."""
+        return int(self.mixer.get("state_size", 0))
+
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""
         return asdict(self)
 
-    def mixer_config(self) -> dict[str, Any]:
+    def mixer_entry(self) -> dict[str, Any]:
         """The ``mixer`` entry of the student's ``config.json``."""
         return {
             "layers": self.layers,
             "attention": self.attention,
             "layer_specs": [asdict(layer) for layer in self.layer_specs],
-            "num_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "state_size": self.state_size,
-            "conv_kernel": self.conv_kernel,
-            "decay_bias": self.decay_bias,
-            "out_bias": self.out_bias,
-            "reads_mask": self.reads_mask,
+            "config": dict(self.mixer),
         }

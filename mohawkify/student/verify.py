@@ -15,7 +15,7 @@ from mohawkify.errors import UnknownFamilyError
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
-from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.mixers.mixer import Mixer
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 DOCUMENTS = (7, 9)  # tokens of the two documents that lie in one row
@@ -87,7 +87,7 @@ def _verify_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[st
     handles = [
         module.register_forward_pre_hook(lambda module, args, kwargs: heard.append(kwargs), with_kwargs=True)
         for module in student.modules()
-        if isinstance(module, DiscreteMamba2)
+        if isinstance(module, Mixer)
     ]
     try:
         student(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))

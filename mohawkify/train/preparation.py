@@ -19,6 +19,7 @@ from mohawkify.distributed.process_group import World
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
 from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
+from mohawkify.mixers.kinds import use_kernels
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.ops import dispatch
 from mohawkify.planning.planning import plan_run, student_of
@@ -26,7 +27,7 @@ from mohawkify.recipe.loading import comparable_text, dump_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
-from mohawkify.student.build import build_student, checkpoint_activations, use_kernels
+from mohawkify.student.build import build_student, checkpoint_activations
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.verify import verify_family
 from mohawkify.teacher.lm_head import verify_head

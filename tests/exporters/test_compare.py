@@ -21,8 +21,10 @@ from mohawkify.exporters.compare import (
 )
 from mohawkify.exporters.contents import Packing, Quantised, Stored, expected_tensors, require_contents
 from mohawkify.exporters.export import export_run
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from tests.finished import finished_run
 
+PRECISE = DiscreteMamba2.precise_parameters
 GOOD = Agreement(
     max_logit_difference=0.0,
     scale=8.0,
@@ -151,12 +153,12 @@ SHAPES = {
 
 
 def test_what_an_export_must_hold_follows_from_target_and_precision():
-    assert expected_tensors(SHAPES, "bfloat16", None) == {
+    assert expected_tensors(SHAPES, "bfloat16", None, PRECISE) == {
         name: Stored("F32" if name.endswith((".decay_proj.weight", ".d")) else "BF16", shape)
         for name, shape in SHAPES.items()
     }
     packed = {"model.embed": Packing(8, 32), "model.decay_proj": Packing(4, 64)}
-    assert expected_tensors(SHAPES, "bfloat16", Quantised(4, packed, ["model.narrow"])) == {
+    assert expected_tensors(SHAPES, "bfloat16", Quantised(4, packed, ["model.narrow"]), PRECISE) == {
         "model.embed.weight": Stored("U32", (10, 16)),
         "model.embed.scales": Stored("BF16", (10, 2)),
         "model.embed.biases": Stored("BF16", (10, 2)),

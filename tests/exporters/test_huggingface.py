@@ -17,12 +17,14 @@ from mohawkify.exporters import export
 from mohawkify.exporters.card import model_card
 from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import load_adapter
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import is_precise, load_student, register_family, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
 from tests.finished import WITHOUT_MOHAWKIFY, answer, finished_run, run_python, tiny_student
 
+PRECISE = DiscreteMamba2.precise_parameters
 PROMPT = torch.randint(3, 256, (1, 21), generator=torch.Generator().manual_seed(3))
 
 USE_STUDENT = """
@@ -65,6 +67,7 @@ CASES = {
     "llama-hybrid": {"family": "llama", "keep": (1,)},
     "qwen2-hybrid": {"family": "qwen2", "keep": (0, 1)},  # layer 1 looks through a window of 5 tokens
     "qwen3": {"family": "qwen3"},
+    "mamba2-hybrid": {"family": "qwen2", "keep": (0,), "mixer": "mamba2"},
 }
 
 
@@ -147,14 +150,16 @@ def test_a_bf16_export_keeps_its_precise_parameters_in_float32(bf16_export):
     assert result["bytes"] == sum(f.stat().st_size for f in folder.iterdir() if f.name != "manifest.json")
     weights = load_file(folder / "model.safetensors")
     in_float32 = {name for name, weight in weights.items() if weight.dtype == torch.float32}
-    assert in_float32 == set(filter(is_precise, weights)) != set()
+    assert in_float32 == {name for name in weights if is_precise(name, PRECISE)} != set()
 
 
 def test_is_precise_names_the_decay_the_convolutions_and_the_small_vectors(run):
     _, student = run
     prefix = "model.layers.0.self_attn."
     precise = {
-        name.removeprefix(prefix) for name, _ in student.named_parameters() if is_precise(name) and prefix in name
+        name.removeprefix(prefix)
+        for name, _ in student.named_parameters()
+        if is_precise(name, PRECISE) and prefix in name
     }
     assert precise == {
         "decay_proj.weight", "decay_proj.bias", "d", "z_bias", "x_conv.weight", "x_conv.bias", "b_conv.weight",
@@ -189,9 +194,14 @@ def test_the_code_in_the_folder_is_ours_but_for_its_imports(run):
     carried = (folder / "final" / "mamba2.py").read_text().splitlines()
     changed = [(a, b) for a, b in zip(original, carried, strict=True) if a != b]
     assert changed == [
+        (
+            "from mohawkify.mixers.mixer import Mixer, MixerConfig, StateSpec, register_mixer",
+            "from .mixer import Mixer, MixerConfig, StateSpec, register_mixer",
+        ),
+        ("from mohawkify.ops.constants import scan_chunk_length", "from .constants import scan_chunk_length"),
         ("from mohawkify.ops.conv import causal_conv", "from .conv import causal_conv"),
         ("from mohawkify.ops.decode import decode_step", "from .decode import decode_step"),
-        ("from mohawkify.ops.scan import scan_chunked", "from .scan import scan_chunked"),
+        ("from mohawkify.ops.scan import MixingMatrix, scan_chunked", "from .scan import MixingMatrix, scan_chunked"),
     ]
     for file in (folder / "final").glob("*.py"):
         assert "import mohawkify" not in file.read_text()

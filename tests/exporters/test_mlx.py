@@ -13,6 +13,7 @@ from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.exporters import mlx as mlx_target
 from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import load_adapter
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.student.save import is_precise, save_student
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
@@ -24,6 +25,7 @@ import mlx.core as mx
 from mlx_lm import batch_generate, load
 from mlx_lm.generate import generate_step
 
+PRECISE = DiscreteMamba2.precise_parameters
 ROPE = {
     "rope_type": "llama3", "rope_theta": 300.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -34,6 +36,7 @@ CASES = {
     "llama-middle-kept": {"family": "llama", "keep": (1,), "num_key_value_heads": 1},
     "qwen2-kept": {"family": "qwen2", "keep": (0,)},
     "qwen3-kept": {"family": "qwen3", "keep": (2,)},
+    "mamba2-kept": {"family": "qwen2", "keep": (0,), "mixer": "mamba2"},
 }
 PROMPTS = [[int(i) for i in numpy.random.default_rng(n).integers(3, 256, size=n)] for n in (70, 2, 9, 31)]
 
@@ -101,7 +104,10 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "mixer": {
             "attention": "self_attn", "layer_specs": [{"mixer_heads": heads} for heads in (4, 4, 0, 0)],
-            "num_heads": 4, "head_dim": 8, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": False,
+            "config": {
+                "head_dim": 8, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": False,
+                "time_step": False, "conv_activation": "none", "gated_norm": False,
+            },
         },
     }  # fmt: skip
     mx.random.seed(0)
@@ -114,13 +120,22 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
         assert_close(f"steps of {step}", torch.from_numpy(numpy.array(mx.concatenate(parts, axis=1))), whole)
 
 
-@pytest.mark.parametrize(("target", "bits", "largest_kl"), [("mlx-q8", 8, 0.02), ("mlx-q4", 4, 0.5)])
-def test_quantised_exports_keep_the_decay_precise(tmp_path, target, bits, largest_kl):
-    finished_run(tmp_path, "llama", hidden_size=64, intermediate_size=96, num_attention_heads=8, keep=(1,))
+@pytest.mark.parametrize(
+    ("mixer", "target", "bits", "largest_kl"),
+    [
+        ("discrete_mamba2", "mlx-q8", 8, 0.02),
+        ("discrete_mamba2", "mlx-q4", 4, 0.5),
+        ("mamba2", "mlx-q4", 4, 1.5),  # of random weights, whose small outputs the norm makes as large as any
+    ],
+)
+def test_quantised_exports_keep_the_decay_precise(tmp_path, mixer, target, bits, largest_kl):
+    finished_run(tmp_path, "llama", mixer=mixer, hidden_size=64, intermediate_size=96, num_attention_heads=8, keep=(1,))
     result = export_run(tmp_path, target, tmp_path / "out", report=quiet)
     assert 0 < result["kl"] < largest_kl
     weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    assert {name for name, weight in weights.items() if weight.dtype == mx.float32} == set(filter(is_precise, weights))
+    assert {name for name, weight in weights.items() if weight.dtype == mx.float32} == {
+        name for name in weights if is_precise(name, PRECISE)
+    }
     quantised = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
     mixer = {f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 2) for name in ("x", "b", "c", "z", "out")}
     mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in range(3) for name in ("gate", "up", "down")}

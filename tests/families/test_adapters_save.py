@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from mohawkify.exporters.export import export_run
 from mohawkify.families.registry import adapter_names
-from mohawkify.mixers.mamba2 import PRECISE_PARAMETERS
-from mohawkify.student.build import mixers_of
+from mohawkify.mixers.kinds import mixers_of
+from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.student.save import is_precise, load_student
 from tests.close import TOLERANCE, assert_close
 from tests.families.layouts import REPRESENTATIVES
@@ -24,6 +24,7 @@ from tests.finished import WITHOUT_MOHAWKIFY, finished_run, run_python
 
 # Exports are compared on texts of 160 tokens, for which learned positions must suffice; MPT has its own key.
 SIZES = {"num_hidden_layers": 2, "max_position_embeddings": 256, "max_seq_len": 256}
+PRECISE = DiscreteMamba2.precise_parameters
 PROMPT = torch.randint(3, 256, (1, 21), generator=torch.Generator().manual_seed(3))
 
 # A process costs seconds, so one of each kind serves all families; it reads folders and writes what they compute.
@@ -144,10 +145,10 @@ def test_a_bf16_export_is_near_and_only_its_mixers_keep_float32(everything, by_t
     assert 0 < made.results["bfloat16"]["kl"] < 0.03
     weights = load_file(made.folders["bfloat16"] / "model.safetensors")
     in_float32 = {name for name, weight in weights.items() if weight.dtype == torch.float32}
-    mixers = {id(parameter) for mixer in mixers_of(made.student) for parameter in mixer.parameters()}
+    mixers = {id(parameter) for mixer in mixers_of(made.student).values() for parameter in mixer.parameters()}
     own = {name for name, parameter in made.student.named_parameters() if id(parameter) in mixers}
-    assert in_float32 == {name for name in own if is_precise(name)}
-    assert len(in_float32) == len(PRECISE_PARAMETERS) + 6  # weights and biases of three convolutions and the decay
+    assert in_float32 == {name for name in own if is_precise(name, PRECISE)}
+    assert len(in_float32) == len(PRECISE) + 6  # weights and biases of three convolutions and the decay
     assert by_transformers[f"{family}.bfloat16.precise"] == sum(weights[name].numel() for name in in_float32)
     ours: Any = load_student(made.folders["bfloat16"], torch.bfloat16)
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_orient_loss_is_the_distance_to_the_eager_attention(family, tmp_path):
     starts = batch.position_ids == 0
     expected = 0.0
     for index, mixer in enumerate(layer.self_attn for layer in find_layers(pair.student, "model.layers")):
-        parts = mixer.mixing_parts(layers[index].input_layernorm(inputs[index]), starts)
+        parts = mixer.matrix_parts(layers[index].input_layernorm(inputs[index]), starts)
         # The matrix by its definition, entry by entry.
         length = batch.input_ids.shape[1]
         matrix = torch.zeros(2, 4, length, length)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.mixers.mamba2 import DiscreteMamba2, DiscreteMamba2Config
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.decode import decode_step
 from mohawkify.ops.scan import scan_recurrent
@@ -63,7 +63,7 @@ def test_steps_equal_convolution_and_recurrence(num_taps, dtype):
 
 def mixer(num_taps: int = 4) -> DiscreteMamba2:
     """A mixer in float64 with nothing at its start value."""
-    ours = DiscreteMamba2(16, HEADS, HEAD_WIDTH, STATE_WIDTH, num_taps, True, True, False, 0).double()
+    ours = DiscreteMamba2(16, DiscreteMamba2Config(HEADS, HEAD_WIDTH, True, False, STATE_WIDTH, num_taps), 0).double()
     with torch.no_grad():
         for index, parameter in enumerate(ours.parameters()):
             parameter.copy_(0.4 * normal(*parameter.shape, seed=index))
@@ -103,7 +103,11 @@ def test_padding_and_documents_are_handed_over():
         ours(hidden[row : row + 1, begin:], past_key_values=alone)
         expected, _ = ours(normal(BATCH, 1, 16, seed=1)[row : row + 1], past_key_values=alone)
         assert_close(f"row {row}", after[row : row + 1], expected)
-        assert_close(f"state of row {row}", cache.layers[0].state_bhpn[row], alone.layers[0].state_bhpn[0])
+        assert_close(
+            f"state of row {row}",
+            cache.layers[0].states["recurrent_states"][row],
+            alone.layers[0].states["recurrent_states"][0],
+        )
 
 
 @torch.no_grad()
@@ -117,8 +121,8 @@ def test_padding_leaves_the_memory_alone_step_by_step():
     for t in range(12):
         found, _ = ours(hidden[:, t : t + 1], past_key_values=stepwise, padding_mask=keep[:, : t + 1])
         assert_close(f"output {t}", found, expected[:, t : t + 1])
-    assert_close("state", stepwise.layers[0].state_bhpn, whole.layers[0].state_bhpn)
-    assert_close("tail", stepwise.layers[0].tail_bkf, whole.layers[0].tail_bkf)
+    assert_close("state", stepwise.layers[0].states["recurrent_states"], whole.layers[0].states["recurrent_states"])
+    assert_close("tail", stepwise.layers[0].states["conv_states"], whole.layers[0].states["conv_states"])
 
 
 @torch.no_grad()
@@ -128,15 +132,15 @@ def test_memory_stays_in_place():
     places = set()
     for length in (9, 1, 1, 4, 1):
         ours(normal(BATCH, length, 16), past_key_values=cache)
-        places.add((layer.tail_bkf.data_ptr(), layer.state_bhpn.data_ptr()))
+        places.add((layer.states["conv_states"].data_ptr(), layer.states["recurrent_states"].data_ptr()))
     layer.reset()
     first, _ = ours(normal(BATCH, 1, 16), past_key_values=cache)
-    places.add((layer.tail_bkf.data_ptr(), layer.state_bhpn.data_ptr()))
+    places.add((layer.states["conv_states"].data_ptr(), layer.states["recurrent_states"].data_ptr()))
     assert len(places) == 1
     assert_close("after reset", first, ours(normal(BATCH, 1, 16))[0])
     layer.reset()
     ours(normal(5, 1, 16), past_key_values=cache)
-    assert layer.state_bhpn.shape[0] == layer.tail_bkf.shape[0] == 5
+    assert layer.states["recurrent_states"].shape[0] == layer.states["conv_states"].shape[0] == 5
 
 
 @torch.no_grad()
@@ -189,14 +193,14 @@ class Largest(TorchDispatchMode):
 
 @torch.no_grad()
 def test_a_step_allocates_nothing_of_the_states_size():
-    ours = DiscreteMamba2(16, 4, 32, 32, 4, True, True, False, 0)
+    ours = DiscreteMamba2(16, DiscreteMamba2Config(4, 32, True, False, 32), 0)
     cache = fresh()
     ours(torch.randn(64, 3, 16), past_key_values=cache)
     with Largest() as largest:
         ours(torch.randn(64, 1, 16), past_key_values=cache)
-    features = cache.layers[0].tail_bkf.shape[0] * cache.layers[0].tail_bkf.shape[-1]
+    features = cache.layers[0].states["conv_states"].shape[0] * cache.layers[0].states["conv_states"].shape[-1]
     assert 0 < largest.numbers <= features
-    assert features < cache.layers[0].state_bhpn.numel() / 10
+    assert features < cache.layers[0].states["recurrent_states"].numel() / 10
 
 
 @torch.no_grad()
@@ -222,4 +226,4 @@ def test_a_cache_of_any_mode_can_be_reset_outside(mode):
     with torch.no_grad():
         found, _ = ours(hidden, past_key_values=cache)
         assert_close("output", found, ours(hidden)[0])
-    assert not cache.layers[0].state_bhpn.requires_grad
+    assert not cache.layers[0].states["recurrent_states"].requires_grad

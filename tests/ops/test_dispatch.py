@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mohawkify.errors import MissingExtraError, UsageError
+from mohawkify.mixers.kinds import use_kernels
 from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.ops import dispatch, libraries, scan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
-from mohawkify.student.build import use_kernels
 from tests.commands import run, run_well
 from tests.tiny import tiny_pair
 

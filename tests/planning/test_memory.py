@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mohawkify.errors import UsageError
+from mohawkify.mixers import mamba2
 from mohawkify.ops import chunked_kl, constants, matrix_distance, scan
 from mohawkify.ops.constants import band_rows
 from mohawkify.ops.matrix_distance import orient_loss
 from mohawkify.ops.mixing_matrices import MixingMatrix
 from mohawkify.ops.scan import scan_chunked
-from mohawkify.planning import memory, planner
+from mohawkify.planning import memory
 from mohawkify.planning.activations import count_footprint
 from mohawkify.planning.gpus import GPUS, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import (
@@ -185,11 +186,11 @@ def test_rows_of_a_band_are_those_of_the_operator():
 def test_chunks_of_the_scan_are_those_of_the_plan(width, state, length):
     x, b, c = (torch.zeros(1, length, 1, size, requires_grad=True) for size in (width, state, state))
     y, _ = scan_chunked(x, b, c, torch.zeros(1, length, 1))
-    assert y.grad_fn.chunk_length == planner.scan_chunk_length(width, state, length)
+    assert y.grad_fn.chunk_length == mamba2.scan_chunk_length(width, state, length)
 
 
 def test_operators_and_plan_share_their_functions():
-    assert scan.scan_chunk_length is planner.scan_chunk_length
+    assert scan.scan_chunk_length is mamba2.scan_chunk_length
     assert matrix_distance.band_rows is memory.band_rows
     assert chunked_kl.chunk_tokens is memory.chunk_tokens
 

@@ -60,9 +60,8 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a width beyond all": ({"intermediate_size": 2 * 10**7}, "intermediate_size is 2e\\+07"),
     "a width beyond its weights": ({"intermediate_size": 10**6}, "parameters, the weights hold"),
     "a state beyond its weights": (
-        {"mixer": {"layers": "model.layers", "attention": "self_attn", "layer_specs": [MIXER], "num_heads": 4,
-                   "head_dim": 2**20, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": True,
-                   "reads_mask": False}},
+        {"mixer": {"layers": "model.layers", "attention": "self_attn", "layer_specs": [MIXER],
+                   "config": {"head_dim": 2**20, "state_size": 16}}},
         "parameters, the weights hold",
     ),
     "a method": ({"save_pretrained": "x"}, "'save_pretrained', which is no setting"),

@@ -17,10 +17,10 @@ from mohawkify.families.adapter import AttentionWeights
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_projections
 from mohawkify.files.atomic import atomic_directory
-from mohawkify.mixers.mamba2 import DiscreteMamba2
-from mohawkify.student.build import build_student
+from mohawkify.mixers.mamba2 import DiscreteMamba2, DiscreteMamba2Config
+from mohawkify.mixers.start_attention import spread_decay_bias, start_from_attention
+from mohawkify.student.build import build_student, float_on
 from mohawkify.student.save import load_student, save_student
-from mohawkify.student.transfer import spread_decay_bias, start_mixer_from_attention
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -189,14 +189,14 @@ def test_the_state_does_not_grow(pair):
     for length in (5, 40):
         cache = pair.student(ids[:, :length], use_cache=True).past_key_values
         layers = [cache.layers[index] for index in pair.spec.mixer_layers]
-        sizes.append(sum(layer.tail_bkf.numel() + layer.state_bhpn.numel() for layer in layers))
+        sizes.append(sum(state.numel() for layer in layers for state in layer.states.values()))
     assert sizes[0] == sizes[1] == ids.shape[0] * pair.spec.state_elements
 
 
 def mixer(state_size: int, decay_bias: bool = True) -> DiscreteMamba2:
     """A mixer of 4 heads of width 8 on a width of 32."""
     torch.manual_seed(0)
-    return DiscreteMamba2(32, 4, 8, state_size, 4, decay_bias, True, False, 0)
+    return DiscreteMamba2(32, DiscreteMamba2Config(4, 8, True, False, state_size, 4, decay_bias), 0)
 
 
 def attention_weights() -> AttentionWeights:
@@ -207,9 +207,9 @@ def attention_weights() -> AttentionWeights:
 @pytest.mark.parametrize("state_size", [8, 20])
 def test_attention_start_is_linear_attention(state_size):
     weights, ours = attention_weights(), mixer(state_size)
-    start_mixer_from_attention(ours, weights)
+    start_from_attention(ours, weights, 3)
     hidden = torch.randn(1, 6, 32)
-    parts = ours.mixing_parts(hidden)
+    parts = ours.matrix_parts(hidden)
     q = torch.einsum("bld,hpd->blhp", hidden, weights.q_hpd) + weights.q_bias_hp
     k = torch.einsum("bld,gpd->blgp", hidden, weights.k_gpd) + weights.k_bias_gp
     k = k.repeat_interleave(2, dim=2)
@@ -228,7 +228,7 @@ def test_the_attention_start_takes_weights_from_another_device(state_size, decay
         ours = mixer(state_size, decay_bias)
         tensors = {name: t for name, t in vars(weights).items() if isinstance(t, torch.Tensor)}
         on_gpu = {name: torch.empty(t.shape, device="cuda", dtype=torch.bfloat16) for name, t in tensors.items()}
-        start_mixer_from_attention(ours, replace(weights, **on_gpu))
+        start_from_attention(ours, float_on(ours.d.device, replace(weights, **on_gpu)), 3)
         assert {parameter.device.type for parameter in ours.parameters()} == {"cpu"}
 
 
@@ -239,7 +239,7 @@ def parts_decay(ours: DiscreteMamba2) -> torch.Tensor:
 
 def test_a_narrow_state_gets_the_best_low_rank_product():
     weights, ours = attention_weights(), mixer(3)
-    start_mixer_from_attention(ours, weights)
+    start_from_attention(ours, weights, 3)
     c = ours.c_proj.weight.detach().unflatten(0, (4, 3))
     b = ours.b_proj.weight.detach().unflatten(0, (4, 3))
     scale = (1 - parts_decay(ours)) / 8**0.5
@@ -252,7 +252,7 @@ def test_a_narrow_state_gets_the_best_low_rank_product():
 
 def test_values_and_output_are_the_attentions_own():
     weights, ours = attention_weights(), mixer(16)
-    start_mixer_from_attention(ours, weights)
+    start_from_attention(ours, weights, 3)
     hidden = torch.randn(1, 1, 32)
     ours.d.data.fill_(1.0)
     ours.c_proj.weight.data.zero_()

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mohawkify.distributed.process_group import World, require_group
-from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.mixers.mixer import Mixer
 from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train.engines.call_wrapper import CallWrapper
 from mohawkify.train.engines.engine import Engine
@@ -69,7 +69,7 @@ class FsdpEngine(Engine):
         self.root = CallWrapper(student, fsdp.layers)
         for layer in fsdp.layers:
             for module in layer.modules():
-                if isinstance(module, DiscreteMamba2):
+                if isinstance(module, Mixer):
                     fully_shard(module, **settings)
             fully_shard(layer, **settings, mp_policy=half if precision == "bf16" else MixedPrecisionPolicy())
         fully_shard(self.root.outside_layers, **settings)

@@ -1,4 +1,4 @@
-"""Where the student's weights come from: the teacher's tensors for all it keeps, its attention for the mixers' start.
+"""The start of Discrete Mamba-2 and its variants from the attention that it replaces.
 
 Shapes: h query heads, g key heads, p head width, n state width, d model width.
 """
@@ -6,83 +6,42 @@ Shapes: h query heads, g key heads, p head width, n state width, d model width.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mohawkify.families.adapter import Adapter, AttentionWeights
-from mohawkify.families.decoder_layers import find_layers
-from mohawkify.families.projections import read_attention
-from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.families.adapter import AttentionWeights
+from mohawkify.mixers.mamba2 import DiscreteMamba2, GatedNorm
 
 LONGEST_HALF_LIFE = 60.0  # tokens; measured on stories260k, see docs/log.md
 
 
 @torch.no_grad()
-def copy_kept_weights(teacher: nn.Module, student: nn.Module, adapter: Adapter, mixer_layers: tuple[int, ...]) -> None:
-    """Copy every tensor of the teacher, buffers too, but those of the replaced attention modules.
-
-    The names of those are left alone even where a mixer's are the same: some families call their output projection
-    ``out_proj`` or ``c_proj`` too.
-    """
-    replaced = tuple(f"{adapter.layers}.{index}.{adapter.attention}." for index in mixer_layers)
-    target = student.state_dict()
-    for name, tensor in teacher.state_dict().items():
-        if not name.startswith(replaced):
-            target[name].copy_(tensor)
-
-
-@torch.no_grad()
-def start_as_published(student: nn.Module, layers: str, attention: str, mixer_layers: tuple[int, ...]) -> None:
-    """The published start: identity convolution, gate and skip; random projections, the last one scaled down.
-
-    Source: Llamba (arXiv 2502.14458), section 3 and the authors' initializer map.
-    """
-    stack = find_layers(student, layers)
-    for index in mixer_layers:
-        mixer = getattr(stack[index], attention)
-        mixer.reset_parameters()
-        mixer.out_proj.weight.mul_(1.0 / math.sqrt(len(stack)))
-
-
-@torch.no_grad()
-def start_from_attention(
-    teacher: nn.Module,
-    student: nn.Module,
-    adapter: Adapter,
-    mixer_layers: tuple[int, ...],
-) -> None:
-    """The attention start of every grafted layer: x from V, out from O, C from Q, B from K, head by head."""
-    teacher_stack, student_stack = find_layers(teacher, adapter.layers), find_layers(student, adapter.layers)
-    for index in mixer_layers:
-        weights = read_attention(adapter, getattr(teacher_stack[index], adapter.attention))
-        start_mixer_from_attention(getattr(student_stack[index], adapter.attention), weights)
-
-
-@torch.no_grad()
-def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights) -> None:
-    """Give one mixer the attention start.
+def start_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights, num_layers: int) -> None:
+    """Set x from V, out from O, C from Q and B from K, head by head; all in float32.
 
     Biases become biases of the convolutions, which start as the identity. The skip starts at 0, since attention has
     none. With a decay bias the heads' half-lives are spread from 1 token to LONGEST_HALF_LIFE. C is scaled by
     1 - decay: a sum over the past with weights decay^k is 1 / (1 - decay) times too large for an average, which is
-    what attention computes.
+    what attention computes. With a time step the weights are softplus(a_log) times that, and C is divided by it. SiLU
+    after a convolution is compensated in its last tap, and a gated norm starts with the size that V gives to an input
+    of variance 1 (docs/math.md, variants).
     """
-    weights = _tensors_on(mixer.d.device, weights)
+    config = mixer.config
     mixer.reset_parameters()
     if mixer.decay_proj.bias is not None:
-        mixer.decay_proj.bias.copy_(spread_decay_bias(mixer.num_heads, LONGEST_HALF_LIFE))
+        mixer.decay_proj.bias.copy_(spread_decay_bias(config.num_heads, LONGEST_HALF_LIFE))
         decay_h = torch.sigmoid(-mixer.decay_proj.bias.float())
     else:
-        decay_h = mixer.d.new_full((mixer.num_heads,), 0.5)  # a_log starts near 0
-    num_heads, width, state_size = mixer.num_heads, mixer.head_dim, mixer.state_size
+        decay_h = mixer.d.new_full((config.num_heads,), 0.5)  # a_log starts near 0
+    num_heads, width, state_size = config.num_heads, config.head_dim, config.state_size
     q_hpd, repeats = weights.q_hpd, num_heads // weights.k_gpd.shape[0]
     k_hpd = weights.k_gpd.repeat_interleave(repeats, dim=0)
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
     scaling = 1.0 / math.sqrt(q_hpd.shape[1]) if weights.scaling is None else weights.scaling
     scale_h = (1.0 - decay_h) * scaling
+    if config.time_step:
+        scale_h = scale_h / -decay_h.log()
 
     c_hnd, b_hnd = _fit_state_width(
         q_hpd * scale_h[:, None, None], k_hpd, mixer.b_proj.weight.float().unflatten(0, (num_heads, -1))
@@ -94,26 +53,19 @@ def start_mixer_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights)
     if weights.out_bias_d is not None:
         mixer.out_proj.bias.copy_(weights.out_bias_d)
     if weights.v_bias_gp is not None:
-        mixer.x_conv.bias.copy_(weights.v_bias_gp.repeat_interleave(repeats, dim=0).flatten())
+        biases_hp = weights.v_bias_gp.repeat_interleave(repeats, dim=0)
+        mixer.x_conv.bias.copy_(biases_hp.flatten() * mixer.x_conv.identity_tap)
     if state_size >= width:
         # Where the state is narrower than a head the biases are left out: they have no basis there.
         if weights.q_bias_hp is not None:
-            mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(weights.q_bias_hp * scale_h[:, None])
+            biases_hp = weights.q_bias_hp * (scale_h[:, None] * mixer.c_conv.identity_tap)
+            mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
         if weights.k_bias_gp is not None:
-            biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0)
+            biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0) * mixer.b_conv.identity_tap
             mixer.b_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
+    if isinstance(mixer.norm, GatedNorm):
+        mixer.norm.weight.fill_(float(v_hpd.square().sum(-1).mean().sqrt()))
     mixer.d.zero_()
-
-
-def _tensors_on(device: torch.device, weights: AttentionWeights) -> AttentionWeights:
-    """The weights in float32 on the mixer's device: a student is built on the CPU, its teacher may be on a GPU.
-
-    The CPU also has the decompositions below, which not every accelerator has.
-    """
-    moved: dict[str, Any] = {
-        name: tensor.to(device, torch.float32) for name, tensor in vars(weights).items() if isinstance(tensor, Tensor)
-    }
-    return replace(weights, **moved)
 
 
 def _fit_state_width(q_hpd: Tensor, k_hpd: Tensor, random_hnd: Tensor) -> tuple[Tensor, Tensor]:
