@@ -360,16 +360,10 @@ for name in {LIGHT_MODULES!r}:
 
 MOST_ARGUMENTS = 6
 # Functions with more: mathematics of operators, forward passes of autograd, kernels and commands, which have a
-# parameter for every tensor or option. What stands below `to be emptied` is to get a frozen value instead.
+# parameter for every tensor or option.
 MANY_ARGUMENTS = {
     *("cli/*:*", "ops/*:*", "mixers/*:__init__"),
-    # to be emptied
-    *(
-        "planning/planner.py:make_plan",
-        "planning/planner.py:_phases",
-        "planning/planner.py:_stage",
-        "planning/planner.py:_work",
-    ),
+    # The second is the interface of transformers; the first's tensors are told apart by their keywords.
     *("run/checkpoint.py:save_checkpoint", "teacher/capture.py:capturing_attention"),
 }
 

@@ -63,23 +63,8 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """FLOPs of one token, of the teacher and of the student."""
-
-    teacher: float
-    student: float
-
-
-def make_plan(
-    teacher: TeacherSpec,
-    student: StudentSpec,
-    recipe: Recipe,
-    machine: Machine,
-    layout: Layout,
-    footprint: Footprint | None = None,
-    whole_logits: bool = False,
-) -> dict[str, Any]:
-    """Work out the plan.
+class PlanInputs:
+    """Everything that a plan depends on.
 
     Args:
         teacher: the teacher's facts.
@@ -87,22 +72,66 @@ def make_plan(
         recipe: budgets and batches.
         machine: speed, memory, price.
         layout: how training is spread over GPUs; from `layout_of`.
-        footprint: what one sequence takes in a layer; None takes the rule of thumb.
         whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
+    """
+
+    teacher: TeacherSpec
+    student: StudentSpec
+    recipe: Recipe
+    machine: Machine
+    layout: Layout
+    whole_logits: bool = False
+
+    @property
+    def flops_per_second(self) -> float:
+        """The sustained speed of everything together."""
+        machine, layout = self.machine, self.layout
+        if machine.flops_per_second is not None:
+            return machine.flops_per_second
+        gpu = machine.gpu
+        peak = None
+        if gpu is not None:
+            peak = gpu.flops_per_second if layout.precision == "bf16" else gpu.fp32_flops_per_second
+        if peak is None:
+            return ASSUMED_FLOPS_PER_SECOND[machine.device] * layout.num_gpus
+        return peak * machine.utilisation * layout.num_gpus
+
+    def cost(self, seconds: float) -> float | None:
+        """The price of a duration, if the machine has one."""
+        if self.machine.price_per_hour is None:
+            return None
+        return seconds / 3600 * self.layout.num_gpus * self.machine.price_per_hour
+
+
+@dataclass(frozen=True)
+class _Work:
+    """FLOPs of one token, of the teacher and of the student."""
+
+    teacher: float
+    student: float
+
+
+def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[str, Any]:
+    """Work out the plan.
+
+    Args:
+        inputs: see `PlanInputs`.
+        footprint: the memory of one sequence in a layer; None takes the rule of thumb.
 
     Returns:
         A JSON object: teacher and student, a row per phase and per stage, memory by part, whether it fits and what to
         change, disk, FLOPs, time, cost. Bytes, FLOPs, seconds.
     """
+    teacher, student, recipe = inputs.teacher, inputs.student, inputs.recipe
+    machine, layout = inputs.machine, inputs.layout
     counted = footprint or rule_of_thumb(teacher, student, layout.precision, longest_by_kind(recipe))
-    speed = _speed(machine, layout)
     rows, phases, all_sizes = {}, [], {}
     for name, stage in recipe.stages.blocks().items():
         trained = trained_parameters(stage.plans_as, stage, teacher, student)
-        all_sizes[name] = sizes_of(stage.plans_as, longest(stage), teacher, student, trained, whole_logits)
-        own = _phases(name, stage, teacher, student, trained, recipe, machine, layout, speed)
+        all_sizes[name] = sizes_of(stage.plans_as, longest(stage), teacher, student, trained, inputs.whole_logits)
+        own = _phases(inputs, name, stage, trained)
         phases += own
-        rows[name] = _stage(name, stage, recipe, machine, layout, all_sizes[name], counted, own)
+        rows[name] = _stage(inputs, stage, all_sizes[name], counted, own)
     checkpoint = student.num_parameters * FP32 + max(row["trainable_parameters"] for row in rows.values()) * MOMENTS
     totals = {key: sum(row[key] for row in rows.values()) for key in ("tokens", "steps", "flops", "seconds")}
     disk = {
@@ -123,10 +152,10 @@ def make_plan(
         **totals,
         "teacher_flops": sum(row["teacher_flops"] for row in rows.values()),
         "student_flops": sum(row["student_flops"] for row in rows.values()),
-        "assumed_flops_per_second": speed,
+        "assumed_flops_per_second": inputs.flops_per_second,
         "utilisation": machine.utilisation,
         "price_per_hour": machine.price_per_hour,
-        "cost": _cost(totals["seconds"], machine, layout),
+        "cost": inputs.cost(totals["seconds"]),
         "peak_memory_bytes": max(row["memory_bytes"] for row in rows.values()),
         "activations_counted": counted.counted,
         "fit": _fit(machine, layout, used, counted, recipe),
@@ -230,45 +259,20 @@ def _micro(stage: StageRecipe, wanted: int | str | None, num_gpus: int) -> int:
     return min(wanted, share) if isinstance(wanted, int) else share
 
 
-def _speed(machine: Machine, layout: Layout) -> float:
-    if machine.flops_per_second is not None:
-        return machine.flops_per_second
-    gpu = machine.gpu
-    peak = None if gpu is None else gpu.flops_per_second if layout.precision == "bf16" else gpu.fp32_flops_per_second
-    if peak is None:
-        return ASSUMED_FLOPS_PER_SECOND[machine.device] * layout.num_gpus
-    return peak * machine.utilisation * layout.num_gpus
-
-
-def _cost(seconds: float, machine: Machine, layout: Layout) -> float | None:
-    if machine.price_per_hour is None:
-        return None
-    return seconds / 3600 * layout.num_gpus * machine.price_per_hour
-
-
-def _phases(
-    name: str,
-    stage: StageRecipe,
-    teacher: TeacherSpec,
-    student: StudentSpec,
-    trained: dict[str, int],
-    recipe: Recipe,
-    machine: Machine,
-    layout: Layout,
-    speed: float,
-) -> list[dict[str, Any]]:
+def _phases(inputs: PlanInputs, name: str, stage: StageRecipe, trained: dict[str, int]) -> list[dict[str, Any]]:
     """A row per run of steps over the same text at the same length."""
     final_phase = stage.final_phase.tokens if stage.final_phase else 0
     budgets = {"train": stage.tokens - final_phase, "final_phase": final_phase}
-    bandwidth = None if machine.gpu is None else machine.gpu.bytes_per_second
+    layout, gpu = inputs.layout, inputs.machine.gpu
+    bandwidth = None if gpu is None else gpu.bytes_per_second
     first, rows = 0, []
     for segment in stage.segments():
         tokens_per_step = stage.batch_sequences * segment.sequence_length
         tokens = segment.num_steps * tokens_per_step
-        work = _work(stage.plans_as, stage, segment.sequence_length, teacher, student, trained, layout.checkpointing)
+        work = _work(inputs, stage, segment.sequence_length, trained)
         is_kept = segment.data == "final_phase" and getattr(stage.final_phase, "logits", None) is not None
-        teacher_flops = 0 if is_kept else tokens * work.teacher  # its answers are read
-        seconds = (teacher_flops + tokens * work.student) / speed
+        teacher_flops = 0 if is_kept else tokens * work.teacher  # its logits are read
+        seconds = (teacher_flops + tokens * work.student) / inputs.flops_per_second
         if bandwidth is not None:
             shards = 1 if layout.engine == "single" else layout.num_gpus
             seconds += segment.num_steps * UPDATE_BYTES * sum(trained.values()) / shards / bandwidth
@@ -289,7 +293,7 @@ def _phases(
                 "teacher_flops": teacher_flops,
                 "student_flops": tokens * work.student,
                 "seconds": seconds,
-                "cost": _cost(seconds, machine, layout),
+                "cost": inputs.cost(seconds),
             }
         )
         first += segment.num_steps
@@ -297,16 +301,10 @@ def _phases(
 
 
 def _stage(
-    name: str,
-    stage: StageRecipe,
-    recipe: Recipe,
-    machine: Machine,
-    layout: Layout,
-    sizes: Sizes,
-    footprint: Footprint,
-    phases: list[dict[str, Any]],
+    inputs: PlanInputs, stage: StageRecipe, sizes: Sizes, footprint: Footprint, phases: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    num_steps, schedule = stage.num_steps, recipe.schedule
+    layout, machine = inputs.layout, inputs.machine
+    num_steps, schedule = stage.num_steps, inputs.recipe.schedule
     warmup, decay = round(schedule.warmup * num_steps), round(schedule.decay * num_steps)
     sums = {key: sum(row[key] for row in phases) for key in ("tokens", "teacher_flops", "student_flops", "seconds")}
     own = replace(layout, micro_batch=_micro(stage, layout.micro_batch, layout.num_gpus))
@@ -324,7 +322,7 @@ def _stage(
         "batch_sequences": stage.batch_sequences,
         "trainable_parameters": sizes.trained,
         "flops": sums["teacher_flops"] + sums["student_flops"],
-        "cost": _cost(sums["seconds"], machine, layout),
+        "cost": inputs.cost(sums["seconds"]),
         "memory": memory,
         "memory_bytes": sum(memory.values()),
         "largest_micro_batch": (
@@ -335,21 +333,15 @@ def _stage(
     }
 
 
-def _work(
-    name: str,
-    stage: StageRecipe,
-    length: int,
-    teacher: TeacherSpec,
-    student: StudentSpec,
-    trained: dict[str, int],
-    checkpointing: bool,
-) -> _Work:
+def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str, int]) -> _Work:
     """FLOPs per token: 2 for every weight that it meets, forward, for the input's gradient and for the weight's.
 
     Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
     """
     from mohawkify.student.build import mixer_flops
 
+    name, teacher, student = stage.plans_as, inputs.teacher, inputs.student
+    checkpointing = inputs.layout.checkpointing
     heads, width, state = student.num_heads, student.head_dim, student.state_size
     num_grafted = len(student.mixer_layers)
     ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)

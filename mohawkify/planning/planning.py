@@ -15,7 +15,7 @@ from mohawkify.files import disk
 from mohawkify.planning.activations import count_footprint
 from mohawkify.planning.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import Footprint
-from mohawkify.planning.planner import Machine, layout_of, make_plan
+from mohawkify.planning.planner import Machine, PlanInputs, layout_of, make_plan
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import design_student
 from mohawkify.student.student_spec import StudentSpec
@@ -86,7 +86,9 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         free_bytes=None if options.output is None else disk.free_bytes(options.output),
     )
     footprint = _footprint(teacher, student, recipe) if options.count else None
-    return make_plan(teacher.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(teacher))
+    return make_plan(
+        PlanInputs(teacher.spec, student, recipe, machine, layout, _makes_whole_logits(teacher)), footprint
+    )
 
 
 def plan_run(
@@ -96,7 +98,9 @@ def plan_run(
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
     layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
     footprint = _footprint(teacher, student, recipe) if device == "cuda" else None
-    return make_plan(teacher.spec, student, recipe, machine, layout, footprint, _makes_whole_logits(teacher))
+    return make_plan(
+        PlanInputs(teacher.spec, student, recipe, machine, layout, _makes_whole_logits(teacher)), footprint
+    )
 
 
 def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:

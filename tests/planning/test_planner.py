@@ -14,7 +14,7 @@ from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Runner
 from mohawkify.planning.memory import Layout, remedies
-from mohawkify.planning.planner import _work, layout_of, trained_parameters
+from mohawkify.planning.planner import Machine, PlanInputs, _work, layout_of, trained_parameters
 from mohawkify.planning.planning import PlanOptions, plan
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.student.build import checkpoint_activations
@@ -268,5 +268,6 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, ove
     sums = trained_parameters(stage, own, teacher, pair.spec)
     # Norms count with the MLPs, the last one among them.
     assert sum(sums.values()) == pytest.approx(sum(p.numel() for p in trained.values()), rel=0.005)
-    work = _work(stage, own, length, teacher, pair.spec, sums, checkpointing)
+    layout = Layout("single", checkpointing=checkpointing)
+    work = _work(PlanInputs(teacher, pair.spec, recipe, Machine("cpu"), layout), own, length, sums)
     assert work.teacher + work.student == pytest.approx(counter.get_total_flops() / (batch * length), rel=0.12)
