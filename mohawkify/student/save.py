@@ -8,7 +8,6 @@ registered and no code of the folder runs.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import sys
@@ -232,7 +231,7 @@ def _carried_code(mixer: dict[str, Any]) -> dict[str, str]:
     specs = read_layer_specs(mixer)
     kinds = [mixer_class(kind) for kind in {specs[index].kind for index in mixer_layers(specs)}]
     names = {*CARRIED_MODULES, *(name for kind in kinds for name in (*_defining_modules(kind), *kind.code))}
-    modules = [sys.modules.get(name) or importlib.import_module(name) for name in sorted(names)]
+    modules = [sys.modules[name] for name in sorted(names)]  # all imported: by the mixers, or by this module
     return {m.__name__.rpartition(".")[2]: _OUR_IMPORT.sub(r"from .\1 import", getsource(m)) for m in modules}
 
 
