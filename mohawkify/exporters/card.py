@@ -88,9 +88,9 @@ def _quality(results: dict[str, Any]) -> str:
     lines = ["| | training tokens | perplexity | KL (nats/token) | top-1 agreement |", "|---|---:|---:|---:|---:|"]
     if "perplexity" in results.get("teacher", {}):
         lines.append(f"| teacher | | {results['teacher']['perplexity']:.3f} | 0 | 1 |")
-    for stage, found in results.get("stages", {}).items():
-        metrics = f"{found['perplexity']:.3f} | {found['kl']:.4f} | {found['top1']:.4f}"
-        lines.append(f"| after {stage} | {found['tokens']:,} | {metrics} |")
+    for stage, metrics in results.get("stages", {}).items():
+        row = f"{metrics['perplexity']:.3f} | {metrics['kl']:.4f} | {metrics['top1']:.4f}"
+        lines.append(f"| after {stage} | {metrics['tokens']:,} | {row} |")
     return (
         "\n".join(lines)
         + "\n\nMeasured on held-out text before this export; KL and agreement are against the teacher.\n"
@@ -111,7 +111,7 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
         f"KL {result['kl']:.2g} nats per token, top-1 agreement {result['top1']:.4f}, largest difference of a logit\n"
         f"{result['max_logit_difference']:.2g}, perplexity {result['run_perplexity']:.4g} of the run, "
         f"{result['perplexity']:.4g} of this export.\n\n"
-        + "".join(f"- {row['tensors']:,} tensors of {dtype}: {row['numbers']:,} numbers\n" for dtype, row in dtypes)
+        + "".join(f"- {row['tensors']:,} tensors of {dtype}: {row['elements']:,} values\n" for dtype, row in dtypes)
     )
     if result["plain"]:
         text += f"\nNot quantised, because neither 64 nor 32 divides their width: {', '.join(result['plain'])}.\n"

@@ -78,12 +78,12 @@ def sample_ids(student: Any, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def compare(reference: Callable[[Tensor], Tensor], found: Callable[[Tensor], Tensor], ids_bl: Tensor) -> Agreement:
+def compare(reference: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], ids_bl: Tensor) -> Agreement:
     """Compare the logits of two models, a sequence at a time.
 
     Args:
         reference: maps token ids (1, l) to the run's logits (1, l, v).
-        found: the same of the export.
+        exported: the same of the export.
         ids_bl: token ids.
 
     Raises:
@@ -91,7 +91,7 @@ def compare(reference: Callable[[Tensor], Tensor], found: Callable[[Tensor], Ten
     """
     difference, scale, kl, same, near, run_loss, loss = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
     for ids_l in ids_bl:
-        expected_lv, actual_lv = reference(ids_l[None])[0].float(), found(ids_l[None])[0].float()
+        expected_lv, actual_lv = reference(ids_l[None])[0].float(), exported(ids_l[None])[0].float()
         _require_finite_run(expected_lv)
         if not torch.isfinite(actual_lv).all():
             raise ExportError("the export computes logits that are not finite", hint="try --dtype float32")
@@ -131,7 +131,7 @@ def _require_finite_run(logits: Tensor) -> None:
     if not torch.isfinite(logits).all():
         raise ExportError(
             "the run computes logits that are not finite",
-            hint="`mohawkify doctor RUN` says whether its weights are what it wrote",
+            hint="`mohawkify doctor RUN` checks its weights against its records",
         )
 
 

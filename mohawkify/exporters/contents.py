@@ -95,7 +95,7 @@ def require_contents(folder: Path, expected: Mapping[str, Stored]) -> dict[str, 
         expected: every tensor by name.
 
     Returns:
-        By dtype, how many ``tensors`` there are and how many ``numbers`` they hold.
+        By dtype, how many ``tensors`` there are and how many ``elements`` they hold.
 
     Raises:
         ExportError: a tensor is missing, left over, of another dtype or shape; or the files are damaged.
@@ -112,9 +112,9 @@ def require_contents(folder: Path, expected: Mapping[str, Stored]) -> dict[str, 
             )
     table: dict[str, dict[str, int]] = {}
     for stored in found.values():
-        row = table.setdefault(stored.dtype, {"tensors": 0, "numbers": 0})
+        row = table.setdefault(stored.dtype, {"tensors": 0, "elements": 0})
         row["tensors"] += 1
-        row["numbers"] += prod(stored.shape)
+        row["elements"] += prod(stored.shape)
     return dict(sorted(table.items()))
 
 

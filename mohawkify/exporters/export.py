@@ -59,7 +59,7 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
     Returns:
         target, directory, bytes, dtype; what `Agreement` says; dtypes, by safetensors' name of each how
-        many tensors and numbers are stored in it; and plain, the modules that a quantised target left plain.
+        many tensors and elements are stored in it; and plain, the modules that a quantised target left plain.
 
     Raises:
         UsageError: no such target, precision or finished run.

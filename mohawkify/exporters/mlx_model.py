@@ -1,7 +1,7 @@
-"""A student in MLX: mlx-lm's own model of the teacher's family, with Discrete Mamba-2 mixers in place of its attention.
+"""A student in MLX: mlx-lm's own model of the teacher's family, with mixers in place of its attention.
 
 This file travels with every MLX export. mlx-lm runs it by its path, so it is one file, imports nothing of mohawkify,
-and offers what mlx-lm asks for: `ModelArgs.from_dict` and `Model`.
+and has the names that mlx-lm uses: `ModelArgs.from_dict` and `Model`.
 
 Shapes: b batch, l target position, s source position, d model width, h heads, p head width, n state width,
 f features (h * p or h * n), k taps.
@@ -164,7 +164,7 @@ class DiscreteMamba2(nn.Module):
         return self.out_proj(gated_blf.astype(hidden_bld.dtype))
 
     def _extend_tail(self, memory: Any, features_blf: mx.array) -> mx.array:
-        """Put the last inputs of the previous call in front, and remember the last of this one, before any padding."""
+        """Put the last inputs of the previous call in front, and keep the last of this one, before any padding."""
         batch, length, width = features_blf.shape
         tail_bkf = memory[0]
         if tail_bkf is None:
@@ -182,8 +182,8 @@ class DiscreteMamba2(nn.Module):
 class GraftedMemory:
     """The cache of a grafted layer in the form that the family's model expects.
 
-    The model may take its attention mask from any layer's cache, so this one answers with the mask of a layer of the
-    same kind that kept its attention. Where there is none, nobody reads the mask.
+    The model may take its attention mask from any layer's cache, so this one has the mask of a layer of the same kind
+    that kept its attention. Where there is none, the mask is not used.
     """
 
     def __init__(self, arrays: ArraysCache, kept: Any) -> None:
@@ -195,7 +195,7 @@ class GraftedMemory:
 
     @property
     def offset(self) -> Any:
-        """The next token's position, which models with learned positions ask the first layer's cache for."""
+        """The next token's position, which models with learned positions read from the first layer's cache."""
         offset_b = mx.zeros((1,), dtype=mx.int32) if self.arrays[2] is None else self.arrays[2]
         if self.arrays.left_padding is not None:
             offset_b = offset_b - mx.maximum(self.arrays.left_padding, 0)
@@ -221,7 +221,7 @@ class GraftedModel(FamilyModel):
             num_heads = mixer["layer_specs"][index]["mixer_heads"]
             module = DiscreteMamba2(args.hidden_size, num_heads, mixer["config"])
             for name, fact in vars(attention).items():
-                vars(module).setdefault(name, fact)  # the family's model may ask its attention what it looks at
+                vars(module).setdefault(name, fact)  # the family's model may read its attention's attributes
             setattr(layers[index], mixer["attention"], module)
         # Layers of one kind have one kind of cache.
         kinds = [type(cache) for cache in self._family_caches()]
@@ -242,7 +242,7 @@ class GraftedModel(FamilyModel):
         return super().__call__(inputs, cache, **kwargs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """As the family's model, which never sees the mixers' tensors: they may be called as something of its own."""
+        """As the family's model, without the mixers' tensors, whose names may be those of its own."""
         paths, family = tuple(f"{path}." for path in self.mixer_paths().values()), super()
         mixers = {name: weights.pop(name) for name in list(weights) if name.startswith(paths)}
         return {**(family.sanitize(weights) if hasattr(family, "sanitize") else weights), **mixers}
@@ -266,7 +266,7 @@ class GraftedModel(FamilyModel):
         return family.make_cache() if hasattr(family, "make_cache") else [KVCache() for _ in self.layers]
 
     def quant_predicate(self, path: str, module: Any) -> Any:
-        """Whether or how a module may be quantised: as the family says, but not the decay, whose errors compound."""
+        """Whether or how a module may be quantised: by the family's rule, but not the decay, whose errors compound."""
         family = super()
         if path.endswith(".decay_proj"):
             return False

@@ -21,6 +21,9 @@ from mohawkify.ops.scan import MixingMatrix, scan_chunked
 
 GATE_IDENTITY_BIAS = 1.278464542761  # SiLU(1.278464542761) = 1: the gate starts as the identity
 NORM_EPSILON = 1e-5
+# Last taps before SiLU at the start. SiLU(2v) = v + v tanh(v), whose odd part is v. B and C start four times smaller,
+# or the even parts of both dominate the matrix: measured on stories260k, KL 0.37 instead of 0.49 at the end.
+SILU_TAP_X, SILU_TAP_BC = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,27 @@ class Mamba2Config(DiscreteMamba2Config):
 
 
 class DepthwiseConv(nn.Module):
-    """One short causal convolution and what follows it; it starts as the identity, or as near as SiLU allows."""
+    """One short causal convolution and what follows it.
 
-    def __init__(self, num_features: int, num_taps: int, activation: str) -> None:
+    Args:
+        num_features: f.
+        num_taps: k.
+        activation: ``none`` or ``silu``.
+        silu_tap: the last tap of the start with SiLU; without, it is 1, and the convolution the identity.
+    """
+
+    def __init__(self, num_features: int, num_taps: int, activation: str, silu_tap: float) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.last_tap = activation, silu_tap if activation == "silu" else 1.0
         self.weight = nn.Parameter(torch.empty(num_features, num_taps))
         self.bias = nn.Parameter(torch.empty(num_features))
         self.reset_parameters()
-
-    @property
-    def identity_tap(self) -> float:
-        """The last tap of the start: before SiLU it is 2, since SiLU(2v) = v + v tanh(v), whose odd part is v."""
-        return 2.0 if self.activation == "silu" else 1.0
 
     def reset_parameters(self) -> None:
         """Only the tap of the current token is not 0."""
         with torch.no_grad():
             self.weight.zero_()
-            self.weight[:, -1] = self.identity_tap
+            self.weight[:, -1] = self.last_tap
             self.bias.zero_()
 
     def forward(
@@ -129,9 +134,9 @@ class DiscreteMamba2(Mixer):
         self.c_proj = nn.Linear(hidden_size, state, bias=False)
         self.z_proj = nn.Linear(hidden_size, inner, bias=False)
         self.decay_proj = nn.Linear(hidden_size, config.num_heads, bias=config.decay_bias)
-        self.x_conv = DepthwiseConv(inner, config.conv_kernel, config.conv_activation)
-        self.b_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation)
-        self.c_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation)
+        self.x_conv = DepthwiseConv(inner, config.conv_kernel, config.conv_activation, SILU_TAP_X)
+        self.b_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation, SILU_TAP_BC)
+        self.c_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation, SILU_TAP_BC)
         self.z_bias = nn.Parameter(torch.empty(inner))
         self.d = nn.Parameter(torch.empty(config.num_heads))
         self.norm = GatedNorm(inner) if config.gated_norm else nn.Identity()

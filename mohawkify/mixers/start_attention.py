@@ -54,14 +54,14 @@ def start_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights, num_l
         mixer.out_proj.bias.copy_(weights.out_bias_d)
     if weights.v_bias_gp is not None:
         biases_hp = weights.v_bias_gp.repeat_interleave(repeats, dim=0)
-        mixer.x_conv.bias.copy_(biases_hp.flatten() * mixer.x_conv.identity_tap)
+        mixer.x_conv.bias.copy_(biases_hp.flatten() * mixer.x_conv.last_tap)
     if state_size >= width:
         # Where the state is narrower than a head the biases are left out: they have no basis there.
         if weights.q_bias_hp is not None:
-            biases_hp = weights.q_bias_hp * (scale_h[:, None] * mixer.c_conv.identity_tap)
+            biases_hp = weights.q_bias_hp * (scale_h[:, None] * mixer.c_conv.last_tap)
             mixer.c_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
         if weights.k_bias_gp is not None:
-            biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0) * mixer.b_conv.identity_tap
+            biases_hp = weights.k_bias_gp.repeat_interleave(repeats, dim=0) * mixer.b_conv.last_tap
             mixer.b_conv.bias.unflatten(0, (num_heads, -1))[:, :width].copy_(biases_hp)
     if isinstance(mixer.norm, GatedNorm):
         mixer.norm.weight.fill_(float(v_hpd.square().sum(-1).mean().sqrt()))

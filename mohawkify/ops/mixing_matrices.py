@@ -79,7 +79,7 @@ def orient_loss_direct(
     Source: MOHAWK (arXiv 2408.10189), equation 8 (stage 1).
     """
     matrix_bhls, probabilities_bhls = mixing_matrix(*mixing, document_starts_bl), attention.probabilities()
-    # Summed in float64: over the 4 million numbers of a matrix of 2048 torch's float32 norm was off by 2e-4 (measured).
+    # Summed in float64: over the 4 million elements of a matrix torch's float32 norm was off by 2e-4 (measured).
     distance_bh = _norm(matrix_bhls - probabilities_bhls)
     relative_bh = distance_bh.detach() / _norm(probabilities_bhls)
     return distance_bh.mean(), relative_bh.mean()

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 
-# Below it a log-decay counts as this: exp is 0 in float64 too. Lower numbers would blur the running sums of all that
+# Below it a log-decay counts as this: exp is 0 in float64 too. Lower values would blur the running sums of all that
 # follows, and minus infinity has no differences.
 LOWEST_LOG_DECAY = -1000.0
 

@@ -86,7 +86,7 @@ class GraftedModel(TeacherModel):
 
 
 def grafted_forward(model_class: Any) -> Callable[..., Any]:
-    """A student's forward: its teacher's, whose cache holds states where it needs to, and which sees the padding.
+    """A student's forward: its teacher's, with a cache that holds states, and with the padding mask handed on.
 
     It shows the signature of the teacher's: generate and Trainer hand over only what they find named there, such as
     ``logits_to_keep`` and ``labels``.

@@ -27,8 +27,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 def verify_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: Adapter, vocab_size: int) -> None:
     """Check an autodetected family on one row of two random documents.
 
-    Every attention module is heard, each matrix times the values that the projections give is the module's output,
-    no row looks into the future or across the border of documents, and the student's mixers are told of borders and
+    Every attention module is captured, each matrix times the values that the projections give is the module's output,
+    no row attends to the future or across the border of documents, and the student's mixers receive borders and
     padding.
 
     Args:
@@ -57,12 +57,12 @@ def verify_family(teacher: PreTrainedModel, student: PreTrainedModel, adapter: A
 
 def _verify_attention(adapter: Adapter, call: LayerCall, attention: nn.Module) -> None:
     if call.attention is None:
-        raise _mismatch(adapter, f"the attention of layer {call.layer} was not heard through the interface")
+        raise _mismatch(adapter, f"the attention of layer {call.layer} was not captured through the interface")
     matrix_bhls = call.attention.probabilities()
     if matrix_bhls.triu(1).any():
-        raise _mismatch(adapter, f"layer {call.layer} looks into the future")
+        raise _mismatch(adapter, f"layer {call.layer} attends to the future")
     if matrix_bhls[:, :, DOCUMENTS[0] :, : DOCUMENTS[0]].any():
-        raise _mismatch(adapter, f"layer {call.layer} looks across the border of two documents")
+        raise _mismatch(adapter, f"layer {call.layer} attends across the border of two documents")
     expected_bld = _attend(matrix_bhls, call.hidden_bld, adapter, attention)
     error = (expected_bld - call.output_bld.float()).abs().max() / call.output_bld.float().abs().max()
     if not error <= TOLERANCE[call.output_bld.dtype]:
@@ -83,9 +83,9 @@ def _attend(matrix_bhls: Tensor, hidden_bld: Tensor, adapter: Adapter, attention
 
 
 def _verify_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    heard: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
     handles = [
-        module.register_forward_pre_hook(lambda module, args, kwargs: heard.append(kwargs), with_kwargs=True)
+        module.register_forward_pre_hook(lambda module, args, kwargs: received.append(kwargs), with_kwargs=True)
         for module in student.modules()
         if isinstance(module, Mixer)
     ]
@@ -95,13 +95,12 @@ def _verify_keywords(adapter: Adapter, student: PreTrainedModel, inputs: dict[st
         for handle in handles:
             handle.remove()
     for name in ("position_ids", "padding_mask"):
-        if any(kwargs.get(name) is None for kwargs in heard):
+        if any(kwargs.get(name) is None for kwargs in received):
             raise _mismatch(adapter, f"its decoder layers keep {name} from their attention")
 
 
 def _mismatch(adapter: Adapter, reason: str) -> UnknownFamilyError:
     return UnknownFamilyError(
-        f"the family {adapter.model_type} has no file in adapters/, and its weights disprove what its modules say:"
-        f" {reason}",
+        f"the family {adapter.model_type} has no file in adapters/, and its weights contradict its modules: {reason}",
         hint="docs/adapters.md says how to add a family: one file",
     )

@@ -189,7 +189,7 @@ EXPECTED = {"a.weight": Stored("BF16", (4, 3)), "a.d": Stored("F32", (4,))}
 )
 def test_tensors_that_are_not_as_they_should_be_are_refused(tmp_path, change, says):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    table = {"BF16": {"tensors": 1, "numbers": 12}, "F32": {"tensors": 1, "numbers": 4}}
+    table = {"BF16": {"tensors": 1, "elements": 12}, "F32": {"tensors": 1, "elements": 4}}
     assert require_contents(tmp_path, EXPECTED) == table
     changed = {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
     save_file(changed, tmp_path / "model.safetensors")

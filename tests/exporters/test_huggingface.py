@@ -264,7 +264,7 @@ def test_exports_name_no_path_of_this_machine(run, tmp_path):
 
 RESULT = {
     "dtype": "bfloat16", "kl": 0.0, "top1": 0.9, "max_logit_difference": 0.5, "tokens": 640, "run_perplexity": 12.5,
-    "perplexity": 13.0, "dtypes": {"BF16": {"tensors": 3, "numbers": 1234}}, "plain": [],
+    "perplexity": 13.0, "dtypes": {"BF16": {"tensors": 3, "elements": 1234}}, "plain": [],
 }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_the_card_shows_the_measured_quality_and_the_teachers_folder_name(run):
     assert "KL 0.012 nats per token" in card
     assert "neither 64 nor 32 divides their width: a.b" in card
     assert "perplexity 12.5 of the run, 13 of this export" in card
-    assert "- 3 tensors of BF16: 1,234 numbers" in card
+    assert "- 3 tensors of BF16: 1,234 values" in card
     assert "base_model" not in card
 
 

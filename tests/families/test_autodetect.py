@@ -140,7 +140,7 @@ def test_a_true_family_passes_verification(name, dtype, tmp_path):
     ("name", "wording"),
     [
         ("olmo", "layer 0 is not its matrix times its values"),  # it clips the values
-        ("opt", "layer 0 looks across the border of two documents"),
+        ("opt", "layer 0 attends across the border of two documents"),
         ("nemotron", "its decoder layers keep padding_mask from their attention"),
     ],
 )
@@ -166,5 +166,5 @@ def test_a_family_that_fails_verification_leaves_no_finished_run(tmp_path):
     refused = run("convert", teacher, "--recipe", make_recipe(tmp_path), "--output", tmp_path / "run")
     assert refused.exit_code == 64
     assert "reading the text" not in refused.stderr, "verified before hours of tokenising"
-    assert "looks across the border of two documents" in refused.stderr
+    assert "attends across the border of two documents" in refused.stderr
     assert not (tmp_path / "run" / "final").exists()
