@@ -21,6 +21,7 @@ from tests.commands import make_recipe, make_teacher
 from tests.conftest import ROOT
 from tests.finished import WITHOUT_MOHAWKIFY, answer, run_python
 from tests.mixers.average import Average
+from tests.test_structure import assert_none, own_imports
 from tests.tiny import tiny_pair
 
 NO_MATRIX = "stages.orient.tokens=0"
@@ -71,6 +72,11 @@ def test_a_mixer_from_outside_is_converted_saved_loaded_and_run(teacher: Path, r
     alone = answer(run_python(LOAD_ALONE, tmp_path, str(tmp_path / "out"), json.dumps(ids.tolist())))
     assert torch.equal(torch.tensor(alone["logits"], dtype=torch.float64), whole.double())
     assert alone["text"] == text
+
+
+def test_only_the_folder_of_mixers_imports_a_kind() -> None:
+    kind, folder = "mohawkify.mixers.mamba2", "mohawkify.mixers."
+    assert_none(place for module, name, place in own_imports() if name == kind and not module.startswith(folder))
 
 
 def test_the_page_shows_the_mixer() -> None:
