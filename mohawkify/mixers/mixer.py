@@ -72,7 +72,7 @@ class Mixer(nn.Module, ABC):
             where there is no such matrix.
         precise_parameters: patterns of names that stay in float32 in a bfloat16 or quantised student.
         code: further modules of mohawkify that the mixer imports, and that travel with exports.
-        has_mlx: whether export/mlx_model.py has a counterpart.
+        has_mlx: whether exporters/mlx_model.py has a counterpart.
     """
 
     kind: ClassVar[str]
@@ -215,7 +215,14 @@ _KINDS: dict[str, type[Mixer]] = {}
 
 
 def register_mixer(mixer: Kind) -> Kind:
-    """Make a kind of mixer known under its name; to be used as a decorator."""
+    """Register a kind of mixer under its name; to be used as a decorator.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+    known = _KINDS.setdefault(mixer.kind, mixer)
+    if (known.__module__, known.__qualname__) != (mixer.__module__, mixer.__qualname__):
+        raise ValueError(f"found a second mixer of the kind {mixer.kind!r}, {mixer!r} beside {known!r}")
     _KINDS[mixer.kind] = mixer
     return mixer
 

@@ -287,6 +287,11 @@ class Recipe(Section):
                 conflict(("stages", name, "final_phase", keys[0]), message)
         micro = self.compute.micro_batch_sequences
         for name, stage in blocks.items():
+            if stage.tokens and self.schedule.floor > stage.learning_rate:
+                message = (
+                    f"found {self.schedule.floor}, expected at most stages.{name}.learning_rate, {stage.learning_rate}"
+                )
+                conflict(("schedule", "floor"), message)
             if stage.final_phase is not None and not self.data.final_phase:
                 conflict(
                     ("stages", name, "final_phase"),

@@ -97,9 +97,9 @@ class StageRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _final_phase_fits(self) -> Self:
+    def _fits(self) -> Self:
         if self.final_phase is not None and self.final_phase.tokens > self.tokens:
-            most, found = format_count(self.tokens), format_count(self.final_phase.tokens)
+            found, most = format_count(self.final_phase.tokens), format_count(self.tokens)
             conflict(("final_phase", "tokens"), f"found {found}, expected at most the stage's tokens, {most}")
         if self.plateau is not None and 2 * self.plateau.window > self.tokens:
             found, most = format_count(self.plateau.window), format_count(self.tokens // 2)
@@ -232,11 +232,17 @@ def stages_model(stages: Any) -> type[StagesRecipe]:
     for name, block in list(stages.items())[:_MOST_STAGES]:
         objective = block.get("objective") if isinstance(block, dict) else None
         objective = STANDARD_OBJECTIVES.get(name) if objective is None else objective
-        if objective is not None and isinstance(name, str) and name.isidentifier() and name not in _RESERVED:
+        if objective is not None and _is_stage_name(name):
             blocks[name] = (stage_block(objective) if isinstance(objective, str) else None) or _unknown_block()
     for name, objective in STANDARD_OBJECTIVES.items():
         blocks.setdefault(name, _BLOCKS[objective])
     return _stages_model(tuple(blocks.items()))
+
+
+def _is_stage_name(name: Any) -> bool:
+    """Whether a key can name a field of the schema; pydantic keeps names like ``_x`` and ``model_x`` for itself."""
+    is_name = isinstance(name, str) and name.isidentifier() and name not in _RESERVED
+    return is_name and not name.startswith(("_", "model_"))
 
 
 @cache

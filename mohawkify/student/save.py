@@ -22,7 +22,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from mohawkify.errors import CheckpointError, is_out_of_memory
+from mohawkify.errors import CheckpointError, ExportError, is_out_of_memory
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.autodetect import find_classes
 from mohawkify.files.safetensors_headers import read_tensors
@@ -80,7 +80,7 @@ def save_student(
     Args:
         student: the model; it is not changed.
         tokenizer: its teacher's tokenizer.
-        directory: an existing, empty folder; make it with `storage.atomic_directory`.
+        directory: an existing, empty folder; make it with `atomic.atomic_directory`.
         dtype: of the weights; None keeps theirs. Its mixers' `precise_parameters` never go below float32.
     """
     model: Any = student  # transformers' own types do not know the grafted class
@@ -232,6 +232,13 @@ def _carried_code(mixer: dict[str, Any]) -> dict[str, str]:
     kinds = [mixer_class(kind) for kind in {specs[index].kind for index in mixer_layers(specs)}]
     names = {*CARRIED_MODULES, *(name for kind in kinds for name in (*_defining_modules(kind), *kind.code))}
     modules = [sys.modules[name] for name in sorted(names)]  # all imported: by the mixers, or by this module
+    short = [module.__name__.rpartition(".")[2] for module in modules]
+    twice = next((name for name in short if short.count(name) > 1), None)
+    if twice is not None:
+        raise ExportError(
+            f"the student's mixers bring two modules named {twice}, which would be one file of its folder",
+            hint="rename the module of the mixer that another package registers",
+        )
     return {m.__name__.rpartition(".")[2]: _OUR_IMPORT.sub(r"from .\1 import", getsource(m)) for m in modules}
 
 

@@ -181,7 +181,8 @@ class Trainer:
                 if self._stop.any_rank(conversion.world):
                     if not self._checkpoints.has_saved(state):
                         self._checkpoints.save(engine, state, hang)
-                    self._stop.check(f"after step {state.stage_step:,} of stage {stage.name}, which is saved")
+                    saved = f"after step {state.stage_step:,} of stage {stage.name}, which is saved"
+                    self._stop.check(saved if state.global_step else "before the first step")
 
             while state.stage_step < phases.num_steps:  # a phase on a plateau ends early: then from a later step
                 self._teachers.choose(stage, phases.segment_at(state.stage_step).data, self._stop, hang)

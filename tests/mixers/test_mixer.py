@@ -12,7 +12,7 @@ import torch
 import mohawkify
 from mohawkify.errors import ExportError, RecipeError
 from mohawkify.mixers.kinds import mixers_of
-from mohawkify.mixers.mixer import mixer_class
+from mohawkify.mixers.mixer import mixer_class, register_mixer
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.save import load_student
 from mohawkify.train.conversion import ConvertOptions
@@ -133,3 +133,8 @@ def test_an_export_to_mlx_is_refused_without_a_counterpart(tmp_path: Path) -> No
     made = tiny_pair("llama", tmp_path, student=student).student
     with pytest.raises(ExportError, match="the mixer average has no counterpart in MLX"):
         build_mlx(made.config.to_dict(), made)
+
+
+def test_a_kind_belongs_to_one_class():
+    with pytest.raises(ValueError, match="found a second mixer of the kind 'mamba2'"):
+        register_mixer(type("Other", (Average,), {"kind": "mamba2"}))

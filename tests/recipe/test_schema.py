@@ -199,6 +199,9 @@ BAD = [
     pytest.param(
         "learning_rate: 0.001", "train: [mlp]", "small.yaml:15: stages.align.learning_rate: missing", id="missing"
     ),
+    pytest.param("seed: 0", "schedule: {floor: 1}", "schedule.floor: found 1.0, expected at most", id="a high floor"),
+    pytest.param("  align:", "  _x: {objective: logits}\n  align:", "_x", id="a stage that no field can be named"),
+    pytest.param("  align:", "  model_x: {objective: logits}\n  align:", "model_x", id="another one"),
     pytest.param("0.001}", "0.001, train: []}", "found [], expected a list of mixer, mlp", id="nothing learns"),
     pytest.param("0.001}", "0.001, train: [mlp, mlp]}", "each once", id="a part twice"),
     pytest.param("0.001}", "0.001, train: [mpl]}", 'stages.align.train.0: found "mpl"', id="no such part"),
