@@ -50,9 +50,9 @@ def tiny_student(
     return student.eval(), spec
 
 
-def finished_run(folder: Path, family: str = "llama", **changes: Any) -> PreTrainedModel:
+def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = (), **changes: Any) -> PreTrainedModel:
     """Write what a finished conversion leaves behind, of `tiny_student` with these arguments; returns the student."""
-    student, spec = tiny_student(family, folder / "teacher-folder", **changes)
+    student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
     with atomic_directory(folder / "final") as final:
         save_student(student, bytes_tokenizer(chat_template=TEMPLATE), final)
     metrics = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}

@@ -239,6 +239,6 @@ def test_conversations_prepared_inspected_and_converted(teacher: Path, tmp_path:
     assert weights[0] == (whole / "final" / "model.safetensors").read_bytes()
     assert weights[0] != weights[1]
     moved = shutil.move(folder, tmp_path / "moved")
-    assert "(the tokenizer is not at hand)" in run_well("data", "inspect", tmp_path / "prepared").stdout
+    assert "(without its tokenizer)" in run_well("data", "inspect", tmp_path / "prepared").stdout
     assert "⟦answer 0" in run_well("data", "inspect", tmp_path / "prepared", "--teacher", moved).stdout
     assert run("data", "inspect", tmp_path).exit_code == 2
