@@ -1,6 +1,6 @@
 """How closely a written export follows its run: logits on text that the student itself writes.
 
-Text of its own needs no data, is what the model will see in use, and is the same for every export of a run.
+Generated text needs no data, is like the model's input in use, and is the same for every export of a run.
 
 Shapes: b sequences, l length, v vocabulary.
 """

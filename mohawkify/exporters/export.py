@@ -58,7 +58,7 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         report: receives a line for every step of the way.
 
     Returns:
-        target, directory, bytes, dtype; what `Agreement` says; dtypes, by safetensors' name of each how
+        target, directory, bytes, dtype; the fields of `Agreement`; dtypes, by safetensors' name of each how
         many tensors and elements are stored in it; and plain, the modules that a quantised target left plain.
 
     Raises:

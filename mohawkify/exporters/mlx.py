@@ -159,7 +159,7 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _teacher_modules(values: Mapping[str, Any], adapter: Adapter) -> Any:
-    """The teacher's own model on the meta device: transformers knows by it what published tensors are called."""
+    """The teacher's own model on the meta device: transformers needs it for the names of published tensors."""
     config = _student_config(values, adapter)
     for key in ("model_type", "architectures", "mixer"):
         config.pop(key, None)
@@ -185,7 +185,7 @@ def _published_weights(
 
 
 def _student_config(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The keys of a student's configuration that its family has; others would run code, or say what nobody asked."""
+    """The keys of a student's configuration that its family has; others could run code or have no meaning."""
     family = getattr(transformers, adapter.config_class)
     known = {*family().to_dict(), *family.attribute_map, "mixer"}
     return {key: value for key, value in without_code(values).items() if key in known}
@@ -225,7 +225,7 @@ def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _older_layers(config: dict[str, Any]) -> dict[str, Any]:
-    """Which layers look through a window, in the two ways that mlx-lm's models read it."""
+    """The layers with a window, in the two forms that mlx-lm's models read."""
     kinds = list(_layer_kinds(config))
     if not config.get("layer_types"):
         # mlx-lm's llama needs a full layer, and of a grafted one it does not matter.
@@ -245,7 +245,7 @@ def _layer_kinds(config: dict[str, Any]) -> list[str]:
 
 
 def _require_windows(model: Any, config: dict[str, Any]) -> None:
-    """Refuse a hybrid whose kept attention mlx-lm's model of the family sees through another window.
+    """Refuse a hybrid whose kept attention has another window in mlx-lm's model of the family.
 
     The comparison of logits would not notice: its text is shorter than the windows of published models.
     """
@@ -266,7 +266,7 @@ def _require_windows(model: Any, config: dict[str, Any]) -> None:
 
 
 def _quantise(model: Any, config: dict[str, Any], bits: int) -> Quantised:
-    """Quantise the projections, MLPs or experts, embedding and head in place, and say so in the configuration."""
+    """Quantise the projections, MLPs or experts, embedding and head in place, and record it in the configuration."""
     import mlx.nn as nn
 
     common: dict[str, Any] = {"group_size": GROUP_SIZES[0], "bits": bits, "mode": "affine"}
@@ -281,7 +281,7 @@ def _quantise(model: Any, config: dict[str, Any], bits: int) -> Quantised:
         if not sizes:
             quantised.plain.append(path)
             return False
-        # mlx-lm asks for more bits where a family's modules are known to suffer.
+        # mlx-lm uses more bits for modules of some families that lose much.
         own = {"bits": max(bits, wanted["bits"])} if isinstance(wanted, dict) else {}
         chosen = {**common, **own, "group_size": sizes[0]}
         quantised.packed[path] = Packing(chosen["bits"], chosen["group_size"])

@@ -33,7 +33,7 @@ class MixerConfig:
         head_dim: width of one.
         out_bias: whether the teacher's output projection has a bias.
         reads_mask: whether document borders and padding are read from the mask of attention, in families whose
-            decoder layers do not hand on the keywords that say it directly.
+            decoder layers do not pass on the keywords for them.
     """
 
     num_heads: int

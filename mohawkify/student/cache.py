@@ -91,7 +91,7 @@ class RecurrentLayer(CacheLayerMixin):
         raise TypeError("a recurrent layer holds a state, not keys and values")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a state cannot forget its last tokens."""
+        """Refuse: the last tokens cannot be taken out of a state."""
         if tokens_to_remove != 0:
             raise ValueError("a recurrent state cannot be cropped: it does not hold its past tokens")
 
@@ -140,7 +140,7 @@ class StudentCache(Cache):
     The student's forward leaves its ``padding_mask`` here, (b, at least l) and 0 at padding, or None.
 
     Args:
-        config: the student's configuration; ``config.mixer["layer_specs"]`` says which layers are recurrent.
+        config: the student's configuration; ``config.mixer["layer_specs"]`` lists the recurrent layers.
     """
 
     padding_mask: Tensor | None = None

@@ -55,7 +55,7 @@ else:
 
 
 class GraftedModel(TeacherModel):
-    """What a student adds to its teacher's class: the first base, the teacher's causal model class the second.
+    """The additions of a student to its teacher's class: the first base; the teacher's causal class is the second.
 
     Its forward is `grafted_forward` of the second.
     """

@@ -83,7 +83,7 @@ def save_student(
         directory: an existing, empty folder; make it with `atomic.atomic_directory`.
         dtype: of the weights; None keeps theirs. Its mixers' `precise_parameters` never go below float32.
     """
-    model: Any = student  # transformers' own types do not know the grafted class
+    model: Any = student  # transformers' types lack the grafted class
     dtype = dtype or model.dtype
     adapter = family_of(model.config.model_type)
     weights = {
@@ -111,7 +111,7 @@ def saved_tensors(student: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def weight_bytes(student: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
-    """What the weights take on the disk as `save_student` writes them; the rest of the folder is small."""
+    """The size of the weights on the disk as `save_student` writes them; the rest of the folder is small."""
     dtype = dtype or student.dtype
     kept = saved_tensors(student).items()
     return sum(tensor.numel() * _saved_dtype(name, tensor, dtype, student.config).itemsize for name, tensor in kept)
@@ -141,7 +141,7 @@ def load_student(
         The student on the CPU, in evaluation mode.
 
     Raises:
-        UnknownFamilyError: no adapter knows the student's teacher.
+        UnknownFamilyError: there is no adapter for the student's teacher.
         TeacherError: sizes that no model has, or keys that are no settings.
         CheckpointError: not a student, or damaged: tensors missing, left over or misshapen.
     """
@@ -184,7 +184,7 @@ def family_of(model_type: str) -> Adapter:
 
 @cache
 def register_family(adapter: Adapter) -> tuple[Any, Any]:
-    """Make a family's students known to transformers' Auto classes; returns their configuration and model class."""
+    """Register a family's students with transformers' Auto classes; returns their configuration and model class."""
     config_class, model_class = classes_for(adapter)
     model_class.save_pretrained = _saving_code(adapter, model_class.save_pretrained)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
