@@ -54,6 +54,8 @@ def test_the_family_passes_every_familys_tests(environment):
         "pytest",
         "tests/families/test_adapters.py",
         "-q",
+        "-m",
+        "",
         "-k",
         FAMILY,
         "-p",
