@@ -103,6 +103,7 @@ SETTINGS = [
     "stages.distill.final_phase.tokens=400",
     "stages.distill.final_phase.sequence_length=16",
     "stages.distill.learning_rate=1e-9",
+    "schedule.floor=1e-9",
     "stages.distill.plateau={window: 128, threshold: 0.3}",
     "schedule.decay=0.1",
     "data.epochs=null",
