@@ -112,10 +112,6 @@ def _evaluate(language_model: Any, tasks: TaskSet, limit: int | None) -> dict[st
     numpy.random.seed(SEEDS["numpy_random_seed"])
     torch.manual_seed(SEEDS["torch_random_seed"])
     for task in tasks.tasks.values():
-        if tasks.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config("num_fewshot", tasks.num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=SEEDS["fewshot_random_seed"])
     try:
         return evaluate(

@@ -87,7 +87,6 @@ class _Fewshot(_Part):
     sampler: Literal["default", "first_n"] = "default"
     split: str | None = None
     samples: list[_Rows] | None = None
-    fewshot_indices: list[int] | None = None
     doc_to_text: str | None = None
     doc_to_target: str | int | None = None
     doc_to_choice: str | list[str] | _Rows | None = None

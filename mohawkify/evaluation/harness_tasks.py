@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -236,15 +238,45 @@ def _members(
 
 
 def _check_task(name: str, task: Any, num_fewshot: int | None) -> None:
-    """Refuse a loaded task that would not run with these settings."""
+    """Refuse a loaded task that would not run with these settings, and set its number of solved examples."""
     if getattr(task, "UNSAFE_CODE", False):
         raise refusal(f"task {name}", "runs code that the model writes")
     if getattr(task, "MULTIMODAL", False):
         raise UsageError(f"task {name} has images or sound, expected text alone")
-    if num_fewshot and task.get_config("num_fewshot") == 0:
+    own = task.get_config("num_fewshot")
+    if num_fewshot and own == 0:
         raise UsageError(
             f"task {name} is fixed at 0 solved examples, {num_fewshot} were asked for",
             hint="ask it without solved examples, apart from the others",
+        )
+    wanted = (own or 0) if num_fewshot is None else num_fewshot
+    task.set_config("num_fewshot", wanted)
+    if wanted:
+        _check_examples(name, task, wanted)
+
+
+def _check_examples(name: str, task: Any, wanted: int) -> None:
+    """Refuse more solved examples than there are rows; where questions are among these rows, exclude the one asked.
+
+    lm-eval excludes it only where the task names the same split for both.
+    """
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise UsageError(
+            f"task {name} scores whole texts, which take no solved examples; {wanted} were asked for",
+            hint="ask it without solved examples, apart from the others",
+        )
+    rows = Counter(json.dumps(row, sort_keys=True, default=str) for row in task.sampler.df)
+    asked = {json.dumps(row, sort_keys=True, default=str) for row in task.eval_docs}
+    shared = max((count for row, count in rows.items() if row in asked), default=0)
+    if shared:
+        task.fewshot_cfg.split = task.config.test_split  # equal ones are what makes lm-eval exclude the question
+    found = rows.total() - shared
+    if found < wanted:
+        raise UsageError(
+            f"task {name} has {found} rows to take solved examples from"
+            + (" beside the question itself" if shared else "")
+            + f", {wanted} were asked for",
+            hint="ask for fewer with --num-fewshot, or give the task a fewshot_split with more rows",
         )
 
 

@@ -6,9 +6,8 @@ import copy
 import functools
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,12 @@ from mohawkify.evaluation import harness
 from mohawkify.evaluation.harness import run_tasks
 from mohawkify.evaluation.harness_tasks import PRESETS, load_preset, load_tasks
 from tests.conftest import ROOT, SHARED_DATA
+from tests.evaluation.conftest import ACCURACY, CHOICE, WriteTask
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
-WriteTask = Callable[..., Path]
-ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
-ACCURACY_PER_LENGTH = {**ACCURACY, "metric": "acc_norm"}
 PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{query}}",
-    "doc_to_choice": "{{endings}}",
-    "doc_to_target": "{{label}}",
-    "metric_list": [ACCURACY, ACCURACY_PER_LENGTH],
-}
 LAST_WORD = {
     "output_type": "loglikelihood",
     "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
@@ -59,12 +50,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What datasets keeps stays in the test's folder."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="module")
 def teacher(stories_teacher: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(stories_teacher)
@@ -73,36 +58,6 @@ def teacher(stories_teacher: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def tokenizer(stories_teacher: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(stories_teacher)
-
-
-@pytest.fixture
-def write_task(tmp_path: Path) -> WriteTask:
-    """Writes a task file over a JSON-lines file, which is copied beside it."""
-
-    def write(name: str, data: Path, settings: dict[str, Any], **changes: Any) -> Path:
-        if not data.exists():
-            pytest.skip(f"needs {data}, which is not here")
-        if data.parent != tmp_path:
-            shutil.copyfile(data, tmp_path / data.name)
-        kwargs = {"data_files": {"test": data.name}}
-        task = {"task": name, "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", **settings}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**task, "metadata": {"version": 3.0}, **changes}), encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    """Two questions of our own."""
-    path = tmp_path / "questions.jsonl"
-    rows = [
-        {"query": "Lily saw a", "endings": ["ball.", "quadratic form."], "label": 0, "text": "Tim was sad"},
-        {"query": "The dog ran to the", "endings": ["senate.", "park."], "label": 1, "text": "She was happy"},
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return path
 
 
 def run(teacher: PreTrainedModel, tokenizer: Any, tasks: list[Any], **changes: Any) -> dict[str, Any]:
