@@ -39,7 +39,8 @@ class Row(NamedTuple):
 def find_files(path: str, teacher_directory: Path | None) -> list[Path]:
     """List the files that a file, folder or glob names, sorted by path.
 
-    Folders are searched with their subfolders; in folders and globs, files of other kinds are passed over.
+    Folders are searched with their subfolders; in folders and globs, files of other kinds are passed over. A name that
+    is there wins over its reading as a pattern, be it that of the whole path or of the folders it begins with.
 
     Args:
         path: as written in the recipe; ``teacher:REL`` is relative to the teacher's folder.
@@ -101,17 +102,18 @@ def _locate(path: str, teacher_directory: Path | None) -> Path:
 
 
 def _list_files(location: Path) -> list[Path]:
-    # A name that is really there wins over its reading as a pattern.
     if location.is_file():
         if location.suffix not in SUFFIXES:
             raise DataError(f"{location} is not one of the known kinds of text file", hint=f"use {', '.join(SUFFIXES)}")
         return [location]
     if location.is_dir():
         candidates = [file for file in location.rglob("*") if not _is_hidden(file.relative_to(location))]
-    elif glob.has_magic(str(location)):
-        candidates = [Path(name) for name in glob.glob(str(location), recursive=True)]
     else:
-        raise DataError(f"there is no file or folder {location}", hint=_CHECK_PATH)
+        base = next(folder for folder in location.parents if folder.is_dir())
+        pattern = str(location.relative_to(base))
+        if not glob.has_magic(pattern):
+            raise DataError(f"there is no file or folder {location}", hint=_CHECK_PATH)
+        candidates = [base / name for name in glob.glob(pattern, root_dir=base, recursive=True)]
     return sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
 
 

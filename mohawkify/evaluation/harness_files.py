@@ -6,6 +6,7 @@ and the libraries below it would import, fetch or run what others name; and it m
 
 from __future__ import annotations
 
+import glob
 import re
 import stat
 from collections.abc import Iterator
@@ -244,7 +245,10 @@ def _place_rows(path: Path, settings: dict[str, Any], dataset: Any, root: Path) 
     settings["dataset_kwargs"] = {
         **kwargs,
         "data_files": {
-            split: [str(_inside(path.parent / name, root)) for name in ([names] if isinstance(names, str) else names)]
+            split: [
+                glob.escape(str(_inside(path.parent / name, root)))  # datasets takes any path as a pattern
+                for name in ([names] if isinstance(names, str) else names)
+            ]
             for split, names in by_split.items()
         },
     }

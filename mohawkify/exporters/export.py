@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +111,8 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
         }
         (folder / "README.md").write_text(model_card(source, wanted.library, wanted.bits, result), encoding="utf-8")
         result["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+    if is_mlx and glob.has_magic(os.path.abspath(output)):
+        report(f"warning: mlx-lm takes {output} for a pattern, because of *, ? or [ in it: move the export to use it")
     return result
 
 

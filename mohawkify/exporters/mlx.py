@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping
 from importlib import resources, util
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -127,6 +128,13 @@ def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, b
     return quantised
 
 
+class _Literal(PosixPath):
+    """A folder whose name is no pattern: mlx-lm looks for weights with a pattern that begins with it."""
+
+    def __truediv__(self, name: Any) -> Any:
+        return Path(glob.escape(str(self)) if glob.has_magic(name) else self, name)
+
+
 def load_mlx(directory: Path) -> Any:
     """Load a written MLX folder with mohawkify's own copy of its code, to compute its logits here."""
     import mlx.core as mx
@@ -136,7 +144,7 @@ def load_mlx(directory: Path) -> Any:
     from mohawkify.exporters import mlx_model
 
     model, _ = load_model(
-        directory,
+        _Literal(directory),
         model_config={"model_file": None},
         get_model_classes=lambda config: (mlx_model.Model, mlx_model.ModelArgs),  # type: ignore[arg-type,return-value]
     )

@@ -109,6 +109,19 @@ def test_name_with_brackets_is_a_name_first(tmp_path: Path) -> None:
     assert read(path=str(write(tmp_path / "part[1].txt", "here"))) == ["here"]
 
 
+def test_only_what_stands_behind_a_folders_name_is_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home [1]*"
+    write(home / "run[2]" / "a.txt", "here")
+    write(tmp_path / "home 1" / "run2" / "a.txt", "elsewhere")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    assert read(home / "run[2]", path="teacher:*.txt") == ["here"]
+    for path in ("teacher:**/[a].txt", "~/run[[]2]/?.txt", "run[2]/*", f"{home}/run[2]/*.txt"):
+        assert read(home, path=path) == ["here"]
+    with pytest.raises(DataError, match="there is no file or folder"):
+        read(home / "run[2]", path="teacher:b.txt")
+
+
 def test_path_relative_to_the_teacher(tmp_path: Path) -> None:
     write(tmp_path / "text" / "a.txt", "beside the teacher")
     (tmp_path / "model").mkdir()

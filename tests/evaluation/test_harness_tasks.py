@@ -1,4 +1,4 @@
-"""Solved examples in front of questions: where they come from, and how many there are."""
+"""Solved examples in front of questions, where they come from and how many there are; and where tasks lie."""
 
 from __future__ import annotations
 
@@ -95,3 +95,13 @@ def test_whole_texts_take_no_examples(write_task: WriteTask, questions: Path) ->
     task = write_task("whole", questions, {**whole, "metric_list": [{"metric": "word_perplexity"}]})
     with pytest.raises(UsageError, match="whole scores whole texts, which take no solved examples; 1 were asked for"):
         load_tasks([str(task)], 1)
+
+
+def test_a_folder_like_a_pattern_is_a_folder(write_task: WriteTask, tmp_path: Path) -> None:
+    task = write_task("ours", write_rows(tmp_path / "rows.jsonl", 3), CHOICE)
+    folder = tmp_path / "tasks [1]*?"
+    folder.mkdir()
+    for file in (task, tmp_path / "rows.jsonl"):
+        file.rename(folder / file.name)
+    assert len(contexts(folder / task.name, 1)) == 3
+    assert len(load_tasks(["ours"], include_path=folder).tasks["ours"].eval_docs) == 3

@@ -154,11 +154,20 @@ def test_only_keys_of_the_family_reach_the_export():
     assert mlx_target._student_config(values, load_adapter("llama")) == {"hidden_size": 32}
 
 
-def test_weights_that_no_group_size_divides_stay_plain_and_are_named(tmp_path):
-    finished_run(tmp_path)
-    result = export_run(tmp_path, "mlx-q4", tmp_path / "out", report=quiet)
+def test_weights_that_no_group_size_divides_stay_plain_and_are_named_also_in_a_folder_like_a_pattern(tmp_path):
+    folder, lines = tmp_path / "run [1]*" / "out[2]", []
+    finished_run(folder.parent)
+    result = export_run(folder.parent, "mlx-q4", folder, report=lines.append)
     assert result["plain"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
-    assert "model.layers.0.mlp.down_proj" in (tmp_path / "out" / "README.md").read_text()
+    assert "model.layers.0.mlp.down_proj" in (folder / "README.md").read_text()
+    assert (
+        lines[-1]
+        == f"warning: mlx-lm takes {folder} for a pattern, because of *, ? or [ in it: move the export to use it"
+    )
+    with pytest.raises(FileNotFoundError):
+        load(str(folder), trust_remote_code=True)  # which is why
+    folder.rename(tmp_path / "out")
+    load(str(tmp_path / "out"), trust_remote_code=True)
 
 
 COMMAND_LINE = (
