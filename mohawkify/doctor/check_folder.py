@@ -1,6 +1,6 @@
-"""Check a folder: is everything in it as it was written, and would a command refuse it? No torch here.
+"""Check a folder: is everything in it as it was written, and would a command refuse it?
 
-Nothing in the folder is run, and nothing is written.
+Nothing in the folder is run, and nothing is written. Torch is loaded for a teacher alone.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ from mohawkify.data.corpus import noted_corpus, verify_corpus
 from mohawkify.data.teacher_logits import ABOUT, TeacherLogits
 from mohawkify.errors import CheckpointError, MohawkifyError, TeacherError, UsageError
 from mohawkify.files.atomic import MANIFEST_NAME, file_sha256, read_json, read_lines, verify_directory
-from mohawkify.files.safetensors_headers import TensorHeader, read_header, read_tensors, require_own_files
+from mohawkify.files.safetensors_headers import FLOAT_BYTES, TensorHeader, read_header, read_numbers, read_tensors
 from mohawkify.run.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from mohawkify.run.folder import RunFolder, changed_files, run_identity
-from mohawkify.teacher.tokenizer_files import require_tokenizer_files, text_hashes
-from mohawkify.teacher.validate import require_config, require_plain_weights
+from mohawkify.teacher.tokenizer_files import text_hashes
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
 UNKNOWN = "unknown"
 WEIGHTS_FINITE = "all weights finite"
 _BYTES_UNCHANGED = "every byte as it was written"
-_ELEMENTS_AT_ONCE = 1 << 22
-_BF16_EXPONENT = 0x7F80
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 Check = dict[str, Any]
 
@@ -157,15 +153,19 @@ def _check_export(folder: Path) -> list[Check]:
 
 
 def _check_teacher(folder: Path) -> list[Check]:
-    config = folder / "config.json"
-    return [
-        _check("config.json", lambda: require_config(config)),
-        _check("files lie inside the folder", lambda: require_own_files(folder)),
-        _check("weights are plain safetensors", lambda: require_plain_weights(config, require_config(config))),
-        _check("shards, index and headers agree", lambda: read_tensors(folder)),
-        _check(WEIGHTS_FINITE, lambda: _require_finite(read_tensors(folder))),
-        _check("tokenizer", lambda: require_tokenizer_files(folder)),
-    ]
+    """The checks of a conversion; those of the values read the weights in parts, where the family has a file."""
+    from mohawkify.student.verify import require_true_family
+    from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
+    from mohawkify.teacher.soundness import CHECKS
+
+    resolved: list[ResolvedTeacher] = []
+    checks = [_check("config.json", lambda: resolved.append(resolve_teacher(str(folder))))]
+    for teacher in resolved:
+        checks += [_check(name, partial(function, teacher)) for name, function in CHECKS.items()]
+        checks.append(_check(WEIGHTS_FINITE, lambda: _require_finite(teacher.tensors)))  # noqa: B023
+        if teacher.adapter.autodetected and all(check["passed"] for check in checks):
+            checks.append(_check("the family is what its modules say", partial(require_true_family, teacher)))
+    return checks
 
 
 def _check_unknown(folder: Path) -> list[Check]:
@@ -228,17 +228,10 @@ def _require_identity(checkpoint: Checkpoint, run: RunFolder) -> None:
 
 
 def _require_finite(tensors: dict[str, TensorHeader]) -> None:
-    """Refuse a floating-point tensor with a value that is not finite; read in parts, so memory stays small."""
+    """Refuse a floating-point tensor with a value that is not finite in float32, which a model computes in at most."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NUMPY_DTYPES:
-            continue
-        dtype = np.dtype(_NUMPY_DTYPES[tensor.dtype])
-        content = np.memmap(tensor.file, dtype=np.uint8, mode="r")[tensor.begin : tensor.end]
-        for begin in range(0, len(content), _ELEMENTS_AT_ONCE * dtype.itemsize):
-            part = content[begin : begin + _ELEMENTS_AT_ONCE * dtype.itemsize].copy().view(dtype)
-            if tensor.dtype == "BF16":  # numpy has no such type: all bits of the exponent set is infinity or NaN
-                is_finite = (part & _BF16_EXPONENT) != _BF16_EXPONENT
-            else:
-                is_finite = np.isfinite(part)
-            if not is_finite.all():
+        for part in read_numbers(tensor) if tensor.dtype in FLOAT_BYTES else ():
+            with np.errstate(over="ignore"):
+                is_finite = np.isfinite(part.astype("<f4", copy=False)).all()
+            if not is_finite:
                 raise TeacherError(f"{name} in {tensor.file.name} holds a value that is not finite")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mohawkify.errors import MohawkifyError, TeacherError
 from mohawkify.files.atomic import read_json
 from mohawkify.files.strict_json import parse_json
@@ -19,6 +21,7 @@ SINGLE_FILE = "model.safetensors"
 
 # Bytes per element. Other types (floats of 8 bits and fewer) are the weights of a quantised model.
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 INTEGER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _AGAIN = "download or copy the file again"
@@ -27,7 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _ONE_OF_A_SET = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _LONGEST_HEADER = 10_000_000
-_BYTES_AT_ONCE = 1 << 24
+_ELEMENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -158,20 +161,21 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def same_content(one: TensorHeader, other: TensorHeader) -> bool:
-    """Whether two tensors are equal to the bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def read_numbers(tensor: TensorHeader) -> Iterator[np.ndarray]:
+    """The elements of a floating-point tensor, a part at a time, in a type that holds each exactly."""
+    dtype = np.dtype(_NUMPY_DTYPES[tensor.dtype])
+    content = np.memmap(tensor.file, dtype=np.uint8, mode="r")[tensor.begin : tensor.end]
+    for begin in range(0, len(content), _ELEMENTS_AT_ONCE * dtype.itemsize):
+        part = content[begin : begin + _ELEMENTS_AT_ONCE * dtype.itemsize].copy().view(dtype)
+        # numpy has no BF16: it is the upper half of a float32.
+        yield (part.astype("<u4") << 16).view("<f4") if tensor.dtype == "BF16" else part
+
+
+def same_numbers(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two floating-point tensors are equal, element for element, whatever their types."""
+    if one.shape != other.shape:
         return False
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.begin)
-        right.seek(other.begin)
-        remaining = one.end - one.begin
-        while remaining:
-            length = min(remaining, _BYTES_AT_ONCE)
-            if left.read(length) != right.read(length):
-                return False
-            remaining -= length
-    return True
+    return all(np.array_equal(*parts) for parts in zip(read_numbers(one), read_numbers(other), strict=True))
 
 
 def _links(home: Path) -> Iterator[Path]:

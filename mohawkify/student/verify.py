@@ -16,11 +16,28 @@ from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
 from mohawkify.mixers.mixer import Mixer
+from mohawkify.recipe.schema import StudentRecipe
+from mohawkify.student.build import build_student, design_student
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
+from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import ResolvedTeacher
 
 DOCUMENTS = (7, 9)  # tokens of the two documents that lie in one row
 # Of the largest output; a wrong adapter is off by about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def require_true_family(resolved: ResolvedTeacher) -> None:
+    """Verify an autodetected family as a conversion by any recipe does; the weights are loaded, on the CPU.
+
+    Raises:
+        TeacherError: see `verify_family`.
+    """
+    recipe, adapter = StudentRecipe(), resolved.adapter
+    teacher = load_teacher(resolved, dtype=torch.float32, device=torch.device("cpu"))
+    spec = design_student(resolved.name, resolved.spec, resolved.config, adapter, recipe)
+    student = build_student(teacher, adapter, spec, recipe.init, seed=0)
+    verify_family(teacher, student, adapter, resolved.spec.vocab_size)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def load_teacher(
     Args:
         teacher: resolved; its configuration is not read again.
         dtype: the precision it computes in.
-        device: where it runs.
+        device: where it runs; ``meta`` compares names and shapes alone.
         bits: 8 or 4: its weights are quantised on the way, embedding and head excepted; None leaves them.
 
     Raises:
@@ -36,6 +36,7 @@ def load_teacher(
         MissingExtraError: the quantiser is not installed.
     """
     never_ask()
+    is_unread = device.type == "meta"
     quantiser = quantiser_options(bits, dtype, device) if bits else {}
     folder, config = teacher.require_folder(), copy.deepcopy(teacher.config)
     assert teacher.tensors, "validated before transformers reads them"
@@ -47,7 +48,7 @@ def load_teacher(
         model, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation=attention_implementation(model_class, config),
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            ignore_mismatched_sizes=True, **quantiser,
+            ignore_mismatched_sizes=True, **({"device_map": "meta"} if is_unread else quantiser),
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors have no common class for what a file can do to them
         if is_out_of_memory(error):
@@ -61,7 +62,7 @@ def load_teacher(
             f"the teacher in {folder} {problem}", hint="the weights do not fit config.json: is the download complete?"
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not is_unread and not torch.isfinite(parameter).all():
             raise TeacherError(f"the teacher in {folder} has values that are not finite in {name}")
     try:
         model.generation_config = plain_generation(model.generation_config, model.config.vocab_size)

@@ -110,8 +110,9 @@ class ResolvedTeacher:
         """The sha256 of the other files that decide how text becomes tokens and how a student generates, by name."""
         return text_hashes(self.require_folder())
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load its tokenizer; see `load_tokenizer`."""
+        """Its tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.require_folder(), self.spec.vocab_size, self.values)
 
 

@@ -18,6 +18,7 @@ from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.quantize import require_quantiser
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
+from mohawkify.teacher.soundness import require_sound
 from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 
@@ -66,7 +67,8 @@ def find_teacher(source: str, bits: int | None) -> SecondTeacher:
     if bits is not None:
         require_quantiser(bits)
     teacher = resolve_teacher(source, need="weights")
-    return SecondTeacher(teacher, teacher.tokenizer(), bits)
+    require_sound(teacher)
+    return SecondTeacher(teacher, teacher.tokenizer, bits)
 
 
 def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> str | None:

@@ -96,8 +96,9 @@ def require_distinct_ids(folder: Path, vocabulary: Mapping[str, int]) -> None:
     owners: dict[int, str] = {}
     for token, number in vocabulary.items():
         if number in owners:
+            first, second = sorted((owners[number], token))
             raise TeacherError(
-                f"the tokenizer in {folder} gives id {number} to two tokens: {owners[number]!r:.40} and {token!r:.40}",
+                f"the tokenizer in {folder} gives id {number} to two tokens: {first!r:.40} and {second!r:.40}",
                 hint="its files are damaged or of different models: download them again",
             )
         owners[number] = token

@@ -11,11 +11,12 @@ from typing import Any
 from mohawkify.errors import TeacherError
 from mohawkify.files.atomic import read_json
 from mohawkify.files.safetensors_headers import (
+    FLOAT_BYTES,
     INTEGER_BYTES,
     TensorHeader,
     read_json_object,
     refuse_pointer,
-    same_content,
+    same_numbers,
 )
 
 # Keys that make transformers run code of the folder or, where its package `kernels` is installed, of the Hub.
@@ -163,7 +164,6 @@ def require_weights(path: Path, model: Any, tensors: Mapping[str, TensorHeader])
             the model has weights.
     """
     require_room(path, model, tensors)
-    _require_head(path, model, tensors)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in tensors.items():
         is_weight = name.endswith(".weight") or name in names or f"{model.base_model_prefix}.{name}" in names
@@ -172,6 +172,7 @@ def require_weights(path: Path, model: Any, tensors: Mapping[str, TensorHeader])
                 f"{tensor.file} holds tensor {name} as {tensor.dtype}, expected floating-point numbers",
                 hint="quantised weights cannot be trained against: use the teacher's plain version",
             )
+    _require_head(path, model, tensors)
 
 
 def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:
@@ -212,7 +213,8 @@ def _require_head(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -
     renamed = (
         tensor
         for name, tensor in tensors.items()
-        if tensor.shape == tuple(head.weight.shape) and not {name, prefix + name} & known
+        if (tensor.shape, tensor.dtype in FLOAT_BYTES) == (tuple(head.weight.shape), True)
+        and not {name, prefix + name} & known
     )
     found_head = tensors.get(head_name) or next(renamed, None)
     if found_embedding is None:
@@ -222,7 +224,7 @@ def _require_head(path: Path, model: Any, tensors: Mapping[str, TensorHeader]) -
             f"{path} says that head and embedding differ (tie_word_embeddings false), but the weights lack {head_name}",
             hint="is the download complete? If the model's head is its embedding, set tie_word_embeddings to true",
         )
-    if found_head is not None and is_tied and not same_content(found_head, found_embedding):
+    if found_head is not None and is_tied and not same_numbers(found_head, found_embedding):
         raise TeacherError(
             f"{path} says that head and embedding are one (tie_word_embeddings true), but {head_name} in the weights"
             f" differs from {embedding_name}",

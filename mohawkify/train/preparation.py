@@ -41,6 +41,7 @@ from mohawkify.teacher.second import (
     require_fitting_text,
     require_fitting_tokens,
 )
+from mohawkify.teacher.soundness import require_sound
 from mohawkify.train.conversion import Conversion, ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
     choose_engine,
@@ -111,6 +112,7 @@ def prepare(request: Request) -> Conversion | None:
     run, recipe, world, report = request.run, request.recipe, request.world, request.options.report
     try:
         teacher = world.rank0_first(lambda: request.teacher.fetch("weights"))
+        require_sound(teacher)
         final_teacher, facts = _hashed_teachers(request, teacher)
         identity = world.on_rank0(lambda: _open(request, facts))
         if identity is None:
@@ -217,7 +219,7 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
     """Read tokenizer and text, load the teacher, build the student."""
     recipe, options, world, spec = request.recipe, request.options, request.world, request.student
     adapter, device, vocab_size = resolved.adapter, request.device, resolved.spec.vocab_size
-    folder, tokenizer = resolved.require_folder(), resolved.tokenizer()
+    folder, tokenizer = resolved.require_folder(), resolved.tokenizer
     text = TextReader(
         recipe, tokenizer, request.run.corpora, folder, vocab_size, options.prepared, report=options.report
     )

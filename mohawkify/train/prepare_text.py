@@ -46,7 +46,7 @@ def prepare_text(
     begin = time.perf_counter()
     teacher = resolve_teacher(source, need="tokenizer")
     folder, vocab_size = teacher.require_folder(), teacher.spec.vocab_size
-    text = TextReader(recipe, teacher.tokenizer(), output, folder, vocab_size, num_workers=num_workers, report=report)
+    text = TextReader(recipe, teacher.tokenizer, output, folder, vocab_size, num_workers=num_workers, report=report)
     text.require_files()
     with run_lock(output):
         atomic.ensure_writable(output)
@@ -110,7 +110,7 @@ def _tokenizer(facts: dict[str, Any], teacher: str | None) -> PreTrainedTokenize
     if teacher is None and not os.path.isdir(source):
         return None  # a name of the Hub in a stranger's text fetches nothing
     try:
-        tokenizer = resolve_teacher(source, need="tokenizer").tokenizer()
+        tokenizer = resolve_teacher(source, need="tokenizer").tokenizer
     except MohawkifyError:
         if teacher is not None:
             raise

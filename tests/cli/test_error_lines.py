@@ -162,6 +162,7 @@ def test_a_damaged_teacher(teacher, damage):
     work, says = DAMAGES[damage]
     work(teacher)
     refused(*convert("--output", "out"), code=64 if "family" in damage else 66, says=says)
+    assert run("doctor", "tiny-llama").exit_code == 66, "doctor calls sound what is refused"
 
 
 def test_a_vocabulary_that_does_not_fit(teacher, whole_teacher):

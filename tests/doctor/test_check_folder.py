@@ -1,4 +1,4 @@
-"""`mohawkify doctor FOLDER`: valid folders pass, every damage is named, and torch is never loaded."""
+"""`mohawkify doctor FOLDER`: valid folders pass, every damage is named, and torch is loaded for teachers alone."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def test_a_run_that_a_command_would_refuse_is_not_valid(work, tmp_path, damage, 
     assert says in refused.stdout
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "teacher"])
 def test_torch_is_not_loaded(work, part):
     code = (
         "import sys\nfrom mohawkify.cli.main import main\n"

@@ -115,6 +115,7 @@ def test_an_unwritten_family_goes_the_whole_way(tmp_path):
     assert "proving what its modules say on the weights" in done.stderr
     assert json.loads(run_well("eval", out, "--json").stdout)["student"]["kl"] > 0
     run_well("export", out, "--target", "hf", "--output", tmp_path / "hf")
+    run_well("doctor", teacher)
     refused = run("export", out, "--target", "mlx", "--output", tmp_path / "mlx")
     assert refused.exit_code == 73
     assert "hf" in refused.stderr
@@ -168,3 +169,4 @@ def test_a_family_that_fails_verification_leaves_no_finished_run(tmp_path):
     assert "reading the text" not in refused.stderr, "verified before hours of tokenising"
     assert "attends across the border of two documents" in refused.stderr
     assert not (tmp_path / "run" / "final").exists()
+    assert "attends across the border of two documents" in run("doctor", teacher).stdout

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers.modeling_utils
 
 from mohawkify.errors import TeacherError
 from mohawkify.exporters.export import export_run
 from mohawkify.files import atomic, safetensors_headers
+from mohawkify.files.safetensors_headers import read_tensors
 from mohawkify.recipe.loading import parse_recipe
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher import resolve, validate
@@ -20,6 +22,8 @@ from mohawkify.teacher.resolve import resolve_teacher
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.trainer import convert
 from tests.commands import make_teacher
+from tests.teacher.damage import EMBEDDING, HEAD, config, weights
+from tests.tiny import save_teacher, tiny_teacher
 from tests.train.test_convert import RECIPE, teacher_folder
 
 __all__ = ["teacher_folder"]
@@ -53,7 +57,8 @@ def test_a_conversion_reads_its_teacher_once_and_an_export_its_student(teacher_f
         str(teacher_folder), parse_recipe(RECIPE, "tiny.yaml"), ConvertOptions(output=tmp_path / "run")
     )
     config, weights = (f"{teacher_folder.name}/{name}" for name in ("config.json", "model.safetensors"))
-    assert reads[PARSED, config] == reads[HEADERS, weights] == reads[WEIGHTS, weights] == 1
+    assert reads[PARSED, config] == reads[HEADERS, weights] == 1
+    assert reads[WEIGHTS, weights] == 2, "names and shapes first, then the values"
     assert reads[HASHED, config] == reads[HASHED, weights] == 1
     for target in ("hf", "mlx") if find_spec("mlx_lm") else ("hf",):
         reads.clear()
@@ -68,7 +73,7 @@ def test_what_was_resolved_is_handed_on(tmp_path: Path) -> None:
     assert teacher.fetch("weights") is teacher
     assert teacher.tensors is teacher.tensors
     assert teacher.file_hashes["config.json"] == atomic.file_sha256(folder / "config.json")
-    assert len(teacher.tokenizer()) <= teacher.spec.vocab_size
+    assert len(teacher.tokenizer) <= teacher.spec.vocab_size
 
 
 def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
@@ -79,3 +84,25 @@ def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
         teacher.fetch("weights")
     with pytest.raises(TeacherError, match="expected a folder with weights"):
         _ = teacher.tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_tied_head_is_compared_by_its_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_teacher(tmp_path / "teacher", tie_word_embeddings=True)
+    weights(lambda t: t.update({EMBEDDING: (t[EMBEDDING] * 8).round(), HEAD: (t[EMBEDDING] * 8).round().to(dtype)}))(
+        folder
+    )
+    assert resolve_teacher(str(folder)).tensors
+    weights(lambda t: t[HEAD].view(-1)[-1:].add_(1))(folder)
+    with pytest.raises(TeacherError, match="tie_word_embeddings true"):
+        assert resolve_teacher(str(folder)).tensors
+
+
+def test_a_head_of_another_name_is_found(tmp_path: Path) -> None:
+    """GPT-NeoX writes its head as embed_out, which is no name of its modules."""
+    folder = save_teacher(tiny_teacher("gpt_neox", tie_word_embeddings=False), tmp_path / "neox")
+    assert "embed_out.weight" in read_tensors(folder)
+    assert resolve_teacher(str(folder)).tensors
+    config(tie_word_embeddings=True)(folder)
+    with pytest.raises(TeacherError, match="tie_word_embeddings true"):
+        assert resolve_teacher(str(folder)).tensors
