@@ -13,6 +13,7 @@ from mohawkify.data.packing import Batch
 from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import attention_implementation
 from mohawkify.families.registry import load_adapter
+from mohawkify.mixers.kinds import mixers_of
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
@@ -78,6 +79,16 @@ def tiny_pair(
     recipe = StudentRecipe(**{"state_size": 16, "init": init, **(student or {})})
     spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
     return TeacherStudent(teacher, build_student(teacher, adapter, spec, init, seed=0), spec, adapter)
+
+
+def stir(student: PreTrainedModel) -> PreTrainedModel:
+    """Move the mixers' parameters off their start, where convolutions are the identity and hide their faults."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for mixer in mixers_of(student).values():
+            for parameter in mixer.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return student
 
 
 def packed(length: int = 24, batch: int = 2, borders: tuple[int, ...] = (0, 9, 10), vocabulary: int = 97) -> Batch:

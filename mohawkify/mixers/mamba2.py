@@ -81,10 +81,14 @@ class DepthwiseConv(nn.Module):
             self.bias.zero_()
 
     def forward(
-        self, u_blf: Tensor, tail_bkf: Tensor | None, document_starts_bl: Tensor | None
+        self,
+        u_blf: Tensor,
+        tail_bkf: Tensor | None,
+        document_starts_bl: Tensor | None,
+        num_real_b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve; see `causal_conv`."""
-        y_blf, tail_bkf = causal_conv(u_blf, self.weight, self.bias, tail_bkf, document_starts_bl)
+        y_blf, tail_bkf = causal_conv(u_blf, self.weight, self.bias, tail_bkf, document_starts_bl, num_real_b)
         return F.silu(y_blf) if self.activation == "silu" else y_blf, tail_bkf
 
 
@@ -213,13 +217,13 @@ class DiscreteMamba2(Mixer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Mixer.mix`; the states are those of `state_spec`."""
         features = [self.x_proj(hidden_bld), self.b_proj(hidden_bld), self.c_proj(hidden_bld)]
-        if keep_bl is not None:
-            features = [feature * keep_bl.unsqueeze(-1) for feature in features]
+        num_real_b = None if keep_bl is None else (keep_bl != 0).sum(1)
         widths = [feature.shape[-1] for feature in features]
         tails = (None,) * 3 if states is None else states["conv_states"].split(widths, dim=-1)
         convs = (self.x_conv, self.b_conv, self.c_conv)
         (x_blf, x_tail), (b_blf, b_tail), (c_blf, c_tail) = (
-            conv(feature, tail, document_starts_bl) for conv, feature, tail in zip(convs, features, tails, strict=True)
+            conv(feature, tail, document_starts_bl, num_real_b)
+            for conv, feature, tail in zip(convs, features, tails, strict=True)
         )
         log_decay_blh = self._log_decay(hidden_bld)
         if keep_bl is not None:

@@ -108,7 +108,8 @@ class Mixer(nn.Module, ABC):
             hidden_bld: hidden states after the layer's norm.
             states: the tensors of `state_spec` after the tokens before these; None at the start.
             document_starts_bl: true where a new document begins, across which nothing is mixed.
-            keep_bl: 0 at padding, which must not change the states, else 1, in the dtype of the hidden states.
+            keep_bl: 0 at padding, which must not change the states, else 1, in the dtype of the hidden states. In
+                every row padding comes after the real tokens, wherever it was.
 
         Returns:
             The output (b, l, d), and the states after the last token.
@@ -165,33 +166,39 @@ class Mixer(nn.Module, ABC):
         memory: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = memory is not None and memory.num_tokens > 0
         batch, length, _ = hidden_bld.shape
+        if padding_mask is None:  # some families' layers keep keywords from their attention
+            padding_mask = getattr(cache, "padding_mask", None)
+        keep_bl = None if padding_mask is None else padding_mask[:, -length:] != 0
         if memory is not None and length == 1 and not torch.is_grad_enabled():
-            if padding_mask is None:  # some families' layers keep keywords from their attention
-                padding_mask = getattr(cache, "padding_mask", None)
-            keep_b = None if padding_mask is None else padding_mask[:, -1]
-            return self.decode(hidden_bld[:, 0], keep_b, memory).unsqueeze(1), None
-        document_starts_bl = keep_bl = None
-        if length > 1:
-            if self.config.reads_mask and attention_mask is not None:
-                document_starts_bl, keep_bl = read_mask(attention_mask, batch, length)
-            else:
-                document_starts_bl = None if position_ids is None else (position_ids == 0).expand(batch, -1)
-                keep_bl = None if padding_mask is None else padding_mask[:, -length:]
+            return self.decode(hidden_bld[:, 0], None if keep_bl is None else keep_bl[:, 0], memory).unsqueeze(1), None
+        document_starts_bl = None if position_ids is None else (position_ids == 0).expand(batch, -1)
+        if length > 1 and self.config.reads_mask and attention_mask is not None:
+            document_starts_bl, keep_bl = read_mask(attention_mask, batch, length)
+        if continues:
+            document_starts_bl = None
+        order_bl1 = None
+        if keep_bl is not None:
+            # Padding goes behind the real tokens of its row: nothing that is mixed then reaches over it.
+            order_bl = (~keep_bl).int().argsort(dim=1, stable=True)
+            if document_starts_bl is not None:
+                document_starts_bl = (document_starts_bl & keep_bl).take_along_dim(order_bl, dim=1)
+            keep_bl, order_bl1 = keep_bl.take_along_dim(order_bl, dim=1), order_bl.unsqueeze(-1)
+            hidden_bld = hidden_bld.take_along_dim(order_bl1, dim=1)
         output_bld, states = self.mix(
             hidden_bld,
             memory.states if continues else None,
-            None if continues else document_starts_bl,
+            document_starts_bl,
             None if keep_bl is None else keep_bl.to(hidden_bld.dtype),
         )
         if memory is not None:
             memory.write(states, length)
-        return output_bld, None
+        return output_bld if order_bl1 is None else output_bld.take_along_dim(order_bl1.argsort(dim=1), dim=1), None
 
 
 def read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Tensor]:
     """Document borders and padding from the mask that a model built for its attention.
 
-    A token that may not attend to itself is padding; one that may not attend to its neighbour before starts a document.
+    A token that may not attend to itself is padding; one that may not attend to the real one before starts a document.
     The first token may never attend to the last one, which shows how this mask writes "may not": families differ.
 
     Args:
@@ -206,8 +213,10 @@ def read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Ten
         return None, mask[:, -length:] != 0
     allowed_bll = (mask[:, 0, :, -length:] != mask[:, 0, :1, -1:]).expand(batch, -1, -1)
     keep_bl = allowed_bll.diagonal(dim1=1, dim2=2)
-    follows_bl = allowed_bll.diagonal(offset=-1, dim1=1, dim2=2)
-    return F.pad(~follows_bl, (1, 0), value=True), keep_bl
+    places_bl = torch.arange(1, length + 1, device=mask.device) * keep_bl
+    before_bl = F.pad(places_bl.cummax(dim=1).values[:, :-1], (1, 0))  # place of the real token before, from 1
+    follows_bl = allowed_bll.take_along_dim((before_bl - 1).clamp_min(0).unsqueeze(2), dim=2).squeeze(2)
+    return ~follows_bl | (before_bl == 0), keep_bl
 
 
 Kind = TypeVar("Kind", bound=type[Mixer])

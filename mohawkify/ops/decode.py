@@ -43,7 +43,7 @@ def decode_step(
         d_h: the skip of each head.
         tail_bkf: the last k - 1 projected inputs of the convolutions, the latest last; overwritten.
         state_bhpn: the state in at least float32; overwritten.
-        keep_b: 0 where the token is padding, which neither writes to the state nor lets it decay; None where none is.
+        keep_b: 0 where the token is padding, which changes neither the tail nor the state; None where none is.
         conv_silu: whether SiLU follows the convolutions.
         time_step: whether B is multiplied by the time step, softplus(a_log).
 
@@ -55,15 +55,12 @@ def decode_step(
     _, heads, head_dim, state_size = state_bhpn.shape
     inputs_bf = torch.cat([x_bf, b_bf, c_bf], dim=-1)
     keep_b1 = None if keep_b is None else (keep_b != 0).unsqueeze(-1)
-    if keep_b1 is not None:
-        inputs_bf = inputs_bf * keep_b1
     features_bf = bias_f + weight_fk[:, num_lags] * inputs_bf
     for lag in range(num_lags):
         features_bf = features_bf + weight_fk[:, lag] * tail_bkf[:, lag]
-    for lag in range(num_lags - 1):
-        tail_bkf[:, lag].copy_(tail_bkf[:, lag + 1])
-    if num_lags:
-        tail_bkf[:, -1].copy_(inputs_bf)
+    for lag in range(num_lags):
+        next_bf = tail_bkf[:, lag + 1] if lag + 1 < num_lags else inputs_bf
+        tail_bkf[:, lag].copy_(next_bf if keep_b1 is None else torch.where(keep_b1, next_bf, tail_bkf[:, lag]))
 
     if conv_silu:
         features_bf = F.silu(features_bf)

@@ -29,9 +29,10 @@ def _convolve(
     weight_stride_k,
     NUM_LAGS: tl.constexpr,
 ):
-    """One head's convolved features, docs/math.md (2); its last inputs move on by one."""
-    present = tl.where(kept, tl.load(u_ptr + feature, mask=inside, other=0.0), 0.0)
+    """One head's convolved features, docs/math.md (2); its last inputs move on by one, but not at padding."""
+    present = tl.load(u_ptr + feature, mask=inside, other=0.0)
     column = feature_begin + feature
+    moves = (inside & kept) != 0  # compared, since the interpreter spreads a scalar as integers
     weights = weight_ptr + column * weight_stride_f
     output = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     output += tl.load(weights + NUM_LAGS * weight_stride_k, mask=inside, other=0.0).to(tl.float32) * present.to(
@@ -41,10 +42,10 @@ def _convolve(
         past = tl.load(tail_ptr + tap * num_features + column, mask=inside, other=0.0)
         output += tl.load(weights + tap * weight_stride_k, mask=inside, other=0.0).to(tl.float32) * past.to(tl.float32)
         if tap > 0:
-            tl.store(tail_ptr + (tap - 1) * num_features + column, past, mask=inside)
+            tl.store(tail_ptr + (tap - 1) * num_features + column, past, mask=moves)
     if NUM_LAGS > 0:
         last = tail_ptr + (NUM_LAGS - 1) * num_features + column
-        tl.store(last, present.to(tail_ptr.dtype.element_ty), mask=inside)
+        tl.store(last, present.to(tail_ptr.dtype.element_ty), mask=moves)
     return output
 
 
@@ -137,7 +138,7 @@ def decode_step(
         d_h: the skip of each head.
         tail_bkf: the last k - 1 projected inputs of x, B and C (b, k - 1, f), contiguous; updated.
         state_bhpn: the state, float32, contiguous; updated.
-        keep_b: 0 where the token is padding, which neither writes to the state nor lets it decay; None where none is.
+        keep_b: 0 where the token is padding, which changes neither the tail nor the state; None where none is.
 
     Returns:
         The gated output (b, h * p) in the dtype of x, for the output projection. It has no gradient.

@@ -32,7 +32,7 @@ from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.train.engines.engine import LocalEngine
 from tests.close import assert_close
 from tests.conftest import ROOT
-from tests.tiny import packed, tiny_pair, tiny_teacher
+from tests.tiny import packed, stir, tiny_pair, tiny_teacher
 
 LAYERS = 2
 BORDERS = {"one-document": (0,), "packed": (0, 9, 10)}
@@ -219,7 +219,7 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
 def student(case, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(case.name)
     pair = tiny_pair(case.name, folder, student={"keep_attention": request.param}, num_hidden_layers=LAYERS)
-    return pair.student
+    return stir(pair.student)
 
 
 @torch.no_grad()
@@ -233,6 +233,20 @@ def test_token_by_token_and_by_pieces_equal_the_full_pass(student):
             cache, begin = out.past_key_values, end
             pieces.append(out.logits)
         assert_close(f"cut at {cuts}", torch.cat(pieces, 1), full, tolerance=1e-4)
+
+
+@torch.no_grad()
+def test_padding_on_both_sides_leaves_the_states_of_single_rows(student):
+    ids = packed(length=30).input_ids
+    mask = torch.ones_like(ids)
+    mask[1, :11], mask[1, 25:] = 0, 0
+    positions = (mask.cumsum(-1) - 1) * mask
+    padded = student(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    single = student(ids[1:, 11:25], use_cache=True)
+    assert_close("logits", padded.logits[1:, 11:25], single.logits, tolerance=1e-4)
+    for ours, alone in zip(padded.past_key_values.layers, single.past_key_values.layers, strict=True):
+        for name, state in getattr(alone, "states", {}).items():
+            assert_close(name, ours.states[name][1:], state, tolerance=1e-4)
 
 
 @torch.no_grad()

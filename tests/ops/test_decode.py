@@ -94,11 +94,11 @@ def test_padding_and_documents_are_handed_over():
     keep = torch.ones(BATCH, 12)
     keep[1, :7] = 0
     positions = torch.arange(12).expand(BATCH, -1).clone()
-    positions[0, 4:] = torch.arange(8)
+    positions[0, 10:] = torch.arange(2)
     cache = fresh()
     ours(hidden, past_key_values=cache, padding_mask=keep, position_ids=positions)
     after, _ = ours(normal(BATCH, 1, 16, seed=1), past_key_values=cache)
-    for row, begin in ((0, 4), (1, 7)):
+    for row, begin in ((0, 10), (1, 7)):
         alone = fresh()
         ours(hidden[row : row + 1, begin:], past_key_values=alone)
         expected, _ = ours(normal(BATCH, 1, 16, seed=1)[row : row + 1], past_key_values=alone)
@@ -120,7 +120,8 @@ def test_padding_leaves_the_memory_alone_step_by_step():
     expected, _ = ours(hidden, past_key_values=whole, padding_mask=keep)
     for t in range(12):
         found, _ = ours(hidden[:, t : t + 1], past_key_values=stepwise, padding_mask=keep[:, : t + 1])
-        assert_close(f"output {t}", found, expected[:, t : t + 1])
+        real = keep[:, t] != 0
+        assert_close(f"output {t}", found[real, 0], expected[real, t])
     assert_close("state", stepwise.layers[0].states["recurrent_states"], whole.layers[0].states["recurrent_states"])
     assert_close("tail", stepwise.layers[0].states["conv_states"], whole.layers[0].states["conv_states"])
 

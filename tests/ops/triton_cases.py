@@ -278,8 +278,8 @@ def test_step_against_float64(dtype, num_taps, p_width, n_width, keeps):
         output_bf = decode_step(*projected, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
         u_b1f = torch.cat(projected, dim=-1).double().cpu().unsqueeze(1)
         kept = torch.ones(batch, 1, 1) if keep_b is None else keep_b.cpu().view(-1, 1, 1)
-        u_b1f = u_b1f * kept
-        mixed_b1f, exact_tail = causal_conv(u_b1f, weight_fk, bias_f, exact_tail)
+        mixed_b1f, next_tail = causal_conv(u_b1f, weight_fk, bias_f, exact_tail)
+        exact_tail = torch.where(kept != 0, next_tail, exact_tail)
         x, b, c = (part.unflatten(-1, (heads, -1)) for part in mixed_b1f.split(widths, dim=-1))
         x, log_decay = x * kept.unsqueeze(-1), -F.softplus(a_log_bh.double().cpu()).unsqueeze(1) * kept
         y, exact_state = scan_recurrent(x, b, c, log_decay, exact_state)

@@ -25,7 +25,7 @@ from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import resolve_teacher
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
-from tests.tiny import FAMILIES, packed, tiny_pair, tiny_teacher
+from tests.tiny import FAMILIES, packed, stir, tiny_pair, tiny_teacher
 
 
 @pytest.fixture(params=FAMILIES)
@@ -84,6 +84,35 @@ def test_left_padding_changes_nothing(pair):
     )  # fmt: skip
     after_single = pair.student(next_id[1:], past_key_values=single.past_key_values, use_cache=True)
     assert_close("next logits", after.logits[1:], after_single.logits)
+
+
+PADDINGS = {"left": [0] * 11 + [1] * 19, "right": [1] * 19 + [0] * 11, "between": [1] * 9 + [0] * 11 + [1] * 10}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clamp", [0, 1], ids=["positions-from-0", "positions-from-1"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("keep_attention", [(), (1,)], ids=["mixers", "hybrid"])
+@pytest.mark.parametrize("family", ["llama", "stablelm"])  # padding by keyword, and from the mask of attention
+def test_a_padded_prompt_leaves_the_memory_of_the_prompt_alone(family, keep_attention, padding, clamp, tmp_path):
+    student = stir(tiny_pair(family, tmp_path, student={"keep_attention": keep_attention}).student)
+    real = torch.tensor(PADDINGS[padding], dtype=torch.bool)
+    ids, more = packed(length=30).input_ids, packed(length=7).input_ids
+    mask = torch.stack([torch.ones(30, dtype=torch.long), real.long()])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    positions = positions.masked_fill(mask == 0, clamp)
+    padded = student(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    rows = [student(ids[:1], use_cache=True), student(ids[1:, real], use_cache=True)]
+    assert_close("logits", padded.logits[1, real], rows[1].logits[0], tolerance=1e-5)
+    for begin, end in ((0, 1), (1, 2), (2, 7)):  # token by token, and several at once
+        mask = torch.cat([mask, torch.ones(2, end - begin, dtype=mask.dtype)], 1)
+        after = student(
+            more[:, begin:end], attention_mask=mask, position_ids=(mask.cumsum(-1) - 1)[:, begin - end :],
+            past_key_values=padded.past_key_values, use_cache=True,
+        ).logits  # fmt: skip
+        for index, row in enumerate(rows):
+            alone = student(more[index : index + 1, begin:end], past_key_values=row.past_key_values, use_cache=True)
+            assert_close(f"row {index}, tokens from {begin}", after[index], alone.logits[0], tolerance=1e-5)
 
 
 @torch.no_grad()
