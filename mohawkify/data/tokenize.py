@@ -12,6 +12,7 @@ import numpy as np
 from mohawkify.errors import DataError, is_panic
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from transformers import PreTrainedTokenizerBase
 
 TOKEN_DTYPE = np.dtype("<u4")
@@ -91,12 +92,28 @@ def encode_documents(
             completion = _in_spans(found["offset_mapping"][number], document.completions)
         encoded.append(_with_border(document, ids, completion, tokenizer))
         tokens = encoded[-1].tokens
-        if tokens.size and tokens.max() >= vocab_size:
-            raise DataError(
-                f"the tokenizer gives id {tokens.max()}, but the teacher's vocabulary has {vocab_size} entries",
-                hint="tokenizer and model do not belong together: fetch both from the same place",
-            )
+        require_rows(tokens, tokenizer, vocab_size)
     return encoded
+
+
+def require_rows(ids: ArrayLike, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuse token ids of a text that have no row in the embedding.
+
+    Args:
+        ids: of the text.
+        tokenizer: that gave them.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        DataError: names the token.
+    """
+    largest = int(np.max(np.asarray(ids), initial=0))
+    if largest >= vocab_size:
+        raise DataError(
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), but the model's"
+            f" vocabulary has {vocab_size} rows",
+            hint="leave that token out of the text: the model has no weights for it",
+        )
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, spans_wanted: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from mohawkify.data.tokenize import require_rows
 from mohawkify.errors import UsageError
 
 # Settings that a teacher's published generation_config.json may hold, and that make other tokens likely.
@@ -55,10 +56,12 @@ def generate_text(
 
     Raises:
         UsageError: the prompt gives no token to begin with.
+        DataError: it has a token for which the model has no row.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].numel() == 0:
         raise UsageError("the prompt is empty, expected some text", hint="this tokenizer adds no token of its own")
+    require_rows(inputs["input_ids"], tokenizer, model.config.vocab_size)
     pieces: list[str] = []
 
     def keep(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mohawkify.data.tokenize import require_rows
 from mohawkify.errors import DataError
 from mohawkify.evaluation.response_cache import ResponseCache
 
@@ -32,11 +33,27 @@ class CheckedLM(HFLM):
         batch_size: int,
         responses: ResponseCache | None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        own = copy.deepcopy(tokenizer)
+        self._rows = model.config.vocab_size
+        if own.pad_token_id is not None and own.pad_token_id >= self._rows:
+            own.pad_token = None  # a [PAD] behind the last row; lm-eval chooses another one
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
         self.truncated_requests = 0
         self._responses = responses
         if responses is not None:
             self.set_cache_hook(responses)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """The tokens of a text, which the model must have."""
+        ids = super().tok_encode(string, *args, **kwargs)
+        require_rows(ids, self.tokenizer, self._rows)
+        return ids
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The tokens of several texts in padded rows, which the model must have."""
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        require_rows(ids, self.tokenizer, self._rows)
+        return ids, mask
 
     def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations, and whether greedy writing would give them."""

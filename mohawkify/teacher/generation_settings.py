@@ -42,7 +42,10 @@ def plain_generation(settings: GenerationConfig, vocab_size: int) -> GenerationC
     kept: dict[str, Any] = {}
     for key, (fits, expected) in kinds.items():
         value = getattr(settings, key, None)
-        if value is None or (key == "pad_token_id" and value == -1):  # how some files say that there is none
+        if value is None:
+            continue
+        # -1 is how some files say that there is none; a [PAD] behind the last row pads nothing here.
+        if key == "pad_token_id" and type(value) is int and (value == -1 or value >= vocab_size):
             continue
         if not fits(value):
             raise ValueError(f"{key} is {str(value)[:40]!r}, expected {expected}")

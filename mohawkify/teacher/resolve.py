@@ -115,6 +115,11 @@ class ResolvedTeacher:
         """Its tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.require_folder(), self.spec.vocab_size, self.values)
 
+    @cached_property
+    def tokens(self) -> dict[str, int]:
+        """The id of every token that has a row in its embedding."""
+        return {token: number for token, number in self.tokenizer.get_vocab().items() if number < self.spec.vocab_size}
+
 
 def resolve_teacher(source: str, need: Need = "config") -> ResolvedTeacher:
     """Resolve a teacher.
@@ -153,6 +158,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], transformers.PretrainedConf
     if raw["model_type"].startswith("mohawk_"):
         raise TeacherError(f"{path} is already a student of mohawkify (model_type {raw['model_type'][:100]})")
     values = {key: value for key, value in without_code(raw).items() if key not in UNUSED_KEYS}
+    if _has_no_row(values.get("pad_token_id"), values.get("vocab_size")):
+        values["pad_token_id"] = None  # a [PAD] behind the last row: nothing is padded with it
     adapter = find_adapter(raw["model_type"], values)
     require_settings(path, values, getattr(transformers, adapter.config_class))
     try:
@@ -171,3 +178,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], transformers.PretrainedConf
     if reason:
         raise TeacherError(f"the {adapter.title} model of {path} cannot be converted: {reason}")
     return raw, config, adapter
+
+
+def _has_no_row(token: Any, rows: Any) -> bool:
+    return type(token) is int and type(rows) is int and token >= rows

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mohawkify.data.loader import SampleRange, sequences_of
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.tokenize import tokenizer_hash
-from mohawkify.errors import DataError
+from mohawkify.errors import DataError, TeacherError
 from mohawkify.recipe.schema import Recipe
 from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.quantize import require_quantiser
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.soundness import require_sound
-from mohawkify.teacher.vocabulary import require_same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class SecondTeacher:
 
     Args:
         teacher: resolved, with its weights at hand.
-        tokenizer: its tokenizer.
         bits: 8 or 4 to quantise its weights when they are loaded; None to leave them.
     """
 
     teacher: ResolvedTeacher
-    tokenizer: PreTrainedTokenizerBase
     bits: int | None
 
     def facts(self) -> dict[str, Any]:
@@ -68,14 +66,16 @@ def find_teacher(source: str, bits: int | None) -> SecondTeacher:
         require_quantiser(bits)
     teacher = resolve_teacher(source, need="weights")
     require_sound(teacher)
-    return SecondTeacher(teacher, teacher.tokenizer, bits)
+    return SecondTeacher(teacher, bits)
 
 
-def tokenizer_note(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str) -> str | None:
+def tokenizer_note(first: ResolvedTeacher, other: ResolvedTeacher) -> str | None:
     """A line where two tokenizers of one vocabulary would still cut text differently; the first one's cut counts."""
-    if tokenizer_hash(first) == tokenizer_hash(other):
+    if tokenizer_hash(first.tokenizer) == tokenizer_hash(other.tokenizer):
         return None
-    return f"note: the tokenizer of {name} has the same tokens but other rules; the text is cut by the first one's"
+    return (
+        f"note: the tokenizer of {other.name} has the same tokens but other rules; the text is cut by the first one's"
+    )
 
 
 FinalTeacher = SecondTeacher | TeacherLogits
@@ -108,13 +108,34 @@ def final_teacher_hashes(final_teacher: FinalTeacher | None) -> dict[str, str]:
     return {} if final_teacher is None else {"final_phase/logits": final_teacher.identity()}
 
 
-def require_fitting_tokens(final_teacher: FinalTeacher, name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def require_same_vocabulary(first: Mapping[str, int], second: Mapping[str, int], names: tuple[str, str]) -> None:
+    """Refuse two vocabularies that differ in any token; rows of an embedding that have no token do not matter.
+
+    Args:
+        first: the id of every token of the teacher that is converted.
+        second: that of the other teacher.
+        names: of both, for the message.
+
+    Raises:
+        TeacherError: names the differing token with the smallest id.
+    """
+    if dict(first) == dict(second):
+        return
+    tokens = [{index: token for token, index in vocabulary.items()} for vocabulary in (first, second)]
+    index = min(i for i in tokens[0].keys() | tokens[1].keys() if tokens[0].get(i) != tokens[1].get(i))
+    found = [f"is {each[index]!r}" if index in each else "has no token" for each in tokens]
+    raise TeacherError(
+        f"the vocabularies differ: id {index} {found[0]} in {names[0]} and {found[1]} in {names[1]}",
+        hint="a student can be finished only by a teacher with the very same vocabulary",
+    )
+
+
+def require_fitting_tokens(final_teacher: FinalTeacher, first: ResolvedTeacher) -> str | None:
     """Refuse a teacher, or logits of one, with another vocabulary than the first teacher's.
 
     Args:
         final_teacher: the teacher or the logits.
-        name: of the first teacher.
-        tokenizer: of the first teacher.
+        first: the teacher that is converted.
 
     Returns:
         A line to show, if there is anything worth it.
@@ -122,12 +143,12 @@ def require_fitting_tokens(final_teacher: FinalTeacher, name: str, tokenizer: Pr
     Raises:
         TeacherError: names the first token that differs.
     """
-    ours = tokenizer.get_vocab()
     if isinstance(final_teacher, TeacherLogits):
-        require_same_vocabulary(ours, final_teacher.vocabulary(), (name, str(final_teacher.folder)))
+        require_same_vocabulary(first.tokens, final_teacher.vocabulary(), (first.name, str(final_teacher.folder)))
         return None
-    require_same_vocabulary(ours, final_teacher.tokenizer.get_vocab(), (name, final_teacher.teacher.name))
-    return tokenizer_note(tokenizer, final_teacher.tokenizer, final_teacher.teacher.name)
+    second = final_teacher.teacher
+    require_same_vocabulary(first.tokens, second.tokens, (first.name, second.name))
+    return tokenizer_note(first, second)
 
 
 def require_fitting_text(logits: TeacherLogits, sample_range: SampleRange, batch_sequences: int, seed: int) -> None:

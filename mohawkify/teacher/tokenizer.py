@@ -28,9 +28,10 @@ _STANDS_FOR_ANY = ("PythonBackend", "PreTrainedTokenizer")
 def load_tokenizer(
     folder: Path, vocab_size: int, config_values: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and check that every token has a row in the embedding, and an id of its own.
+    """Load a tokenizer and check that its tokens have rows in the embedding, and ids of their own.
 
-    Rows without a token are fine: vocabularies are padded.
+    Rows without a token are fine: vocabularies are padded. So are added tokens without a row, such as ``[PAD]`` or a
+    token for images behind the last row; a text that brings one is refused, by `require_rows`.
 
     Args:
         folder: of the teacher or the student, with its config.json.
@@ -38,8 +39,8 @@ def load_tokenizer(
         config_values: the content of config.json; None reads it.
 
     Raises:
-        TeacherError: no tokenizer, damaged files, a class that is no tokenizer, token ids beyond the vocabulary, or two
-            tokens with one id.
+        TeacherError: no tokenizer, damaged files, a class that is no tokenizer, token ids beyond the embedding that
+            every text may bring, or two tokens with one id.
         CheckpointError: not strict JSON.
     """
     never_ask()
@@ -65,14 +66,28 @@ def load_tokenizer(
         if is_out_of_memory(error):
             raise
         raise _unusable(folder, " ".join(str(error).split())[:200]) from error
-    largest = max(vocabulary.values(), default=-1)
-    if not 0 <= largest < vocab_size:
-        raise TeacherError(
-            f"the tokenizer has token id {largest}, but the model's vocabulary has {vocab_size} rows",
-            hint="tokenizer and weights belong to different models",
-        )
+    _require_row_for_all_texts(tokenizer, vocabulary, vocab_size)
     require_distinct_ids(folder, vocabulary)
     return tokenizer
+
+
+def _require_row_for_all_texts(tokenizer: Any, vocabulary: Mapping[str, int], vocab_size: int) -> None:
+    """Refuse a token without a row that is not an added one, or that stands at the borders of documents."""
+    added = tokenizer.get_added_vocab()
+    if not vocabulary or any(number >= vocab_size for token, number in vocabulary.items() if token not in added):
+        raise TeacherError(
+            f"the tokenizer has token id {max(vocabulary.values(), default=-1)}, but the model's vocabulary has"
+            f" {vocab_size} rows",
+            hint="tokenizer and weights belong to different models",
+        )
+    for kind in ("bos_token", "eos_token"):
+        number = getattr(tokenizer, f"{kind}_id")
+        if number is not None and number >= vocab_size:
+            raise TeacherError(
+                f"the tokenizer's {kind} {getattr(tokenizer, kind)!r} has id {number}, but the model's vocabulary has"
+                f" {vocab_size} rows",
+                hint="tokenizer and weights belong to different models",
+            )
 
 
 def _unusable(folder: Path, reason: str) -> TeacherError:

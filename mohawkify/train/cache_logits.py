@@ -30,8 +30,7 @@ from mohawkify.ops.chunked_kl import head_logits
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe.schema import Recipe, Segment
 from mohawkify.teacher.lm_head import run_to_lm_head
-from mohawkify.teacher.second import SecondTeacher, find_teacher, tokenizer_note
-from mohawkify.teacher.vocabulary import require_same_vocabulary
+from mohawkify.teacher.second import SecondTeacher, find_teacher, require_same_vocabulary, tokenizer_note
 
 Report = Callable[[str], None]
 
@@ -119,8 +118,8 @@ def cache_logits(
     first = teacher if for_source is None else world.rank0_first(partial(find_teacher, for_source, None))
     if first is not teacher:
         names = (first.teacher.name, teacher.teacher.name)
-        require_same_vocabulary(first.tokenizer.get_vocab(), teacher.tokenizer.get_vocab(), names)
-        note = tokenizer_note(first.tokenizer, teacher.tokenizer, teacher.teacher.name)
+        require_same_vocabulary(first.teacher.tokens, teacher.teacher.tokens, names)
+        note = tokenizer_note(first.teacher, teacher.teacher)
         if note:
             report(note)
     rows = min(first.teacher.spec.vocab_size, teacher.teacher.spec.vocab_size)
@@ -128,7 +127,7 @@ def cache_logits(
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
     corpora = output / "corpora"
     folder, vocab_size = first.teacher.require_folder(), first.teacher.spec.vocab_size
-    text = TextReader(recipe, first.tokenizer, corpora, folder, vocab_size, options.prepared, report=report)
+    text = TextReader(recipe, first.teacher.tokenizer, corpora, folder, vocab_size, options.prepared, report=report)
     text.require_files(segment.data)
     layout = Layout(segment.sequence_length, top_k, rows).with_shards()
     job = _Job(recipe, output, report, device, world, first, teacher)
@@ -206,11 +205,11 @@ def _begin(job: _Job, task: Task, layout: Layout) -> TeacherLogits:
         f"{len(task.sequences):,} sequences of {task.sequence_length:,} tokens, {layout.bytes_per_token:,} bytes"
         f" per token: {total:,} bytes, {disk.free_bytes(output):,} are free"
     )
-    vocabulary = job.first.tokenizer.get_vocab()
+    vocabulary = job.first.teacher.tokens
     disk.require_space(output, needed + VOCABULARY_BYTES * len(vocabulary))
     facts = {
         "teacher": job.teacher.facts(),
-        "tokenizer": tokenizer_hash(job.first.tokenizer),
+        "tokenizer": tokenizer_hash(job.first.teacher.tokenizer),
         "text": task.corpus.fingerprint,
         "temperature": 1.0,
         "precision": job.recipe.compute.precision,

@@ -225,7 +225,7 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
     )
     text.require_files()
     world.on_rank0(lambda: _require_room(request.run, text))
-    note = final_teacher and require_fitting_tokens(final_teacher, resolved.name, tokenizer)
+    note = final_teacher and require_fitting_tokens(final_teacher, resolved)
     if note:
         options.report(note)
     options.report(f"loading the teacher from {folder}")
