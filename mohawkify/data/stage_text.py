@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -132,6 +132,8 @@ class TextReader:
         prepared: where `mohawkify data prepare` put tokenised text; what fits is used where it lies.
         num_workers: processes that tokenise; 0 does it here.
         report: receives a line now and then.
+        recorded: the result of `record` for the text that a run was made with: it is used as it lies in ``directory``,
+            whatever has become of the sources.
     """
 
     recipe: Recipe
@@ -142,6 +144,7 @@ class TextReader:
     prepared: Path | None = None
     num_workers: int = 0
     report: Report = ignore
+    recorded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def require_files(self, *names: str) -> None:
         """Check that the local files exist of ``train``, ``final_phase``, ``validation`` or, without names, all.
@@ -193,14 +196,36 @@ class TextReader:
 
     def corpus(self, name: str) -> Corpus:
         """One of the corpora, found or made."""
-        request = self.requests[name]
-        elsewhere = find_prepared(request.key, self.directory, self.prepared, request.vocab_size)
-        if elsewhere is not None:
-            return elsewhere
-        with tokenize_progress(name, request.num_tokens or 0, self.report) as progress:
-            return build_corpus(
-                request, self.directory, num_workers=self.num_workers, progress=progress, report=self.report
+        if name not in self._opened:
+            self._opened[name] = self._open(name)
+        return self._opened[name]
+
+    def record(self) -> dict[str, dict[str, str]]:
+        """By name, the ``key`` under which each corpus lies in the directory, and its ``fingerprint``."""
+        return {
+            name: {"key": request.key, "fingerprint": self.corpus(name).fingerprint}
+            for name, request in self.requests.items()
+        }
+
+    @cached_property
+    def _opened(self) -> dict[str, Corpus]:
+        return {}
+
+    def _open(self, name: str) -> Corpus:
+        request, known = self.requests[name], self.recorded.get(name)
+        if known is not None and is_prepared(known["key"], self.directory, self.directory):
+            return open_prepared(known["key"], self.directory, request.vocab_size)
+        found = find_prepared(request.key, self.directory, self.prepared, request.vocab_size)
+        if found is None:
+            with tokenize_progress(name, request.num_tokens or 0, self.report) as progress:
+                found = build_corpus(
+                    request, self.directory, num_workers=self.num_workers, progress=progress, report=self.report
+                )
+        if known is not None and found.fingerprint != known["fingerprint"]:
+            self.report(
+                f"warning: the text of data.{name} has changed since the run: its metrics do not compare with these"
             )
+        return found
 
     def bytes_to_write(self, *names: str) -> int:
         """The size on the disk of the text that is not tokenised yet, as far as it is known.
@@ -264,14 +289,22 @@ def find_prepared(key: str, directory: Path, prepared: Path | None, vocab_size: 
     Raises:
         DataError: the run has used text that is no longer where it was, or is another.
     """
-    note = directory / f"{key}.json"
     if (directory / key).exists():
         return None
-    if note.is_file():
-        return noted_corpus(note, partial(load_corpus, vocab_size=vocab_size))
+    if (directory / f"{key}.json").is_file():
+        return open_prepared(key, directory, vocab_size)
     if prepared is None or not (prepared / key).is_dir():
         return None
     corpus = load_corpus(prepared / key, vocab_size)
     atomic.ensure_writable(directory)
-    atomic.write_json(note, {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint})
+    atomic.write_json(
+        directory / f"{key}.json", {"folder": str((prepared / key).resolve()), "fingerprint": corpus.fingerprint}
+    )
     return corpus
+
+
+def open_prepared(key: str, directory: Path, vocab_size: int) -> Corpus:
+    """A corpus that lies in a directory, or elsewhere where a note there says so; raises DataError if it is damaged."""
+    load = partial(load_corpus, vocab_size=vocab_size)
+    folder = directory / key
+    return load(folder) if folder.is_dir() else noted_corpus(directory / f"{key}.json", load)

@@ -82,6 +82,7 @@ def _check_run(folder: Path) -> list[Check]:
         _check("teacher.json", run.teacher_files),
         _check("the teacher's files are those of the run", lambda: _require_same_teacher(run)),
         _check("results.json", run.results),
+        _check("text.json", run.text),
     ]
     for name in ("plan.json", "student.json", "eval.json"):
         if (folder / name).exists():

@@ -49,8 +49,16 @@ def run_teacher(run: RunFolder, override: str | None = None) -> ResolvedTeacher:
     """
     facts = run.teacher()
     recorded = Path(facts["folder"])
-    source = str(recorded) if override is None and recorded.is_dir() else override or facts["source"]
-    teacher = resolve_teacher(source, need="weights")
+    is_there = recorded.is_dir()
+    try:
+        teacher = resolve_teacher(override or (str(recorded) if is_there else facts["source"]), need="weights")
+    except TeacherError as error:
+        if override is not None or is_there:
+            raise
+        raise TeacherError(
+            f"the teacher of {run.path} is no longer in {recorded}: {error.message}",
+            hint="name the folder where it is now with --teacher",
+        ) from error
     changed = changed_files(facts["files"], teacher.file_hashes)
     text_files = run.text_files()
     if text_files is not None:
@@ -158,22 +166,24 @@ def _measure(
     models, tokenizer = load_run_models(run, resolved, device)
     student, teacher = models["student"], models.get("teacher")
     results: dict[str, Any] = {"name": run.results().get("name"), "provenance": provenance(run, models, device)}
+    # Before the tasks, which may take hours. Text beside the teacher is found without it being compared, or even whole.
+    text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
+    recorded = run.text()
+    if not recorded:
+        report(
+            "warning: the run does not say which text it was measured on; if that has changed, metrics do not compare"
+        )
+    text = TextReader(
+        recipe, tokenizer, run.corpora, text_base, student.config.vocab_size, report=report, recorded=recorded
+    )
+    rows = text.held_out()
+    results["provenance"]["text"] = text_sha256(rows)
+    report(f"read {sum(len(row) for row in rows):,} tokens of held-out text")
     if tasks is not None:
         report(f"running the tasks {tasks.preset or ', '.join(tasks.names)}")
         responses = _responses(run, results["provenance"], models, options.batch_size, report)
         results["tasks"] = run_tasks(
             models, tokenizer, tasks, batch_size=options.batch_size, limit=options.limit, responses=responses
-        )
-    # Text beside the teacher is found without it being compared, or even whole.
-    text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
-    text = TextReader(recipe, tokenizer, run.corpora, text_base, student.config.vocab_size)
-    known = _corpora(run)
-    rows = text.held_out()
-    results["provenance"]["text"] = text_sha256(rows)
-    report(f"reading {sum(len(row) for row in rows):,} tokens of held-out text")
-    if _corpora(run) != known:
-        report(
-            "warning: the text has moved or changed since the run; if it changed, its metrics do not compare with these"
         )
     batches = evaluation_batches(rows, recipe.evaluation.batch_sequences)
     if teacher is None:
@@ -207,12 +217,6 @@ def _responses(
                 f"{len(caches[name]):,} responses of the {name} are there already, from an evaluation that was stopped"
             )
     return caches
-
-
-def _corpora(run: RunFolder) -> set[str]:
-    """The tokenised texts of a run by name; notes of what was checked do not count."""
-    entries = run.corpora.iterdir() if run.corpora.is_dir() else ()
-    return {entry.name for entry in entries if not entry.name.startswith(".")}
 
 
 def _task_set(options: EvaluateOptions) -> TaskSet | None:

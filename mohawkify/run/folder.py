@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from mohawkify.recipe.schema import Recipe
 from mohawkify.student.layer_spec import read_layer_specs
 
 RUNS = Path("runs")
+CORPUS_KEY = re.compile(r"[0-9a-f]{16}")
 
 
 def run_identity(recipe: Recipe, teacher_files: Mapping[str, str]) -> str:
@@ -56,6 +58,7 @@ class RunFolder:
     results_file = _Inside("results.json")
     checkpoints = _Inside("checkpoints")
     corpora = _Inside("corpora")
+    text_file = _Inside("text.json")
     tracking_file = _Inside("tracking.json")
     tracking = _Inside("tracking")
     final = _Inside("final")
@@ -140,6 +143,20 @@ class RunFolder:
             raise CheckpointError(f"{self.teacher_file} does not say how its teacher cuts text")
         return files
 
+    def text(self) -> dict[str, dict[str, str]]:
+        """What the run reads, by part of the recipe's data: its ``key``, the name in corpora/, and its ``fingerprint``.
+
+        Returns:
+            Nothing for a run that was begun before this was recorded.
+
+        Raises:
+            CheckpointError: the file lacks them.
+        """
+        facts = read_json(self.text_file) if self.text_file.is_file() else {}
+        if not isinstance(facts, dict) or not all(_is_text(each) for each in facts.values()):
+            raise CheckpointError(f"{self.text_file} does not say which text the run reads")
+        return facts
+
     def results(self) -> dict[str, Any]:
         """The measurements so far.
 
@@ -160,6 +177,13 @@ class RunFolder:
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace the results."""
         write_json(self.results_file, results)
+
+
+def _is_text(facts: Any) -> bool:
+    match facts:
+        case {"key": str(key), "fingerprint": str()}:
+            return CORPUS_KEY.fullmatch(key) is not None
+    return False
 
 
 def _wrong_results(results: Mapping[str, Any]) -> Iterator[str]:

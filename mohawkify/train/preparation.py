@@ -260,6 +260,7 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
     options.report("reading the text")
     corpora, held_out = world.rank0_first(lambda: (text.training(), text.held_out()))
     _require_text(request, corpora, final_teacher)
+    world.on_rank0(lambda: atomic.write_json(request.run.text_file, text.record()))
     use_kernels(student, recipe.compute.kernels)
     return Conversion(
         run=request.run,

@@ -172,15 +172,15 @@ def test_text_of_another_recipe_is_not_used(teacher: Path, tmp_path: Path) -> No
 def test_a_note_that_was_changed_is_refused(teacher: Path, tmp_path: Path) -> None:
     recipe = recipe_for(write(tmp_path / "a.jsonl", 100))
     reader(recipe, tmp_path / "ahead").training()
-    text = reader(recipe, tmp_path, prepared=tmp_path / "ahead" / "corpora")
-    first = text.training()["train"]
+    prepared = tmp_path / "ahead" / "corpora"
+    first = reader(recipe, tmp_path, prepared=prepared).training()["train"]
     (note,) = (path for path in (tmp_path / "corpora").glob("*.json"))
     noted = atomic.read_json(note)
     note.write_text(json.dumps({**noted, "fingerprint": "0" * 64}))
     with pytest.raises(DataError, match="holds other text than when the run began"):
-        text.training()
+        reader(recipe, tmp_path, prepared=prepared).training()
     note.write_text(json.dumps(noted))
-    np.testing.assert_array_equal(text.training()["train"].tokens, first.tokens)
+    np.testing.assert_array_equal(reader(recipe, tmp_path).training()["train"].tokens, first.tokens)
 
 
 def talker(teacher: Path, folder: Path, question: str, num_talks: int) -> str:

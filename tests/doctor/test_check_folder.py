@@ -223,7 +223,9 @@ def test_a_checkpoint_that_no_run_continues_from_is_not_valid(work, tmp_path, da
         assert [says in line for line in said(folder)] == [True]
 
 
-@pytest.mark.parametrize("name", ["plan.json", "student.json", "eval.json", "results.json", "teacher.json"])
+@pytest.mark.parametrize(
+    "name", ["plan.json", "student.json", "eval.json", "results.json", "teacher.json", "text.json"]
+)
 def test_a_file_of_a_run_that_holds_a_list_is_not_valid(work, tmp_path, name):
     folder = copy_of(work / "run", tmp_path / "run")
     (folder / name).write_text("[]")

@@ -73,8 +73,8 @@ def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     shutil.copytree("run", "untouched")
     yield workplace
-    shutil.rmtree("run")
-    os.rename("untouched", "run")
+    shutil.rmtree(workplace / "run")
+    os.rename(workplace / "untouched", workplace / "run")
 
 
 def write_questions(folder: Path, number: int) -> None:
@@ -178,13 +178,7 @@ def test_figures_say_what_they_were_measured_with(inside: Path) -> None:
     finally:
         Path("questions.jsonl").write_text(rows)
     assert all(len(hashes[name]) == 64 and hashes[name] != others[name] for name in TASKS)
-    text = facts["text"]
-    Path("tiny-llama/text.txt").rename("kept.txt")
-    try:
-        Path("tiny-llama/text.txt").write_text("The dog ran. " * 200)
-        assert evaluate()["provenance"]["text"] != text
-    finally:
-        Path("kept.txt").rename("tiny-llama/text.txt")
+    assert len(facts["text"]) == 64
 
 
 def test_tasks_are_refused_before_a_model_is_loaded(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,3 +201,36 @@ def test_text_that_was_removed_is_tokenised_again(inside: Path) -> None:
     shutil.rmtree("run/corpora")
     found = json.loads(run_well("eval", "run", "--json").stdout)
     assert found["evaluation_tokens"] == json.loads(Path("run/results.json").read_text())["evaluation_tokens"]
+
+
+def test_a_run_needs_neither_its_place_nor_its_text(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads(run_well("eval", "run", "--json").stdout)
+    for name in ("run", "tiny-llama"):
+        shutil.copytree(name, tmp_path / "moved" / name)
+    (tmp_path / "moved" / "tiny-llama" / "text.txt").unlink()
+    corpora = sorted((tmp_path / "moved" / "run" / "corpora").iterdir())
+    monkeypatch.chdir(tmp_path)
+    command = ("eval", "moved/run", "--json", "--tasks", inside / "choice.yaml", "--teacher", "moved/tiny-llama")
+    result = run_well(*command)
+    assert "warning" not in result.stderr
+    after = json.loads(result.stdout)
+    assert {key: after[key] for key in before} == before
+    assert sorted((tmp_path / "moved" / "run" / "corpora").iterdir()) == corpora
+    run_well("eval", "moved/run", "--against", "none")
+
+    shutil.rmtree(tmp_path / "moved" / "run" / "corpora")
+    monkeypatch.setattr(evaluation, "run_tasks", lambda *_, **__: pytest.fail("questions were asked first"))
+    result = run(*command)
+    assert (result.exit_code, "there is no file or folder" in result.stderr) == (66, True)
+
+
+def test_a_teacher_that_is_gone_is_asked_for(inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = json.loads(Path("run/teacher.json").read_text())
+    Path("run/teacher.json").write_text(json.dumps({**facts, "folder": str(tmp_path / "gone")}))
+    monkeypatch.chdir(tmp_path)
+    result = run("eval", inside / "run")
+    assert result.exit_code == 66
+    assert f"the teacher of {inside}/run is no longer in {tmp_path}/gone" in result.stderr
+    assert "hint: name the folder where it is now with --teacher" in result.stderr
