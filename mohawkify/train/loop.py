@@ -36,15 +36,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step that was taken.
+    """One step that was taken.
 
     Args:
         step: number of the step within its stage, from 1.
         tokens: tokens of this step.
-        learning_rate: the rate it was taken with.
+        learning_rate: the rate of its optimizer step.
         gradient_norm: before clipping.
         seconds: its duration.
-        metrics: ``loss`` and the objective's other metrics.
+        metrics: ``loss`` and the objective's other metrics; none where no prediction counts: nothing is updated then.
     """
 
     step: int
@@ -87,6 +87,7 @@ def steps(
     trained = list(objective.parameters())
     frozen = [name for name, _ in objective.models.student.named_parameters() if name not in trained]
     motion: DeadWeightCheck | None = None  # begins with the first batch that has a prediction to learn from
+    has_learned = False  # since the last check of motion
     batches = read_batches(
         stage.ranges,
         batch_sequences=block.batch_sequences,
@@ -99,20 +100,26 @@ def steps(
             begin = time.perf_counter()
             where = f"step {step + 1} of stage {stage.name}"
             batch = next(batches)
-            with engine.accumulating():
-                totals = _forward_backward(conversion, objective, engine, batch, micro_batch, check)
             rate = learning_rate(step, num_steps, block.learning_rate, recipe.schedule)
-            metrics, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
-            require_finite(totals, where, metrics, sequences)
-            if motion is None and objective.weight(batch):
-                require_gradients(engine, trained, world, where)
-                motion = DeadWeightCheck(engine, trained, frozen, world)
-            norm = engine.step(rate)
-            require_finite({"the gradient norm": norm}, where, {**metrics, "gradient_norm": norm}, sequences)
-            if motion is not None:
+            totals: dict[str, float] = {}
+            norm = 0.0
+            if objective.weight(batch) == 0:  # prompts alone: without a step, since AdamW decays weights in any
+                check()
+            else:
+                with engine.accumulating():
+                    totals = _forward_backward(conversion, objective, engine, batch, micro_batch, check)
+                metrics, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
+                require_finite(totals, where, metrics, sequences)
+                if motion is None:
+                    require_gradients(engine, trained, world, where)
+                    motion = DeadWeightCheck(engine, trained, frozen, world)
+                norm = engine.step(rate)
+                require_finite({"the gradient norm": norm}, where, {**metrics, "gradient_norm": norm}, sequences)
                 motion.add_step(rate)
-                if (step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps:
-                    motion.check(where)
+                has_learned = True
+            if motion is not None and has_learned and ((step + 1) % STEPS_BETWEEN_CHECKS == 0 or step + 1 == num_steps):
+                motion.check(where)
+                has_learned = False
             seconds = time.perf_counter() - begin
             yield StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)
 
@@ -134,7 +141,7 @@ def _forward_backward(
     for begin in range(first, end, micro_batch):
         check()
         part = Batch(*(tensor[begin : min(begin + micro_batch, end)] for tensor in batch))
-        share = objective.weight(part) / weight if weight else 0.0  # a batch of chats may have nothing to predict
+        share = objective.weight(part) / weight
 
         def backward(loss: torch.Tensor, share: float = share) -> None:
             engine.backward(loss * share)

@@ -88,10 +88,13 @@ def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutd
             **metrics,
             "seconds": state.seconds.get(name, 0.0),
             **({} if name == START else {"phases": _phases(conversion, name, state)}),
+            **({"idle_steps": state.num_idle} if state.num_idle else {}),
         }
         conversion.run.write_results(results)
 
     world.on_rank0(record)
+    if state.num_idle:
+        report(f"{name}: in {state.num_idle:,} steps no prediction counted; they changed nothing")
     report(
         f"after {name}: KL {agreement.kl:.4f} nats/token, top-1 {agreement.top1:.4f}, "
         f"perplexity {agreement.perplexity:.3f} (teacher {agreement.teacher_perplexity:.3f})"

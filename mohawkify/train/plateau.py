@@ -120,7 +120,7 @@ class Phases:
 
         Args:
             step: planned steps up to and with this one.
-            metrics: of this step.
+            metrics: of this step; none where no prediction counted: such a step says nothing about the loss.
             detector: of this phase so far; changed.
         """
         border = self.border_after(step - 1)
@@ -128,6 +128,8 @@ class Phases:
             return None
         if step == border:
             detector.reset()
+            return None
+        if not metrics:
             return None
         window = self.window_steps(self.segment_at(step - 1))
         improvement = detector.add(metrics.get("kl", metrics["loss"]), window, self.plateau.threshold)

@@ -58,7 +58,7 @@ class StepLog:
             state: how far the run is with it.
             improvement: of the loss, where it is so small that the phase ends here.
         """
-        deviations = state.losses.add(step.metrics["loss"])
+        deviations = state.losses.add(step.metrics["loss"]) if step.metrics else None
         if not self._is_rank0:
             return
         if deviations is not None:
@@ -73,7 +73,7 @@ class StepLog:
             "tokens": state.tokens,
             **step.metrics,
             "learning_rate": step.learning_rate,
-            "gradient_norm": step.gradient_norm,
+            **({"gradient_norm": step.gradient_norm} if step.metrics else {"idle": True}),
             "seconds": step.seconds,
             **({} if deviations is None else {"spike": deviations}),
             **({} if improvement is None else {"plateau": improvement}),

@@ -204,6 +204,7 @@ class Trainer:
         """Count, log and show a step; returns the step to go on with where the phase is on a plateau."""
         state = self._state
         state.add_step(step.step, step.tokens, step.seconds)
+        state.num_idle += not step.metrics
         skip = phases.skip_to(step.step, step.metrics, state.plateau)
         self._log.add_step(step, state, None if skip is None else skip.improvement)
         progress.update(step)

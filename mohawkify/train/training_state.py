@@ -24,6 +24,7 @@ class TrainingState:
         losses: running mean and variance of the stage's loss.
         plateau: the loss of the phase, window by window.
         skipped: planned steps of the stage that phases on a plateau did not take, by text.
+        num_idle: steps of the stage in which no prediction counted.
     """
 
     stage: str = ""
@@ -34,10 +35,11 @@ class TrainingState:
     losses: SpikeDetector = field(default_factory=SpikeDetector)
     plateau: PlateauDetector = field(default_factory=PlateauDetector)
     skipped: dict[str, int] = field(default_factory=dict)
+    num_idle: int = 0
 
     def begin(self, stage: str) -> None:
         """Begin a stage."""
-        self.stage, self.stage_step, self.skipped = stage, 0, {}
+        self.stage, self.stage_step, self.skipped, self.num_idle = stage, 0, {}, 0
         self.losses, self.plateau = SpikeDetector(), PlateauDetector()
 
     def add_step(self, step: int, tokens: int, seconds: float) -> None:
@@ -68,7 +70,7 @@ def read_training_state(saved: Checkpoint, stages: Sequence[str]) -> TrainingSta
         detectors = {"losses": SpikeDetector(**values["losses"]), "plateau": PlateauDetector(**values["plateau"])}
         state = TrainingState(**{**values, **detectors})
         plateau = state.plateau
-        steps = (state.stage_step, state.global_step, state.tokens)
+        steps = (state.stage_step, state.global_step, state.tokens, state.num_idle)
         counts = (*steps, state.losses.num_losses, plateau.num_losses, *state.skipped.values())
         metrics = (*state.seconds.values(), state.losses.mean, state.losses.variance, plateau.total)
         metrics += () if plateau.before is None else (plateau.before,)

@@ -192,18 +192,6 @@ def talker(teacher: Path, folder: Path, question: str, num_talks: int) -> str:
     return "data.train=[{path: 'teacher:talk.jsonl', chat: talk}]"
 
 
-def test_batches_in_which_no_prediction_counts_teach_nothing(teacher: Path, tmp_path: Path) -> None:
-    source = talker(teacher, tmp_path / "chat", "a question that is longer than two sequences", 60)
-    sizes = "stages.distill={tokens: 192, sequence_length: 16, batch_sequences: 1, learning_rate: 1e-3}"
-    options = ["--recipe", make_recipe(tmp_path), "--set", source, "--set", sizes, "--set", "seed=3"]
-    run_well("convert", tmp_path / "chat", *options, "--output", tmp_path / "run")
-    lines = [line for line in atomic.read_lines(tmp_path / "run" / "metrics.jsonl") if line["stage"] == "distill"]
-    assert lines[0]["loss"] == 0, "the watch over gradients waits for a batch that counts"
-    idle = [line for line in lines if line["loss"] == 0]
-    assert 0 < len(idle) < len(lines)
-    assert {line["gradient_norm"] for line in idle} == {0.0}
-
-
 def test_conversations_without_an_answer_are_refused(teacher: Path, tmp_path: Path) -> None:
     source = talker(teacher, tmp_path / "chat", "why " * 300, 3)
     options = ["--recipe", make_recipe(tmp_path), "--set", source, "--output", tmp_path / "run"]

@@ -87,6 +87,12 @@ def test_a_loss_that_falls_is_left_alone():
     assert all(phases.skip_to(step, {"loss": 0.9**step}, watch) is None for step in range(1, 101))
 
 
+def test_steps_without_a_loss_are_left_out():
+    phases, watch = phases_of(0.1, None), PlateauDetector()
+    assert all(phases.skip_to(step, {}, watch) is None for step in range(1, 101))
+    assert watch == PlateauDetector()
+
+
 def test_the_divergence_is_watched_where_there_is_one():
     phases, watch = phases_of(0.1, None), PlateauDetector()
     steps = range(1, 101)
