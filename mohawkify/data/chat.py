@@ -7,21 +7,27 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mohawkify.data.completions import Messages
+from mohawkify.data.conversation import THOUGHTS, Conversation, Message
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROLES = {"human": "user", "gpt": "assistant"}  # the names used with {"from": ..., "value": ...}
-_KNOWN_ROLES = ("system", "user", "assistant", "tool")
-
-# The templates of the Llama 3 family write today's date unless one is given, and the same conversation would give
-# other tokens tomorrow. This is the date they fall back to themselves where the clock is out of range
-_TEMPLATE_DATE = "26 Jul 2024"
+# A template that writes today's date would give the same conversation other tokens tomorrow. All get this one, which
+# those of the Llama 3 family fall back to themselves where the clock is out of range.
+_DATE = date(2024, 7, 26)
+_TEMPLATE_DATE = f"{_DATE:%d %b %Y}"
+_DATE_CODES = (*"aAbBcdeDFGHIjmMpRSTuUVwWxXyYzZ", "-d", "-m", "-H", "-I", "-j", "-M", "-S", "-y", "%")
+# A macro in front hides the function that transformers gives to templates under this name.
+_FIXED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in _DATE_CODES)
+    + " }}{% endmacro %}\n"
+)
 
 # A template is a program of a stranger in transformers' sandbox, which keeps it from files but not from endless loops.
 _SECONDS = 1.0  # of computing, not of waiting: a busy machine does not count
@@ -43,40 +49,36 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def read_conversation(value: Any, where: str) -> list[dict[str, str]]:
-    """Read the messages of a conversation.
-
-    Args:
-        value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``.
-        where: position of the conversation, for messages.
-
-    Raises:
-        DataError: if the value is no such list.
-    """
-    if not isinstance(value, list):
-        raise DataError(f"{where} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
-    return [_message(message, where) for message in value]
-
-
-def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def render_conversation(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str, *, add_generation_prompt: bool = False
+) -> str:
     """Render one conversation as the teacher was trained to read it.
 
     Args:
-        messages: ``{"role", "content"}`` each; none give no text.
+        conversation: what is rendered; no messages give no text.
         tokenizer: the teacher's tokenizer, with a chat template.
         where: position of the conversation, for messages.
+        add_generation_prompt: end with what stands in front of an answer.
 
     Raises:
-        DataError: if the template refuses the conversation, or is not well meant.
+        DataError: if the template refuses the conversation, leaves out its calls of functions, or is not well meant.
     """
     from jinja2 import TemplateError
 
+    messages, tools, documents = conversation
     if not messages:
         return ""
     try:
         with _bounded():
+            template = tokenizer.get_chat_template(tools=tools)
             rendered = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, date_string=_TEMPLATE_DATE
+                [_known(message, template) for message in messages],
+                tools=tools,
+                documents=documents,
+                chat_template=_FIXED_CLOCK + template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                date_string=_TEMPLATE_DATE,
             )
     except TemplateError as error:
         raise DataError(
@@ -91,10 +93,30 @@ def render_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase, 
         raise _broken(where, f"fails: {type(error).__name__}: {str(error)[:300]}") from error
     if not isinstance(rendered, str):
         raise _broken(where, f"makes a {type(rendered).__name__}, expected text")
-    longest = _CHARACTERS + _REPEATS * sum(len(message["content"]) for message in messages)
+    longest = _CHARACTERS + _REPEATS * len(repr(conversation))
     if len(rendered) > longest:
         raise _broken(where, f"makes {len(rendered):,} characters, expected at most {longest:,}")
+    unwritten = next((key for message in messages for key in _unwritten(message, template)), None)
+    if unwritten is not None:
+        raise DataError(
+            f"{where} holds {unwritten}, which the teacher's chat template does not write: the turn would end without",
+            hint="use a teacher whose template knows them, or leave such rows out",
+        )
     return rendered
+
+
+def _unwritten(message: Message, template: str) -> Iterator[str]:
+    """What of an answer would be missing where it is more than its words."""
+    if "tool_calls" in message and "tool_calls" not in template:
+        yield "tool_calls"
+    thoughts = [key for key in THOUGHTS if message.get(key)]
+    if thoughts and not message["content"] and not any(key in template for key in THOUGHTS):
+        yield thoughts[0]
+
+
+def _known(message: Message, template: str) -> Message:
+    """A message as a template knows it: to those without developers these are what gives the system's instructions."""
+    return {**message, "role": "system"} if message["role"] == "developer" and "developer" not in template else message
 
 
 def _broken(where: str, what: str) -> DataError:
@@ -147,21 +169,3 @@ def _address_space() -> int:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
         return 0
-
-
-_FORMS = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if isinstance(message, dict) and {"role", "content"} <= message.keys():
-        role, content = message["role"], message["content"]
-    elif isinstance(message, dict) and {"from", "value"} <= message.keys():
-        role, content = message["from"], message["value"]
-    else:
-        raise DataError(f"{where} holds a message of unknown form: {message!r:.80}", hint=_FORMS)
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in _KNOWN_ROLES:
-        raise DataError(f"{where} holds a message of unknown role {role!r}", hint=f"known: {', '.join(_KNOWN_ROLES)}")
-    if not isinstance(content, str):
-        raise DataError(f"{where} holds a message whose content is a {type(content).__name__}, expected text")
-    return {"role": role, "content": content}

@@ -72,12 +72,16 @@ class Corpus:
         offsets: (num_documents + 1,) 64-bit positions where the documents start; the last entry is num_tokens.
         fingerprint: a hash of the stream of tokens, borders and completions.
         completion: (num_tokens,) which tokens are completions, 0 or 1; None for text without them.
+        bad_rows: rows that were passed over when it was made.
+        first_error: that of the first of them.
     """
 
     tokens: Stream
     offsets: np.ndarray
     fingerprint: str
     completion: Stream | None = None
+    bad_rows: int = 0
+    first_error: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -144,6 +148,8 @@ def _mapped(folder: Path, read_facts: Callable[[Path], dict[str, Any]], vocab_si
         np.concatenate([np.zeros(1, dtype=OFFSET_DTYPE), *offsets]),
         facts["fingerprint"],
         _joined(completion) if is_masked else None,
+        sum(source.get("bad_rows", 0) for source in facts["sources"]),
+        next((source["first_error"] for source in facts["sources"] if source.get("first_error")), None),
     )
 
 
@@ -294,6 +300,7 @@ def _are_sound(facts: dict[str, Any]) -> bool:
         and isinstance(sources, list)
         and all(isinstance(source, dict) for source in sources)
         and all(_is_count(source.get(key)) for source in sources for key in _SOURCE_COUNTS)
+        and all(_is_count(source.get("bad_rows", 0)) for source in sources)
     )
 
 

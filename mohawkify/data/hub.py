@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mohawkify.data.readers import Row
+from mohawkify.data.readers import Row, table_row
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def hub_rows(source: Source, name: str, start: Position, report: Report) -> Iter
         try:
             for columns in stream:
                 failures = 0
-                yield Row(f"{name}, row {stream.num_rows}", columns), stream.position
+                yield table_row(f"{name}, row {stream.num_rows}", columns), stream.position
             return
         # Names, network, formats and decoders fail in errors of half a dozen libraries that share no base class.
         except Exception as error:

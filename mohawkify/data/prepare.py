@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from mohawkify.recipe.schema import Source
 
-_FORMAT_VERSION = 2  # part of the key: to be raised when the same text would give other tokens, or other files
+_FORMAT_VERSION = 3  # part of the key: to be raised when the same text would give other tokens, or other files
 # A shard is what a kill can cost, and ends with the first document that fills it.
 _SHARD_TOKENS = 100_000_000
 # The fast tokenizers work on a batch in parallel: enough documents to keep them busy, few enough to hold in memory.
@@ -61,6 +61,8 @@ class SourceProgress:
         documents: documents taken.
         tokens: tokens taken.
         completion_tokens: those of them that are completions.
+        bad_rows: rows that were passed over because of an error.
+        first_error: that of the first of them.
     """
 
     rows: int = 0
@@ -68,6 +70,8 @@ class SourceProgress:
     documents: int = 0
     tokens: int = 0
     completion_tokens: int = 0
+    bad_rows: int = 0
+    first_error: str | None = None
 
 
 class _Read(NamedTuple):
@@ -87,6 +91,7 @@ class CorpusRequest:
         num_tokens: stop here, cutting the last document; None takes all. The text may turn out to be shorter.
         teacher_directory: the teacher's folder, if it has one.
         vocab_size: rows of the teacher's embedding.
+        skip_bad_rows: how many rows that cannot be read are passed over, at most.
     """
 
     sources: Sequence[Source]
@@ -94,6 +99,7 @@ class CorpusRequest:
     num_tokens: int | None
     teacher_directory: Path | None
     vocab_size: int
+    skip_bad_rows: int = 0
 
     @property
     def is_masked(self) -> bool:
@@ -288,13 +294,28 @@ class _Work:
                 continue
             read, pending = waiting.popleft()
             for raw, encoded in zip(read, pending(), strict=True):
+                if isinstance(encoded, DataError):
+                    self._pass_over(taken, encoded)
+                    continue
                 if encoded is None:
                     continue
                 found = True
                 if encoded.tokens.size:  # a tokenizer without BOS and EOS may normalise a text away
                     yield _Read(encoded, raw.after)
         if not found:
-            raise empty_source(source)
+            raise empty_source(source, taken.bad_rows)
+
+    def _pass_over(self, taken: SourceProgress, error: DataError) -> None:
+        """Count a bad row. It is counted behind the document before it, and so again where a kill came in between."""
+        taken.bad_rows += 1
+        taken.first_error = taken.first_error or error.message
+        limit = self.request.skip_bad_rows
+        if sum(each.bad_rows for each in self.taken) > limit:
+            before = f"; {limit:,} bad rows were passed over before it, as data.skip_bad_rows allows" if limit else ""
+            hint = f"{error.hint}; or" if error.hint else "mend the row, or"
+            raise DataError(
+                error.message + before, hint=f"{hint} pass over so many bad rows: data.skip_bad_rows, a number"
+            ) from error
 
     def _facts(self, has_ended: bool) -> dict[str, Any]:
         borders = np.array(self.borders, dtype=OFFSET_DTYPE)

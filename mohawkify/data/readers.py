@@ -30,10 +30,12 @@ class Row(NamedTuple):
     Args:
         where: position of the row, for messages: ``train.jsonl, line 7``.
         columns: the values by column name.
+        error: why they cannot be read, in a file whose other rows can.
     """
 
     where: str
     columns: dict[str, Any]
+    error: DataError | None = None
 
 
 def find_files(path: str, teacher_directory: Path | None) -> list[Path]:
@@ -59,7 +61,14 @@ def find_files(path: str, teacher_directory: Path | None) -> list[Path]:
     return files
 
 
-def read_rows(file: Path, *, columns: Collection[str], text_column: str, separator: str | None) -> Iterator[Row]:
+def read_rows(
+    file: Path,
+    *,
+    columns: Collection[str],
+    text_column: str,
+    separator: str | None,
+    optional: Collection[str] = (),
+) -> Iterator[Row]:
     """Read one file row by row, without holding it in memory.
 
     Args:
@@ -67,6 +76,7 @@ def read_rows(file: Path, *, columns: Collection[str], text_column: str, separat
         columns: the columns that are used; of a ``.parquet`` or ``.arrow`` file only these are read.
         text_column: the name under which a document of a ``.txt`` file is given.
         separator: the line between two documents of a ``.txt`` file; None takes the file as one document.
+        optional: columns that are read where the file has them.
 
     Raises:
         DataError: if the file is empty, binary, malformed or cannot be opened.
@@ -76,7 +86,7 @@ def read_rows(file: Path, *, columns: Collection[str], text_column: str, separat
         if file.suffix == ".jsonl":
             rows = _jsonl_rows(file)
         elif file.suffix in (".parquet", ".arrow"):
-            rows = _table_rows(file, columns)
+            rows = _table_rows(file, columns, optional)
         else:
             rows = _text_rows(file, text_column, separator)
         for row in rows:
@@ -121,8 +131,15 @@ def _is_hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line with its newline), strictly decoded; a leading byte-order mark is dropped."""
+def _without_nulls(value: Any) -> Any:
+    """A value of a table without the keys that are null: rows lack them, but have the type of their column."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line with its newline)."""
     with file.open("rb") as stream:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_VALUE + 1), b""), start=1):
             if len(raw) > LONGEST_VALUE:
@@ -130,19 +147,24 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                     f"{file}, line {number} is longer than {LONGEST_VALUE >> 20} MB",
                     hint="break it up, or remove the file from the data",
                 )
-            if b"\0" in raw:
-                raise DataError(
-                    f"{file}, line {number} holds a zero byte: expected UTF-8 text, this looks binary",
-                    hint="remove the file from the data, or convert it to UTF-8",
-                )
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}, line {number} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}",
-                    hint="remove the file from the data, or convert it to UTF-8",
-                ) from error
-            yield number, line.replace("\r\n", "\n")
+            yield number, raw
+
+
+def _decoded(file: Path, number: int, raw: bytes) -> str:
+    """A line, strictly decoded; a leading byte-order mark is dropped."""
+    if b"\0" in raw:
+        raise DataError(
+            f"{file}, line {number} holds a zero byte: expected UTF-8 text, this looks binary",
+            hint="remove the file from the data, or convert it to UTF-8",
+        )
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}, line {number} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}",
+            hint="remove the file from the data, or convert it to UTF-8",
+        ) from error
+    return line.replace("\r\n", "\n")
 
 
 def _text_rows(file: Path, text_column: str, separator: str | None) -> Iterator[Row]:
@@ -154,7 +176,8 @@ def _text_rows(file: Path, text_column: str, separator: str | None) -> Iterator[
         if text.strip():
             yield Row(f"{file}, line {first}", {text_column: text})
 
-    for number, line in _lines(file):
+    for number, raw in _lines(file):
+        line = _decoded(file, number, raw)
         if separator is not None and line.strip() == separator:
             yield from document()
             lines.clear()
@@ -165,34 +188,42 @@ def _text_rows(file: Path, text_column: str, separator: str | None) -> Iterator[
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
+    for number, raw in _lines(file):
         where = f"{file}, line {number}"
         try:
-            value = json.loads(line)
-        # Besides syntax errors: integers of thousands of digits, and brackets nested too deep for the parser.
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not valid JSON: {error}", hint="expected one JSON object per line") from error
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{where} holds a JSON {type(value).__name__}, expected an object",
-                hint='write each document as one line such as {"text": "..."}',
-            )
-        yield Row(where, value)
+            line = _decoded(file, number, raw)
+            row = Row(where, _json_object(line, where)) if line.strip() else None
+        except DataError as error:
+            row = Row(where, {}, error)
+        if row is not None:
+            yield row
 
 
-def _table_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    # Besides syntax errors: integers of thousands of digits, and brackets nested too deep for the parser.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {error}", hint="expected one JSON object per line") from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{where} holds a JSON {type(value).__name__}, expected an object",
+            hint='write each document as one line such as {"text": "..."}',
+        )
+    return value
+
+
+def _table_rows(file: Path, columns: Collection[str], optional: Collection[str]) -> Iterator[Row]:
     import pyarrow
 
     kind = file.suffix.removeprefix(".")
     number = 0
     try:
-        for batch in _parquet_batches(file, columns) if kind == "parquet" else _arrow_batches(file, columns):
+        batches = _parquet_batches if kind == "parquet" else _arrow_batches
+        for batch in batches(file, columns, optional):
             for values in batch.to_pylist():
                 number += 1
-                _require_short(f"{file}, row {number}", values)
-                yield Row(f"{file}, row {number}", values)
+                yield table_row(f"{file}, row {number}", values)
     # Besides Arrow's own errors: dates, durations and time zones that Python has no values for.
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
@@ -202,16 +233,28 @@ def _table_rows(file: Path, columns: Collection[str]) -> Iterator[Row]:
         ) from error
 
 
-def _parquet_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
+def table_row(where: str, values: dict[str, Any]) -> Row:
+    """A row of a table as it would stand in a line of JSON."""
+    for name, value in values.items():
+        if isinstance(value, str | bytes) and len(value) > LONGEST_VALUE:
+            error = DataError(
+                f"{where}: column {name!r} holds {len(value):,} characters, expected at most {LONGEST_VALUE:,}",
+                hint="break the text up, or remove the file from the data",
+            )
+            return Row(where, {}, error)
+    return Row(where, {name: _without_nulls(value) for name, value in values.items()})
+
+
+def _parquet_batches(file: Path, columns: Collection[str], optional: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
-        _require_columns(file, columns, table.schema_arrow.names)
+        wanted = _wanted_columns(file, columns, optional, table.schema_arrow.names)
         for number in range(table.num_row_groups):
             size = _unpacked_bytes(file, table.metadata.row_group(number), number)
             # Every row may be the largest value of the group again, which is on the disk once.
             rows = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE // max(1, size)))
-            yield from table.iter_batches(batch_size=rows, row_groups=[number], columns=sorted(columns))
+            yield from table.iter_batches(batch_size=rows, row_groups=[number], columns=wanted)
 
 
 def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
@@ -228,16 +271,7 @@ def _unpacked_bytes(file: Path, group: Any, number: int) -> int:
     return unpacked
 
 
-def _require_short(where: str, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, str | bytes) and len(value) > LONGEST_VALUE:
-            raise DataError(
-                f"{where}: column {name!r} holds {len(value):,} characters, expected at most {LONGEST_VALUE:,}",
-                hint="break the text up, or remove the file from the data",
-            )
-
-
-def _arrow_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
+def _arrow_batches(file: Path, columns: Collection[str], optional: Collection[str]) -> Iterator[pyarrow.RecordBatch]:
     """Both forms of Arrow's own format: the stream, which the datasets library writes, and the file."""
     import pyarrow
 
@@ -245,19 +279,20 @@ def _arrow_batches(file: Path, columns: Collection[str]) -> Iterator[pyarrow.Rec
         is_file = content.read(len(_ARROW_FILE)) == _ARROW_FILE
         content.seek(0)
         reader = pyarrow.ipc.open_file(content) if is_file else pyarrow.ipc.open_stream(content)
-        _require_columns(file, columns, reader.schema.names)
+        names = _wanted_columns(file, columns, optional, reader.schema.names)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             batch.validate(full=True)  # offsets in a damaged file would be followed anywhere
-            wanted = batch.select(sorted(columns))
+            wanted = batch.select(names)
             for first in range(0, wanted.num_rows, _ROWS_AT_ONCE):
                 yield wanted.slice(first, _ROWS_AT_ONCE)
 
 
-def _require_columns(file: Path, columns: Collection[str], names: list[str]) -> None:
+def _wanted_columns(file: Path, columns: Collection[str], optional: Collection[str], names: list[str]) -> list[str]:
     missing = sorted(set(columns) - set(names))
     if missing:
         raise DataError(
             f"{file} has no column {missing[0]!r}; it has: {', '.join(names)}",
             hint="name one of these columns under data in the recipe",
         )
+    return sorted({*columns, *(name for name in optional if name in names)})

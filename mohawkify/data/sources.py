@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mohawkify.data.chat import read_conversation, render_conversation
+from mohawkify.data.chat import render_conversation
 from mohawkify.data.completions import completion_spans
+from mohawkify.data.conversation import BESIDE, read_conversation
 from mohawkify.data.filters import column_value, meets_all
 from mohawkify.data.hub import BEGINNING, After, Position, Report, hub_rows, ignore
 from mohawkify.data.readers import Row, find_files, read_rows
@@ -30,11 +31,15 @@ class RawRow(NamedTuple):
         where: position of the row, for messages.
         value: text, or a conversation.
         after: where reading goes on behind the row.
+        beside: what else the template is given with a conversation.
+        error: why the row holds neither.
     """
 
     where: str
     value: Any
     after: Position
+    beside: Mapping[str, Any] | None = None
+    error: DataError | None = None
 
 
 def raw_documents(
@@ -49,12 +54,20 @@ def raw_documents(
         report: receives a line for every try to reach the Hub again.
 
     Raises:
-        DataError: if the text is missing or malformed.
+        DataError: if the text is missing or malformed; what is wrong with a single row is its `error`.
     """
-    column = source.chat or source.text
     for row, after in _rows(source, teacher_directory, start, report):
-        if meets_all(row, source.where):
-            yield RawRow(row.where, column_value(row, column), after())
+        try:
+            if row.error is not None:
+                raise row.error
+            if not meets_all(row, source.where):
+                continue
+            value = column_value(row, source.chat or source.text)
+        except DataError as error:
+            yield RawRow(row.where, None, after(), error=error)
+            continue
+        beside = {name: row.columns[name] for name in BESIDE if source.chat and name in row.columns}
+        yield RawRow(row.where, value, after(), beside or None)
 
 
 def to_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document | None:
@@ -63,6 +76,8 @@ def to_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase)
     Raises:
         DataError: if it is no text, or no conversation that the teacher's chat template takes.
     """
+    if raw.error is not None:
+        raise raw.error
     if raw.value is None:
         return None
     document = _chat_document(raw, source, tokenizer) if source.chat else Document(_checked_text(raw, source.text))
@@ -73,9 +88,10 @@ def to_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase)
     return document if document.text.strip() else None
 
 
-def empty_source(source: Source) -> DataError:
+def empty_source(source: Source, num_bad_rows: int) -> DataError:
     """The refusal of a source without a single document."""
     why = "no row meets the conditions, or all that do are empty" if source.where else "every row is empty"
+    why += f", or one of {num_bad_rows:,} that were passed over" if num_bad_rows else ""
     return DataError(f"{describe(source)} holds no document: {why}", hint="check the entry under data in the recipe")
 
 
@@ -129,18 +145,26 @@ def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
     assert source.path is not None  # the recipe takes exactly one of path, hub and demo
     columns = {source.chat or source.text, *(condition.column for condition in source.where)}
     for file in find_files(source.path, teacher_directory):
-        yield from read_rows(file, columns=columns, text_column=source.text, separator=source.separator)
+        yield from read_rows(
+            file,
+            columns=columns,
+            text_column=source.text,
+            separator=source.separator,
+            optional=BESIDE if source.chat else (),
+        )
 
 
 def _chat_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:
-    messages = read_conversation(raw.value, raw.where)
-    text = render_conversation(messages, tokenizer, raw.where)
+    conversation = read_conversation(raw.value, raw.beside or {}, raw.where)
+    text = render_conversation(conversation, tokenizer, raw.where)
     if source.loss == "all":
         return Document(text)
     spans = completion_spans(
-        messages,
+        conversation.messages,
         text,
-        lambda others: render_conversation(others, tokenizer, raw.where),
+        lambda messages, prompt: render_conversation(
+            conversation._replace(messages=messages), tokenizer, raw.where, add_generation_prompt=prompt
+        ),
         special_tokens=tokenizer.all_special_tokens,
         end_token=tokenizer.eos_token,
         where=raw.where,

@@ -195,7 +195,11 @@ class TextReader:
         return found
 
     def corpus(self, name: str) -> Corpus:
-        """One of the corpora, found or made."""
+        """One of the corpora, found or made.
+
+        Raises:
+            DataError: the text cannot be read, or was made with more bad rows than the recipe allows.
+        """
         if name not in self._opened:
             self._opened[name] = self._open(name)
         return self._opened[name]
@@ -221,6 +225,14 @@ class TextReader:
                 found = build_corpus(
                     request, self.directory, num_workers=self.num_workers, progress=progress, report=self.report
                 )
+        if found.bad_rows > request.skip_bad_rows:
+            raise DataError(
+                f"the tokenised text of data.{name} was made passing over {found.bad_rows:,} bad rows, but"
+                f" data.skip_bad_rows is {request.skip_bad_rows:,}",
+                hint=f"allow them (data.skip_bad_rows={found.bad_rows}), or mend the rows",
+            )
+        if found.bad_rows:
+            self.report(f"data.{name}: {found.bad_rows:,} bad rows were passed over; the first: {found.first_error}")
         if known is not None and found.fingerprint != known["fingerprint"]:
             self.report(
                 f"warning: the text of data.{name} has changed since the run: its metrics do not compare with these"
@@ -244,7 +256,14 @@ class TextReader:
         return sum(bytes_to_write(each, self.directory) for each in missing)
 
     def _request(self, sources: Sequence[Source], num_tokens: int) -> CorpusRequest:
-        return CorpusRequest(sources, self.tokenizer, num_tokens, self.teacher_directory, self.vocab_size)
+        return CorpusRequest(
+            sources,
+            self.tokenizer,
+            num_tokens,
+            self.teacher_directory,
+            self.vocab_size,
+            self.recipe.data.skip_bad_rows,
+        )
 
     def _split_train(self) -> tuple[Corpus, Corpus]:
         """The training text and, from its end, the held-out text that the recipe does not name."""

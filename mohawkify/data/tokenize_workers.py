@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.sources import RawRow, to_document
-from mohawkify.data.tokenize import Encoded, encode_documents
+from mohawkify.data.tokenize import Document, Encoded, encode_documents
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from mohawkify.recipe.schema import Source
 
-Pending = Callable[[], list[Encoded | None]]
+Outcome = Encoded | DataError | None  # of a row: its tokens, what is wrong with it, or that it is empty
+Pending = Callable[[], list[Outcome]]
 Submit = Callable[["Source", Sequence[RawRow]], Pending]
 
 _here: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}  # of a worker process
@@ -30,15 +31,23 @@ _here: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}  # of a worker proces
 
 def encode_rows(
     source: Source, rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> list[Encoded | None]:
-    """The tokens of each row, or None where it is empty.
+) -> list[Outcome]:
+    """What becomes of each row.
 
     Raises:
-        DataError: a row holds neither text nor a conversation, or an id has no row in the embedding.
+        DataError: an id has no row in the embedding.
     """
-    documents = [to_document(row, source, tokenizer) for row in rows]
-    encoded = iter(encode_documents([document for document in documents if document], tokenizer, vocab_size))
-    return [next(encoded) if document else None for document in documents]
+    read = [_read(row, source, tokenizer) for row in rows]
+    documents = [document for document in read if isinstance(document, Document)]
+    encoded = iter(encode_documents(documents, tokenizer, vocab_size))
+    return [next(encoded) if isinstance(found, Document) else found for found in read]
+
+
+def _read(row: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document | DataError | None:
+    try:
+        return to_document(row, source, tokenizer)
+    except DataError as error:
+        return error
 
 
 @contextmanager
@@ -61,7 +70,7 @@ def encoders(num_workers: int, tokenizer: PreTrainedTokenizerBase, vocab_size: i
     def submit(source: Source, rows: Sequence[RawRow]) -> Pending:
         future = pool.submit(_encode_there, source, [row._replace(after=BEGINNING) for row in rows])
 
-        def wait() -> list[Encoded | None]:
+        def wait() -> list[Outcome]:
             try:
                 return future.result()
             except BrokenProcessPool as error:
@@ -93,5 +102,5 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_there(source: Source, rows: Sequence[RawRow]) -> list[Encoded | None]:
+def _encode_there(source: Source, rows: Sequence[RawRow]) -> list[Outcome]:
     return encode_rows(source, rows, *_here["tools"])

@@ -60,10 +60,12 @@ def dump_recipe(recipe: Recipe) -> str:
 def comparable_text(recipe: Recipe) -> str:
     """A recipe as text without what changes the result of a run by rounding only: two such texts mean the same run.
 
-    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, kernels, device, threads.
+    That is all of ``compute`` but the precision: engine, ZeRO, micro-batch, kernels, device, threads. Nor does it
+    matter how many bad rows are allowed in text that has fewer.
     """
     compute = ComputeRecipe(precision=recipe.compute.precision)
-    return dump_recipe(recipe.model_copy(update={"compute": compute}))
+    data = recipe.data.model_copy(update={"skip_bad_rows": 0})
+    return dump_recipe(recipe.model_copy(update={"compute": compute, "data": data}))
 
 
 def apply_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...]) -> Recipe:

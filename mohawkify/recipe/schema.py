@@ -20,6 +20,7 @@ from mohawkify.recipe.stages import Segment as Segment
 from mohawkify.recipe.stages import StageRecipe as StageRecipe
 from mohawkify.recipe.stages import StagesRecipe as StagesRecipe
 from mohawkify.recipe.types import (
+    Count,
     Layers,
     Line,
     ListOf,
@@ -148,6 +149,10 @@ class DataRecipe(Section):
     )
     final_phase_epochs: Epochs = Field(
         default=1, description="how many times the text of final_phase is read; null likewise"
+    )
+    skip_bad_rows: Count = Field(
+        default=0,
+        description="rows that cannot be read which are passed over and counted, at most, in each of the three texts",
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mohawkify.data.chat import render_conversation
+from mohawkify.data.conversation import Conversation
 from mohawkify.errors import DataError
 from tests.bytes_tokenizer import bytes_tokenizer
 
@@ -56,7 +57,7 @@ def test_a_chat_template_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tokenizer = bytes_tokenizer(chat_template=template)
     began = time.process_time()
     with pytest.raises(DataError, match="row 7: the teacher's chat template") as caught:
-        render_conversation([{"role": "user", "content": "Hello."}], tokenizer, "row 7")
+        render_conversation(Conversation([{"role": "user", "content": "Hello."}]), tokenizer, "row 7")
     assert time.process_time() - began < 2
     assert len(caught.value.message) < 500
     assert not list(tmp_path.iterdir())
@@ -68,4 +69,4 @@ def test_a_chat_template_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_long_conversation_is_no_attack() -> None:
     tokenizer = bytes_tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     messages = [{"role": "user", "content": "x" * 1000}] * 4000
-    assert len(render_conversation(messages, tokenizer, "row 7")) == 4000 * 1007
+    assert len(render_conversation(Conversation(messages), tokenizer, "row 7")) == 4000 * 1007

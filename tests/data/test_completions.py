@@ -177,6 +177,119 @@ def test_words_that_hold_the_marks_themselves() -> None:
     assert completions(CHATML, talk) == [f"{words}<|im_end|>"]
 
 
+# --- answers that are more than their words -------------------------------------------------------------------------
+
+# In the style of Qwen3, Qwen2.5, Llama 3.1, Mistral and DeepSeek-R1's small models: made for these tests.
+THINKING = """\
+{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+    {%- set content, thoughts = m.content, '' %}
+    {%- if m.reasoning_content is string %}{% set thoughts = m.reasoning_content %}
+    {%- elif '</think>' in content %}
+        {%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if loop.index0 > ns.last and (loop.last or thoughts) %}
+        {{- '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+    {%- else %}{{- content }}{%- endif %}
+    {%- for call in m.tool_calls or [] %}
+        {{- '\n' if content or not loop.first }}
+        {{- '<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- elif m.role == 'tool' %}
+    {{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
+{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+HEADED = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\n\n' }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
+)
+ALTERNATING = """\
+{%- set ns = namespace(index=0) %}{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role != 'tool' and m.tool_calls is not defined %}
+        {%- if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+    {%- if m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}
+    {%- elif m.tool_calls is defined %}{{- '[CALLS] ' + m.tool_calls | tojson + eos_token }}
+    {%- elif m.role == 'tool' %}{{- '[RESULTS] ' + m.content + '[/RESULTS]' }}
+    {%- else %}{{- ' ' + m.content | trim + eos_token }}{%- endif %}
+{%- endfor %}"""
+FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+WRITTEN_CALL = '{"name": "f", "arguments": {"x": 1}}'
+CALLING = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+AGAIN = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "expected"),
+    [
+        (THINKING, CALLING, [f"<tool_call>\n{WRITTEN_CALL}\n</tool_call><|im_end|>", "It is 3.<|im_end|>"]),
+        (HEADED, CALLING, [f"{WRITTEN_CALL}<|eot|>", "It is 3.<|eot|>"]),
+        (HEADED, [*CALLING, *AGAIN], [f"{WRITTEN_CALL}<|eot|>", "It is 3.<|eot|>", "Yes.<|eot|>"]),
+        (ALTERNATING, CALLING, [f"[CALLS] {json.dumps([CALL])}</s>", "It is 3.</s>"]),
+        (
+            THINKING,
+            [CALLING[0], {**CALLING[1], "content": "I add.", "reasoning_content": "one plus two"}, *CALLING[2:]],
+            [
+                f"<think>\none plus two\n</think>\n\nI add.\n<tool_call>\n{WRITTEN_CALL}\n</tool_call><|im_end|>",
+                "It is 3.<|im_end|>",
+            ],
+        ),
+    ],
+)
+def test_calls_of_functions_are_completions(template: str, talk: list[dict[str, Any]], expected: list[str]) -> None:
+    assert completions(template, talk) == expected
+
+
+@pytest.mark.parametrize("key", [None, "reasoning_content", "thinking"])
+def test_thoughts_are_completions_where_the_template_writes_them(key: str | None) -> None:
+    def answer(thoughts: str, words: str) -> dict[str, str]:
+        if key is None:
+            return {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{words}"}
+        return {"role": "assistant", "content": words, key: thoughts}
+
+    talk = [{"role": "user", "content": "1 + 2?"}, answer("one plus two", "It is 3.")]
+    thought = "<think>\none plus two\n</think>\n\nIt is 3.<|im_end|>"
+    assert completions(THINKING, talk) == [thought]
+    # Of an answer before the last question the template leaves the thoughts out, and that is what the teacher reads.
+    again = [*talk, {"role": "user", "content": "Sure?"}, answer("three is right", "Yes.")]
+    assert completions(THINKING, again) == [
+        "It is 3.<|im_end|>",
+        "<think>\nthree is right\n</think>\n\nYes.<|im_end|>",
+    ]
+    # An answer without thoughts gets an empty block from the template, which is not the answer's.
+    plain = [*talk, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    assert completions(THINKING, plain) == ["It is 3.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_a_template_that_forgets_the_thoughts_of_the_last_answer_is_refused() -> None:
+    talk = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n3."}]
+    with pytest.raises(DataError, match="does not write the assistant's words as they are"):
+        completions(FORGETFUL, talk)
+    assert completions(FORGETFUL, [*talk, *AGAIN]) == ["\n\n3.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_words_that_stand_elsewhere_too_are_found_in_their_turn() -> None:
+    words = "<|im_start|>assistant\n1 + 2?"
+    talk = [{"role": "user", "content": words}, {"role": "assistant", "content": words, "reasoning_content": words}]
+    assert completions(THINKING, [*talk, *AGAIN]) == [f"{words}<|im_end|>", "Yes.<|im_end|>"]
+
+
 # --- kept on disk, and counted in batches ---------------------------------------------------------------------------
 
 

@@ -137,9 +137,11 @@ def test_columns_that_name_files_open_none(hub: Hub, tmp_path: Path, kind: str, 
     assert not [path for path in opened if "secret" in path]
 
 
-def test_a_column_that_is_not_there(hub: Hub) -> None:
+def test_a_column_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 1 has no column 'body'; it has: text, score"):
-        read(text="body")
+        build_corpus(
+            CorpusRequest((Source(hub="someone/web", text="body"),), bytes_tokenizer(), None, None, 258), tmp_path
+        )
 
 
 @pytest.mark.parametrize("name", ["someone/web", "someone/lines"])

@@ -17,7 +17,13 @@ SETTINGS: dict[str, Any] = {"columns": ("text",), "text_column": "text", "separa
 
 
 def rows(file: Path) -> list[Any]:
-    return [row.columns["text"] for row in read_rows(file, **SETTINGS)]
+    """The texts of a file, or what is wrong with a row."""
+    found = []
+    for row in read_rows(file, **SETTINGS):
+        if row.error is not None:
+            raise row.error
+        found.append(row.columns["text"])
+    return found
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

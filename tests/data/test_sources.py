@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -235,6 +236,17 @@ def test_a_template_that_asks_for_the_date_gives_the_same_text_every_day(tmp_pat
     assert read(None, DATED_TEMPLATE + "{{ date_string }}", path=str(file), chat="talk") == ["26 Jul 2024"]
 
 
+@pytest.mark.parametrize("template", ["{{ strftime_now('FORMAT') }}", "{%- set t = strftime_now('FORMAT') %}\n{{ t }}"])
+def test_a_template_that_reads_the_clock_gives_the_same_text_every_day(tmp_path: Path, template: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"talk": [{"role": "user", "content": "Hi"}]}])
+    for form in ("%Y-%m-%d", "%d %b %Y", "%A, %-d %B %y", "%H:%M:%S %p", "%j of %Y, 100%%"):
+        written = read(None, template.replace("FORMAT", form), path=str(file), chat="talk")
+        assert [text.strip() for text in written] == [datetime.date(2024, 7, 26).strftime(form)]
+    assert read(None, "\n  {{ strftime_now is defined }}{% if true %}\n!{% endif %}", path=str(file), chat="talk") == [
+        "\n  True!"
+    ]
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
@@ -351,7 +363,8 @@ def test_conversation_without_a_template(tmp_path: Path) -> None:
     [
         ("Hi", "line 1 holds a str, expected a list of messages"),
         (["Hi"], "line 1 holds a message of unknown form: 'Hi'"),
-        ([{"role": "user"}], "line 1 holds a message of unknown form"),
+        ([{"role": "user"}], "content is a NoneType, expected text"),
+        ([{"content": "Hi"}], "line 1 holds a message of unknown form"),
         ([{"from": "narrator", "value": "Hi"}], "unknown role 'narrator'"),
         ([{"role": ["user"], "content": "Hi"}], "unknown role"),
         ([{"role": "user", "content": None}], "content is a NoneType, expected text"),
