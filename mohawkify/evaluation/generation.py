@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mohawkify.data.tokenize import require_rows
 from mohawkify.errors import UsageError
+from mohawkify.families.positions import longest_sequence
 
 # Settings that a teacher's published generation_config.json may hold, and that make other tokens likely.
 CHANGES_PROBABILITIES = (
@@ -25,7 +26,7 @@ class GenerateOptions:
     """How a text is continued.
 
     Args:
-        max_tokens: the most tokens to write; the model may end sooner.
+        max_tokens: the most tokens to write; the model may end sooner, and does at the last of learned positions.
         temperature: 0 takes the most probable token every time; above 0, tokens are sampled.
         seed: of the sampling.
     """
@@ -55,13 +56,16 @@ def generate_text(
         All of the new text.
 
     Raises:
-        UsageError: the prompt gives no token to begin with.
+        UsageError: the prompt gives no token to begin with, or as many as the model has learned positions.
         DataError: it has a token for which the model has no row.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].numel() == 0:
         raise UsageError("the prompt is empty, expected some text", hint="this tokenizer adds no token of its own")
     require_rows(inputs["input_ids"], tokenizer, model.config.vocab_size)
+    length, window = inputs["input_ids"].shape[1], longest_sequence(model)
+    if window is not None and length >= window:
+        raise UsageError(f"the prompt has {length:,} tokens, expected fewer than the model's {window:,} positions")
     pieces: list[str] = []
 
     def keep(text: str) -> None:
@@ -78,7 +82,7 @@ def generate_text(
         writer.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=options.max_tokens,
+            max_new_tokens=options.max_tokens if window is None else min(options.max_tokens, window - length),
             num_beams=1,
             pad_token_id=0,  # one row needs no padding; without an id, generate warns
             streamer=_Pieces(tokenizer, keep),

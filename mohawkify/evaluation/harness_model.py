@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mohawkify.data.tokenize import require_rows
 from mohawkify.errors import DataError
 from mohawkify.evaluation.response_cache import ResponseCache
+from mohawkify.families.positions import longest_sequence
 
 
 class CheckedLM(HFLM):
@@ -37,7 +38,8 @@ class CheckedLM(HFLM):
         self._rows = model.config.vocab_size
         if own.pad_token_id is not None and own.pad_token_id >= self._rows:
             own.pad_token = None  # a [PAD] behind the last row; lm-eval chooses another one
-        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size)
+        window = longest_sequence(model)  # MPT's key is none of those that lm-eval looks for
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=window)
         self.truncated_requests = 0
         self._responses = responses
         if responses is not None:

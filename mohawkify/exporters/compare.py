@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mohawkify.errors import ExportError
+from mohawkify.families.positions import declared_length
 
 NUM_SEQUENCES = 4
 LENGTH = 160  # longer than a chunk of either scan; less where the model has fewer positions
@@ -65,7 +66,7 @@ def sample_ids(student: Any, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     first = student.config.bos_token_id
-    length = min(LENGTH, getattr(student.config, "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, declared_length(student.config))
     ids_bl = torch.full((NUM_SEQUENCES, 1), 0 if first is None else first)
     memory, newest = None, ids_bl
     while ids_bl.shape[1] < length:

@@ -107,9 +107,13 @@ def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
     """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
 
     Raises:
-        RecipeError: the teacher's head is its embedding, and a stage would train the head alone; or a stage compares
-            matrices that the mixer does not have.
+        RecipeError: the teacher's head is its embedding, and a stage would train the head alone; a stage compares
+            matrices that the mixer does not have; or sequences are longer than the teacher's learned positions.
     """
+    teacher.spec.require_length("evaluation.sequence_length", recipe.evaluation.sequence_length)
+    for name, block in recipe.stages.blocks().items():
+        for segment in block.segments():
+            teacher.spec.require_length(f"stages.{name}.{segment.length_key}", segment.sequence_length)
     alone = [
         name
         for name, block in recipe.stages.blocks().items()

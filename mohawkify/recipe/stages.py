@@ -75,6 +75,11 @@ class Segment:
     num_steps: int
     sequence_length: int
 
+    @property
+    def length_key(self) -> str:
+        """Where a stage's block has the length."""
+        return "sequence_length" if self.data == "train" else "final_phase.sequence_length"
+
 
 class StageRecipe(Section):
     """The keys of every stage.

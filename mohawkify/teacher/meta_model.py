@@ -12,10 +12,10 @@ from torch import nn
 from mohawkify.errors import TeacherError
 from mohawkify.families.adapter import Adapter, AttentionWeights
 from mohawkify.families.decoder_layers import find_layers
+from mohawkify.families.positions import declared_length, longest_sequence
 from mohawkify.families.projections import read_attention
 from mohawkify.teacher.teacher_spec import TeacherSpec
 
-LENGTH_KEYS = ("max_position_embeddings", "max_seq_len")  # the longest sequence; families have one or the other
 CHOSEN_KEYS = ("num_experts_per_tok", "moe_topk")  # the experts of one token
 
 
@@ -72,7 +72,8 @@ def _read_spec(source: str, config: Any, adapter: Adapter, modules: Any) -> Teac
         num_key_value_heads=weights[0].k_gpd.shape[0],
         head_dim=head_dim,
         vocab_size=embedding.weight.shape[0],
-        max_position_embeddings=next(getattr(config, key) for key in LENGTH_KEYS if getattr(config, key, None)),
+        max_position_embeddings=declared_length(config),
+        longest_sequence=longest_sequence(modules),
         tie_word_embeddings=head is not None and head.weight is embedding.weight,
         num_parameters=num_parameters,
         active_parameters=num_parameters - _idle_parameters(config, modules),

@@ -86,14 +86,17 @@ def find_final_teacher(recipe: Recipe) -> FinalTeacher | None:
 
     Raises:
         TeacherError: no such teacher, or its files are not what they claim to be.
+        RecipeError: the phase's sequences are longer than its learned positions.
         DataError: no such logits, or not all of them.
     """
     named = recipe.stages.second_teacher()
     if named is None:
         return None
-    final_phase = named[1]
+    stage, final_phase = named
     if final_phase.teacher is not None:
-        return find_teacher(final_phase.teacher, final_phase.teacher_bits)
+        found = find_teacher(final_phase.teacher, final_phase.teacher_bits)
+        found.teacher.spec.require_length(f"stages.{stage}.final_phase.sequence_length", final_phase.sequence_length)
+        return found
     if final_phase.logits is not None:
         logits = TeacherLogits(Path(final_phase.logits))
         logits.require_complete()

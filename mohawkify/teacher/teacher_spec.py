@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mohawkify.errors import RecipeError
+
 
 @dataclass(frozen=True)
 class TeacherSpec:
@@ -20,6 +22,7 @@ class TeacherSpec:
         head_dim: width of a query head.
         vocab_size: rows of the embedding.
         max_position_embeddings: the longest sequence the teacher was made for, in tokens.
+        longest_sequence: the longest sequence that it can compute, where its positions are learned; else None.
         tie_word_embeddings: whether head and embedding are one tensor.
         num_parameters: all parameters, shared ones once.
         active_parameters: those that one token meets; less than all where a router chooses among experts.
@@ -40,6 +43,7 @@ class TeacherSpec:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    longest_sequence: int | None
     tie_word_embeddings: bool
     num_parameters: int
     active_parameters: int
@@ -49,6 +53,19 @@ class TeacherSpec:
     attention_biases: tuple[str, ...]
     layer_types: tuple[str, ...]
     sliding_window: int | None
+
+    def require_length(self, key: str, length: int) -> None:
+        """Refuse a recipe's sequences that are longer than it can compute; raises RecipeError.
+
+        Args:
+            key: where the recipe says so.
+            length: tokens per sequence.
+        """
+        if self.longest_sequence is not None and length > self.longest_sequence:
+            raise RecipeError(
+                f"{key}: found {length:,}, expected at most {self.longest_sequence:,}, the learned positions of"
+                f" {self.source}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""

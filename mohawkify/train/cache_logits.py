@@ -122,6 +122,7 @@ def cache_logits(
         note = tokenizer_note(first.teacher, teacher.teacher)
         if note:
             report(note)
+    teacher.teacher.spec.require_length(f"stages.distill.{segment.length_key}", segment.sequence_length)
     rows = min(first.teacher.spec.vocab_size, teacher.teacher.spec.vocab_size)
     if not 1 <= top_k <= rows:
         raise UsageError(f"found --top-k {top_k}, expected at least 1 and at most the vocabulary, {rows:,}")
