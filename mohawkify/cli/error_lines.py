@@ -10,7 +10,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -32,19 +31,6 @@ DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
 # Errors of paths that the system does not look up, such as names that are too long.
 _REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
-
-
-@dataclass
-class Invocation:
-    """State of one command line.
-
-    Args:
-        arguments: as they were given; they are handed on to processes that the command starts.
-        is_one_of_several: whether this process has worked with others, and has come to its end with them.
-    """
-
-    arguments: tuple[str, ...]
-    is_one_of_several: bool = False
 
 
 class CommandGroup(click.Group):
@@ -74,14 +60,16 @@ class CommandGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command and end the process with its exit code."""
+        """Run the command and end the process with its exit code.
+
+        The root context's ``obj`` has the arguments, which are handed on to processes that the command starts.
+        """
         arguments = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         _end_cleanly_on_sigterm()
-        invocation = Invocation(tuple(arguments))
         try:
-            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, obj=invocation, **extra)
+            code = super().main(arguments, prog_name, complete_var, standalone_mode=False, obj=arguments, **extra)
         except BaseException as error:
             if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
                 raise
@@ -89,7 +77,7 @@ class CommandGroup(click.Group):
                 traceback.print_exception(error, file=sys.stderr)
             sys.exit(report_error(error))
         code = code if isinstance(code, int) else 0
-        if invocation.is_one_of_several:
+        if args is None:
             end_at_once(code)
         sys.exit(code)
 
@@ -112,9 +100,10 @@ def _end_cleanly_on_sigterm() -> None:
 
 
 def end_at_once(code: int) -> None:
-    """End the process without Python's shutdown, in which threads of torch's gloo may abort it.
+    """End the process without Python's shutdown, which takes a second once torch and transformers are imported.
 
-    See pytorch/pytorch#190489; observed once in hundreds of runs.
+    In it threads of torch's gloo may also abort the process: see pytorch/pytorch#190489; observed once in hundreds of
+    runs.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -65,7 +65,7 @@ def inspect(teacher: str, as_json: bool) -> None:
 
     No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
     """
-    with quiet_libraries(), paused_collector():
+    with paused_collector(), quiet_libraries():
         from mohawkify import api
 
         described = api.inspect(teacher)
@@ -122,7 +122,7 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
     docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
     recipe = chosen_recipe(recipe_name, overrides)
-    with quiet_libraries(), paused_collector():
+    with paused_collector(), quiet_libraries():
         from mohawkify import api
         from mohawkify.cli.plan_tables import plan_text
 

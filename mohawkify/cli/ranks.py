@@ -35,7 +35,7 @@ def start_processes(num_processes: int | None) -> None:
             )
         return
     if num_processes is not None and num_processes > 1:
-        arguments = click.get_current_context().find_root().obj.arguments
+        arguments = click.get_current_context().find_root().obj
         os.environ[LAUNCHED] = "1"
         raise SystemExit(launch(num_processes, arguments, print_error))
 
@@ -56,7 +56,6 @@ def joined(device: str) -> Iterator[World]:
     try:
         with world:
             yield world
-        click.get_current_context().find_root().obj.is_one_of_several = True
     except (Exception, KeyboardInterrupt) as error:
         _leave(world, error)
 

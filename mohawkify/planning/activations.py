@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mohawkify.data.packing import Batch
@@ -53,11 +52,12 @@ class _Live(TorchDispatchMode):
         self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in model_tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # PyTorch asks for it more often than it computes
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self._add(result)
-        else:
-            tree_map_only(Tensor, self._add, result)
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, Tensor):
+                self._add(each)
         return result
 
     @contextmanager

@@ -398,16 +398,14 @@ def test_a_reader_that_leaves_early_is_no_error():
         assert process.stderr.read() == ""
 
 
-def test_a_process_of_several_ends_past_pythons_own_end(monkeypatch, capsys):
+def test_a_command_line_ends_past_pythons_own_end(monkeypatch, capsys):
     @click.group(cls=CommandGroup)
     def group() -> None:
         """Commands."""
 
     @group.command()
-    @click.pass_context
-    def work(context: click.Context) -> None:
-        """Works with others."""
-        context.find_root().obj.is_one_of_several = True
+    def work() -> None:
+        """Works."""
         click.echo("done")
 
     ended: list[object] = []
@@ -415,5 +413,9 @@ def test_a_process_of_several_ends_past_pythons_own_end(monkeypatch, capsys):
     monkeypatch.setattr("os._exit", ended.append)
     with pytest.raises(SystemExit):
         group.main(["work"])
+    assert not ended  # called from Python, which goes on
+    monkeypatch.setattr("sys.argv", ["group", "work"])
+    with pytest.raises(SystemExit):
+        group.main()
     assert ended == ["goodbye", 0]
-    assert capsys.readouterr().out == "done\n"
+    assert capsys.readouterr().out == "done\ndone\n"
