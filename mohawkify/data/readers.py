@@ -1,10 +1,8 @@
-"""Local text files: which ones a path names, and the rows inside them."""
+"""The rows of local text files."""
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +12,11 @@ from mohawkify.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
-TEACHER_PREFIX = "teacher:"
 LONGEST_VALUE = 1 << 26  # bytes of a line, characters of a value; far above any document that a model learns from
 LARGEST_GROWTH = 500  # of packed text; real text shrinks to a fifth
 _SMALL = 1 << 20  # bytes that may unpack from anything
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 1 << 30  # of a table
 _ARROW_FILE = b"ARROW1"  # how the file form begins; the stream form does not
-_CHECK_PATH = "check the path under data in the recipe"
 
 
 class Row(NamedTuple):
@@ -36,29 +31,6 @@ class Row(NamedTuple):
     where: str
     columns: dict[str, Any]
     error: DataError | None = None
-
-
-def find_files(path: str, teacher_directory: Path | None) -> list[Path]:
-    """List the files that a file, folder or glob names, sorted by path.
-
-    Folders are searched with their subfolders; in folders and globs, files of other kinds are passed over. A name that
-    is there wins over its reading as a pattern, be it that of the whole path or of the folders it begins with.
-
-    Args:
-        path: as written in the recipe; ``teacher:REL`` is relative to the teacher's folder.
-        teacher_directory: the teacher's folder, if it has one.
-
-    Raises:
-        DataError: if nothing readable is found there.
-    """
-    location = _locate(path, teacher_directory)
-    try:
-        files = _list_files(location)
-    except OSError as error:
-        raise DataError(f"cannot read {location}: {error.strerror}", hint=_CHECK_PATH) from error
-    if not files:
-        raise DataError(f"{location} matches no {', '.join(SUFFIXES)} file", hint=_CHECK_PATH)
-    return files
 
 
 def read_rows(
@@ -98,37 +70,6 @@ def read_rows(
         ) from error
     if not found:
         raise DataError(f"{file} is empty", hint="remove it from the data, or fill it")
-
-
-def _locate(path: str, teacher_directory: Path | None) -> Path:
-    if not path.startswith(TEACHER_PREFIX):
-        return Path(os.path.expanduser(path))
-    if teacher_directory is None:
-        raise DataError(
-            f"{path} is relative to the teacher's folder, but the teacher is not a local folder",
-            hint="give the text as a path of its own",
-        )
-    return teacher_directory / path.removeprefix(TEACHER_PREFIX)
-
-
-def _list_files(location: Path) -> list[Path]:
-    if location.is_file():
-        if location.suffix not in SUFFIXES:
-            raise DataError(f"{location} is not one of the known kinds of text file", hint=f"use {', '.join(SUFFIXES)}")
-        return [location]
-    if location.is_dir():
-        candidates = [file for file in location.rglob("*") if not _is_hidden(file.relative_to(location))]
-    else:
-        base = next(folder for folder in location.parents if folder.is_dir())
-        pattern = str(location.relative_to(base))
-        if not glob.has_magic(pattern):
-            raise DataError(f"there is no file or folder {location}", hint=_CHECK_PATH)
-        candidates = [base / name for name in glob.glob(pattern, root_dir=base, recursive=True)]
-    return sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -14,7 +14,8 @@ from mohawkify.data.completions import completion_spans
 from mohawkify.data.conversation import BESIDE, read_conversation
 from mohawkify.data.filters import column_value, meets_all
 from mohawkify.data.hub import BEGINNING, After, Position, Report, hub_rows, ignore
-from mohawkify.data.readers import Row, find_files, read_rows
+from mohawkify.data.readers import Row, read_rows
+from mohawkify.data.text_files import find_files
 from mohawkify.data.tokenize import Document
 from mohawkify.errors import DataError
 
@@ -113,7 +114,7 @@ def source_identity(source: Source, teacher_directory: Path | None) -> dict[str,
     """
     identity: dict[str, Any] = {"source": source.model_dump(mode="json")}
     if source.path is not None:
-        files = [(file.resolve(), file.stat()) for file in find_files(source.path, teacher_directory)]
+        files = [(file.resolve(), file.stat()) for file in find_files(source, teacher_directory)]
         identity["files"] = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in files]
     elif source.demo is not None:
         stories = json.dumps([row.columns for row in _demo_rows(source)])
@@ -142,9 +143,8 @@ def _demo_rows(source: Source) -> Iterator[Row]:
 
 
 def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
-    assert source.path is not None  # the recipe takes exactly one of path, hub and demo
     columns = {source.chat or source.text, *(condition.column for condition in source.where)}
-    for file in find_files(source.path, teacher_directory):
+    for file in find_files(source, teacher_directory):
         yield from read_rows(
             file,
             columns=columns,

@@ -15,7 +15,7 @@ from mohawkify.data.hub import Report, ignore
 from mohawkify.data.loader import SampleRange
 from mohawkify.data.packing import num_sequences
 from mohawkify.data.prepare import CorpusRequest, build_corpus, bytes_to_write
-from mohawkify.data.readers import find_files
+from mohawkify.data.text_files import find_files
 from mohawkify.data.tokenize_progress import tokenize_progress
 from mohawkify.data.validation import evaluation_rows
 from mohawkify.errors import DataError
@@ -155,7 +155,7 @@ class TextReader:
         for name in names or ("train", "final_phase", "validation"):
             for source in getattr(self.recipe.data, name):
                 if source.path is not None:
-                    find_files(source.path, self.teacher_directory)
+                    find_files(source, self.teacher_directory)
 
     def training(self) -> dict[str, Corpus]:
         """The corpora that the stages read: ``train``, and ``final_phase`` where a stage has one.

@@ -102,7 +102,7 @@ class Source(Section):
         default=None, description="the demo stories that come with mohawkify"
     )
     name: Text | None = Field(default=None, description="configuration of the Hub dataset")
-    split: Text = Field(default="train", description="split of the Hub dataset")
+    split: Text = Field(default="train", description="split of the Hub dataset, or of a DatasetDict on the disk")
     revision: Text | None = Field(
         default=None, description="branch, tag or commit of the Hub dataset; null: its newest state"
     )
@@ -129,10 +129,11 @@ class Source(Section):
         given = [key for key in ("path", "hub", "demo") if getattr(self, key) is not None]
         if len(given) != 1:
             conflict((), f"found {' and '.join(given) or 'none'}, expected exactly one of path, hub and demo")
-        defaults = {"name": self.name is None, "split": self.split == "train", "revision": self.revision is None}
-        for key, is_default in defaults.items():
-            if self.hub is None and not is_default:
+        for key in ("name", "revision"):
+            if self.hub is None and getattr(self, key) is not None:
                 conflict((key,), f"found {show(getattr(self, key))} without hub, expected it for a Hub dataset only")
+        if self.demo is not None and self.split != "train":
+            conflict(("split",), f"found {show(self.split)} beside demo, expected it for hub or path only")
         return self
 
 

@@ -188,7 +188,7 @@ BAD = [
     ),
     pytest.param("path: texts/*.jsonl", "text: a", "small.yaml:7: data.train.0: found none", id="no place"),
     pytest.param(
-        "path: texts/*.jsonl", "split: test\n      path: a", "data.train.0.split: found", id="split of a file"
+        "path: texts/*.jsonl", "split: test\n      demo: train", "data.train.0.split: found", id="split of the demo"
     ),
     pytest.param('">="', "in", "small.yaml:9: data.train.0.where.0.value: found 4.0", id="in needs a list"),
     pytest.param("4.0}", "[4.0]}", "found a list, expected one value for the operator >=", id="list needs in"),
