@@ -12,11 +12,13 @@ import torch
 from mohawkify.distributed.device import choose_device
 from mohawkify.errors import RecipeError, UsageError
 from mohawkify.files import disk
+from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.planning.activations import count_footprint
 from mohawkify.planning.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import Footprint
 from mohawkify.planning.planner import Machine, PlanInputs, layout_of, make_plan
 from mohawkify.recipe.schema import Recipe
+from mohawkify.recipe.stages import StageRecipe
 from mohawkify.student.build import design_student
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
@@ -107,23 +109,13 @@ def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
     """The student that a recipe makes of a teacher; its name is the recipe's, or the teacher's with ``-mohawk``.
 
     Raises:
-        RecipeError: the teacher's head is its embedding, and a stage would train the head alone; a stage compares
-            matrices that the mixer does not have; or sequences are longer than the teacher's learned positions.
+        RecipeError: a stage compares matrices that the mixer does not have, or names a part to train in which nothing
+            would learn; or sequences are longer than the teacher's learned positions.
     """
     teacher.spec.require_length("evaluation.sequence_length", recipe.evaluation.sequence_length)
     for name, block in recipe.stages.blocks().items():
         for segment in block.segments():
             teacher.spec.require_length(f"stages.{name}.{segment.length_key}", segment.sequence_length)
-    alone = [
-        name
-        for name, block in recipe.stages.blocks().items()
-        if block.num_steps and set(getattr(block, "train", ())) == {"head"}
-    ]
-    if teacher.spec.tie_word_embeddings and alone:
-        raise RecipeError(
-            f"stages.{alone[0]}.train: found head alone, and this teacher's head is its embedding",
-            hint="name embedding too, and both learn as one",
-        )
     name = recipe.student.name or f"{teacher.name}-mohawk"
     student = design_student(name, teacher.spec, teacher.config, teacher.adapter, recipe.student)
     for stage, block in recipe.stages.blocks().items():
@@ -132,7 +124,30 @@ def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
                 f"stages.{stage}.tokens: found {block.tokens:,}, expected 0: the mixer {student.kind} has no matrix to"
                 " compare with attention"
             )
+        if block.num_steps:
+            _require_learning(stage, block, student, teacher)
     return student
+
+
+def _require_learning(stage: str, block: StageRecipe, student: StudentSpec, teacher: ResolvedTeacher) -> None:
+    """Refuse a part to train of which the stage trains no parameter; the default names parts that may be missing."""
+    named = getattr(block, "train", ())
+    if not named or set(named) == set(type(block).model_fields["train"].default or ()):
+        return
+    grafted = tuple(f"{student.layers}.{index}." for index in student.mixer_layers)
+    reached = grafted if block.plans_as == "align" else ""
+    modules: Any = teacher.modules
+    learning = {part for name, part in part_of_parameters(modules, student).items() if name.startswith(reached)}
+    reason, hint = "this student has no such parameters", "leave it out"
+    if getattr(block, "target", None) == "mixer":
+        learning, reason = {"mixer"}, "target: mixer trains the mixers alone"
+    elif teacher.spec.tie_word_embeddings and "embedding" in named:
+        learning.add("head")
+    idle = [part for part in named if part not in learning]
+    if idle == ["head"] and teacher.spec.tie_word_embeddings:
+        reason, hint = "this teacher's head is its embedding", "name embedding too, and both learn as one"
+    if idle:
+        raise RecipeError(f"stages.{stage}.train: found {idle[0]}, of which nothing would learn: {reason}", hint=hint)
 
 
 def _makes_whole_logits(teacher: ResolvedTeacher) -> bool:

@@ -248,13 +248,13 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(teacher_folder, recipe, whol
         start(kept, output=tmp_path / "killed")
 
 
-def test_a_tied_head_alone_is_nothing_to_train(teacher_folder, recipe, tmp_path):
-    from mohawkify.teacher.resolve import resolve_teacher
-
-    assert resolve_teacher(str(teacher_folder)).spec.tie_word_embeddings
-    alone = apply_overrides(recipe, ["stages.distill.train=[head]"])
+def test_a_part_in_which_nothing_would_learn_is_refused_before_a_run_begins(teacher_folder, recipe, tmp_path):
     with pytest.raises(RecipeError, match="this teacher's head is its embedding"):
-        convert(str(teacher_folder), alone, ConvertOptions(output=tmp_path / "run"))
+        convert(
+            str(teacher_folder),
+            apply_overrides(recipe, ["stages.distill.train=[mixer, head]"]),
+            ConvertOptions(output=tmp_path / "run"),
+        )
     assert not (tmp_path / "run").exists()
 
 
