@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mohawkify.data.conversation import THOUGHTS, Conversation, Message
+from mohawkify.data.conversation import THOUGHTS, Conversation, Message, Messages
 from mohawkify.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def render_conversation(
         add_generation_prompt: end with what stands in front of an answer.
 
     Raises:
-        DataError: if the template refuses the conversation, leaves out its calls of functions, or is not well meant.
+        DataError: if the template refuses the conversation, or is not well meant.
     """
     from jinja2 import TemplateError
 
@@ -96,22 +96,35 @@ def render_conversation(
     longest = _CHARACTERS + _REPEATS * len(repr(conversation))
     if len(rendered) > longest:
         raise _broken(where, f"makes {len(rendered):,} characters, expected at most {longest:,}")
-    unwritten = next((key for message in messages for key in _unwritten(message, template)), None)
-    if unwritten is not None:
-        raise DataError(
-            f"{where} holds {unwritten}, which the teacher's chat template does not write: the turn would end without",
-            hint="use a teacher whose template knows them, or leave such rows out",
-        )
     return rendered
 
 
-def _unwritten(message: Message, template: str) -> Iterator[str]:
-    """What of an answer would be missing where it is more than its words."""
-    if "tool_calls" in message and "tool_calls" not in template:
-        yield "tool_calls"
-    thoughts = [key for key in THOUGHTS if message.get(key)]
-    if thoughts and not message["content"] and not any(key in template for key in THOUGHTS):
-        yield thoughts[0]
+def require_written(conversation: Conversation, rendered: str, render: Callable[[Messages], str], where: str) -> None:
+    """Refuse a conversation in which a turn would be empty, or end too early, because the template leaves out a part.
+
+    Args:
+        conversation: what was rendered.
+        rendered: its text.
+        render: the template.
+        where: position of the conversation, for messages.
+
+    Raises:
+        DataError: calls of functions, or the thoughts of an answer without words, make no difference to the text.
+    """
+    messages = conversation.messages
+    wordless = {key for key in THOUGHTS for message in messages if message.get(key) and not message["content"]}
+    for key in ("tool_calls", *wordless):
+        if not any(key in message for message in messages):
+            continue
+        try:
+            without = render([{name: value for name, value in each.items() if name != key} for each in messages])
+        except DataError:
+            continue  # the template wants it
+        if without == rendered:
+            raise DataError(
+                f"{where} holds {key}, which the teacher's chat template does not write: the turn would end without",
+                hint="use a teacher whose template writes it, or leave such rows out",
+            )
 
 
 def _known(message: Message, template: str) -> Message:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
-from mohawkify.data.conversation import Messages
+from mohawkify.data.conversation import Message, Messages
 from mohawkify.errors import DataError
 
 Span = tuple[int, int]
@@ -52,11 +53,12 @@ def completion_spans(
     if not answers:
         return ()
     marks = next(pair for pair in _MARKS if not any(mark in rendered for mark in pair))
+    text = _Rendered(messages, rendered, render, marks, special_tokens)
     found = None
     if all(messages[index].keys() == {"role", "content"} for index in answers):
-        found = _marked_spans(messages, rendered, render, marks)
+        found = _marked_spans(text)
     if found is None:
-        spans = [_answer_span(messages, index, rendered, render, marks, special_tokens) for index in answers]
+        spans = [_answer_span(text, index) for index in answers]
         found = [span for span in spans if span is not None]
     if len(found) < len(answers):
         raise DataError(
@@ -67,89 +69,123 @@ def completion_spans(
     return tuple((start, end + _ending(rendered[end:], special_tokens, end_token)) for start, end in found)
 
 
-def _marked_spans(messages: Messages, rendered: str, render: Render, marks: tuple[str, str]) -> list[Span] | None:
+class _Rendered(NamedTuple):
+    """A conversation with its text, the template that wrote it, and marks that the text does not hold."""
+
+    messages: Messages
+    text: str
+    render: Render
+    marks: tuple[str, str]
+    special_tokens: Collection[str]
+
+    def pieces(self, others: Mapping[int, Message]) -> list[str]:
+        """The text with other messages in some places, split at the marks in it: those are every second piece."""
+        messages = [others.get(number, message) for number, message in enumerate(self.messages)]
+        return re.split(f"([{''.join(self.marks)}])", self.render(messages, False))
+
+    def in_front(self, index: int) -> Message:
+        """A message with marks in front of its words."""
+        content = self.messages[index]["content"]
+        words = content.lstrip()
+        return {**self.messages[index], "content": content.removesuffix(words) + "".join(self.marks) + words}
+
+    def behind(self, index: int) -> Message:
+        """A message with marks behind its words."""
+        content = self.messages[index]["content"]
+        words = content.rstrip()
+        return {**self.messages[index], "content": words + "".join(self.marks) + content.removeprefix(words)}
+
+
+def _marked_spans(text: _Rendered) -> list[Span] | None:
     """The spans of all answers, where the template writes them with marks as without."""
-    marked = [
-        {**message, "content": message["content"].join(marks)} if message["role"] == "assistant" else message
-        for message in messages
-    ]
-    num_answers = sum(message["role"] == "assistant" for message in messages)
-    pieces = _pieces(render(marked, False), marks)
-    if pieces[1::2] != [*marks] * num_answers or "".join(pieces[::2]) != rendered:
+    marked = {
+        index: {**message, "content": message["content"].join(text.marks)}
+        for index, message in enumerate(text.messages)
+        if message["role"] == "assistant"
+    }
+    pieces = text.pieces(marked)
+    if pieces[1::2] != [*text.marks] * len(marked) or "".join(pieces[::2]) != text.text:
         return None
     ends = [sum(len(piece) for piece in pieces[:number:2]) for number in range(1, len(pieces), 2)]
     return list(zip(ends[::2], ends[1::2], strict=True))
 
 
-def _pieces(text: str, marks: tuple[str, str]) -> list[str]:
-    return re.split(f"([{''.join(marks)}])", text)
+def _answer_span(text: _Rendered, index: int) -> Span | None:
+    """The span of one answer, found by what the template would write for one of marks alone.
 
-
-def _answer_span(
-    messages: Messages,
-    index: int,
-    rendered: str,
-    render: Render,
-    marks: tuple[str, str],
-    special_tokens: Collection[str],
-) -> Span | None:
-    """The span of one answer, which must hold its words; of an earlier one a template may leave out the thoughts."""
-    words = messages[index]["content"]
-    if any(message["role"] == "assistant" for message in messages[index + 1 :]):
+    What the assistant said has to stand there; of an earlier answer a template may leave out the thoughts.
+    """
+    words = text.messages[index]["content"]
+    if any(message["role"] == "assistant" for message in text.messages[index + 1 :]):
         words = words.split(_END_OF_THOUGHTS)[-1]
-    plain = {"role": "assistant", "content": "".join(marks)}
+    others = {index: {"role": "assistant", "content": "".join(text.marks)}}
+    # Some templates write results of functions as part of the answer that called them, and not without it.
+    results = [place for place in range(index + 1, len(text.messages)) if text.messages[place]["role"] == "tool"]
+    others |= {place: text.in_front(place) for place in results}
     try:
-        pieces = _pieces(render([*messages[:index], plain, *messages[index + 1 :]], False), marks)
+        pieces = text.pieces(others)
     except DataError:  # such as a template that wants calls of functions in front of their results
-        span = _from_beginnings(messages, index, rendered, render, special_tokens)
+        pieces = []
+    if pieces[1::2] == [*text.marks] * len(others) and not any(pieces[2::4]):
+        span = _between(text, index, pieces[0], "".join(pieces[4::4]))
+    elif len(pieces) in (0, 5):
+        span = _from_beginnings(text, index)
     else:
-        is_found = pieces[1::2] == [*marks] and not pieces[2]
-        around = pieces[0], pieces[-1]
-        span = _between(messages[:index], rendered, render, around, special_tokens) if is_found else None
-    if span is None or "".join(words.split()) not in "".join(rendered[slice(*span)].split()):
+        span = None
+    if span is None or "".join(words.split()) not in "".join(text.text[span[0] : span[2]].split()):
         return None
-    return span
+    return span[1:]
+
+
+def _between(text: _Rendered, index: int, before: str, behind: str) -> tuple[int, int, int] | None:
+    """Where an answer's turn starts to differ from that of another, where it starts itself, and where it ends.
+
+    What may differ is what a template writes for one answer and not for another: a block of thoughts in front, which
+    then counts from the end of the prompt for an answer on, and the special token that ends it.
+
+    Args:
+        text: the conversation.
+        index: of the answer.
+        before: what stands in front of the other answer.
+        behind: what stands behind it.
+    """
+    start = _num_same(text.text, before)
+    same = _num_same(text.text[start:][::-1], behind[::-1])
+    end = len(text.text) - same
+    ending = behind[: len(behind) - same]
+    if ending and not any(token.startswith(ending) for token in text.special_tokens):
+        return None
+    if not before[start:].strip():
+        return start, start, end
+    turn = 0
+    if index > 0:
+        pieces = text.pieces({index - 1: text.behind(index - 1)})
+        turn = len(pieces[0])
+        if pieces[1::2] != [*text.marks] or pieces[0] + pieces[-1] != text.text or turn > start:
+            return None
+    earlier = text.messages[:index]
+    prompt = text.render(earlier, True).removeprefix(text.render(earlier, False))
+    for opening in (prompt, prompt[: prompt.find("\n") + 1]):  # a prompt may go on with a block of no thoughts
+        place = text.text.find(opening, turn, start + len(opening))
+        if opening.strip() and place >= 0:
+            return place, place + _num_same(text.text[place:], prompt), end
+    return None
+
+
+def _from_beginnings(text: _Rendered, index: int) -> tuple[int, int, int] | None:
+    """The part that an answer adds to the conversation before it, where that is written as in the whole."""
+    before, through = text.render(text.messages[:index], True), text.render(text.messages[: index + 1], False)
+    if not (text.text.startswith(through) and through.startswith(before)):
+        return None
+    through = through.rstrip()
+    ending = max((len(token) for token in text.special_tokens if through.endswith(token)), default=0)
+    return len(before), len(before), max(len(before), len(through) - ending)
 
 
 def _num_same(first: str, second: str) -> int:
     """How many characters two texts have in common at the beginning."""
     lengths = range(1, min(len(first), len(second)) + 1)
     return bisect_left(lengths, True, key=lambda length: first[:length] != second[:length])
-
-
-def _from_beginnings(
-    messages: Messages, index: int, rendered: str, render: Render, special_tokens: Collection[str]
-) -> Span | None:
-    """The part that an answer adds to the conversation before it, where that is written as in the whole."""
-    before, through = render(messages[:index], True), render(messages[: index + 1], False)
-    if not (rendered.startswith(through) and through.startswith(before)):
-        return None
-    through = through.rstrip()
-    ending = max((len(token) for token in special_tokens if through.endswith(token)), default=0)
-    return len(before), max(len(before), len(through) - ending)
-
-
-def _between(
-    earlier: Messages, rendered: str, render: Render, around: tuple[str, str], special_tokens: Collection[str]
-) -> Span | None:
-    """The part of a text that differs from another, which has nothing between `around`.
-
-    What may differ of `around` is what a template writes for one answer and not for another: a block of thoughts in
-    front of it, which then counts from the end of the prompt for an answer on, and the special token that ends it.
-    """
-    before, behind = around
-    start = _num_same(rendered, before)
-    same = _num_same(rendered[start:][::-1], behind[::-1])
-    ending = behind[: len(behind) - same]
-    if ending and not any(token.startswith(ending) for token in special_tokens):
-        return None
-    if before[start:].strip():
-        prompt = render(earlier, True).removeprefix(render(earlier, False))
-        place = rendered.rfind(prompt, 0, start)
-        if not prompt or place < 0 or before.rfind(prompt) != place:
-            return None
-        start = place + len(prompt)
-    return start, len(rendered) - same
 
 
 def _ending(rest: str, special_tokens: Collection[str], end_token: str | None) -> int:

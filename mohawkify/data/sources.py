@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mohawkify.data.chat import render_conversation
+from mohawkify.data.chat import render_conversation, require_written
 from mohawkify.data.completions import completion_spans
-from mohawkify.data.conversation import BESIDE, read_conversation
+from mohawkify.data.conversation import BESIDE, Messages, read_conversation
 from mohawkify.data.filters import column_value, meets_all
 from mohawkify.data.hub import BEGINNING, After, Position, Report, hub_rows, ignore
 from mohawkify.data.readers import Row, read_rows
@@ -156,15 +156,19 @@ def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
 
 def _chat_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:
     conversation = read_conversation(raw.value, raw.beside or {}, raw.where)
-    text = render_conversation(conversation, tokenizer, raw.where)
+
+    def render(messages: Messages, prompt: bool = False) -> str:
+        others = conversation._replace(messages=messages)
+        return render_conversation(others, tokenizer, raw.where, add_generation_prompt=prompt)
+
+    text = render(conversation.messages)
+    require_written(conversation, text, render, raw.where)
     if source.loss == "all":
         return Document(text)
     spans = completion_spans(
         conversation.messages,
         text,
-        lambda messages, prompt: render_conversation(
-            conversation._replace(messages=messages), tokenizer, raw.where, add_generation_prompt=prompt
-        ),
+        render,
         special_tokens=tokenizer.all_special_tokens,
         end_token=tokenizer.eos_token,
         where=raw.where,

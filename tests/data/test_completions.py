@@ -277,6 +277,34 @@ def test_thoughts_are_completions_where_the_template_writes_them(key: str | None
     assert completions(THINKING, plain) == ["It is 3.<|im_end|>", "Yes.<|im_end|>"]
 
 
+@pytest.mark.parametrize("begun", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_thoughts_that_the_prompt_for_an_answer_begins_are_its_own(begun: str) -> None:
+    prompt = "{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    assert prompt in THINKING
+    template = THINKING.replace(prompt, prompt.replace("assistant\n", f"assistant\n{begun}"))
+    answers = (
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "one plus two"},
+        {"role": "assistant", "content": "<think>\none plus two\n</think>\n\nIt is 3."},
+    )
+    for answer in answers:
+        talk = [{"role": "user", "content": "one plus two"}, answer]
+        assert completions(template, talk) == ["one plus two\n</think>\n\nIt is 3.<|im_end|>"]
+        assert completions(template, [*talk, *AGAIN]) == ["It is 3.<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_results_within_the_turn_that_called_are_no_completion() -> None:
+    template = (
+        "{% for m in messages if m.role != 'tool' %}{{ '<turn>' + m.role + '\n' }}{% if m.tool_calls %}"
+        "{{ '<call>' + m.tool_calls[0].function | tojson + '</call>' }}"
+        "{% if loop.nextitem is defined %}{{ '<result>' + messages[loop.index].content + '</result>' }}{% endif %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '</turn>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn>assistant\n' }}{% endif %}"
+    )
+    assert "<result>3</result></turn>" in tokenizer_for(template).apply_chat_template(CALLING, tokenize=False)
+    with pytest.raises(DataError, match="cannot be told from the rest"):
+        completions(template, CALLING)
+
+
 def test_a_template_that_forgets_the_thoughts_of_the_last_answer_is_refused() -> None:
     talk = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n3."}]
     with pytest.raises(DataError, match="does not write the assistant's words as they are"):

@@ -17,7 +17,7 @@ from tests.conftest import SHARED_DATA
 
 # Everything that a template is given, as it is given it.
 SHOW_ALL = "{{ {'messages': messages, 'tools': tools, 'documents': documents} | tojson }}"
-NAMES = "{# developer tool_calls reasoning_content #}"
+NAMES = "{# developer #}"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
@@ -158,11 +158,16 @@ def test_a_developer_is_the_system_to_templates_that_know_none(tmp_path: Path) -
 
 @pytest.mark.parametrize("loss", ["all", "completion"])
 def test_what_a_template_would_leave_out_of_a_turn_is_refused(tmp_path: Path, loss: str) -> None:
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls }}{% endif %}{{ m.content }}{% endfor %}"
+    )
     for key, value in (("tool_calls", [CALL]), ("reasoning_content", "b")):
         path = write(tmp_path, {"messages": [{"role": "assistant", "content": "", key: value}]})
         with pytest.raises(DataError, match=f"line 1 holds {key}, which the teacher's chat template does not write"):
             given(path, template, loss)
+    # Thoughts beside words are left out as the template has it.
+    path = write(tmp_path, {"messages": [{"role": "assistant", "content": "7", "reasoning_content": "b"}]})
+    assert given(path, template, loss) == [7]
 
 
 def test_rows_that_once_failed() -> None:
