@@ -58,6 +58,7 @@ FENCES = {
     "mamba_ssm": "ops/libraries.py",
     **dict.fromkeys(("mlx", "mlx_lm"), "exporters/mlx*"),
     "lm_eval": "evaluation/harness*",
+    "gguf": "teacher/gguf*",
     "click": "cli/*",
     "accelerate": "train/*",
     "deepspeed": "train/*",
@@ -69,6 +70,7 @@ WRITERS = {
     *("run/checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("exporters/export.py:export_run", "exporters/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
+    "teacher/gguf.py:_write",
     *("files/lock.py:_take_lock", "files/lock.py:_lock_file"),
     "student/save.py:_saving_code",
 }

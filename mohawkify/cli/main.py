@@ -48,10 +48,10 @@ COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
 def main(context: click.Context) -> None:
     """Turn a pretrained Transformer into a recurrent model.
 
-    TEACHER is a model on the Hugging Face Hub, a local folder or, for inspect and plan, a config.json; `demo` is the
-    small teacher that comes with mohawkify. RUN is a folder written by convert; without one, the newest finished run
-    below runs/ is used. Results go to standard output, everything else to standard error. The exit code is 0 when done,
-    2 when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
+    TEACHER is a model on the Hugging Face Hub, a local folder, a GGUF file or, for inspect and plan, a config.json;
+    `demo` is the small teacher that comes with mohawkify. RUN is a folder written by convert; without one, the newest
+    finished run below runs/ is used. Results go to standard output, everything else to standard error. The exit code is
+    0 when done, 2 when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -63,7 +63,8 @@ def main(context: click.Context) -> None:
 def inspect(teacher: str, as_json: bool) -> None:
     """Show layer by layer what is replaced, copied, trained.
 
-    No weights are loaded; TEACHER may be a config.json. The student shown is one of default sizes.
+    No weights are loaded; TEACHER may be a config.json. A GGUF file is read at its first use, once. The student shown
+    is one of default sizes.
     """
     with paused_collector(), quiet_libraries():
         from mohawkify import api
@@ -425,9 +426,10 @@ main.add_command(bench)
 def doctor(folder: Path | None, as_json: bool) -> None:
     """Check the installation, or check a folder.
 
-    Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher, a run,
-    a checkpoint, an export, prepared text or teacher logits as FOLDER: whether every byte is as it was written and what
-    a command would refuse; nothing in it is run. The exit code is then 0 if it is valid and 66 if not.
+    Without FOLDER: for each missing extra what it would bring, and the command that installs it. With a teacher (a GGUF
+    file too), a run, a checkpoint, an export, prepared text or teacher logits as FOLDER: whether every byte is as it
+    was written and what a command would refuse; nothing in it is run. The exit code is then 0 if it is valid and 66 if
+    not.
     """
     if folder is not None:
         from mohawkify.doctor.check_folder import check_folder

@@ -1,6 +1,7 @@
 """Check a folder: is everything in it as it was written, and would a command refuse it?
 
-Nothing in the folder is run, and nothing is written. Torch is loaded for a teacher alone.
+Nothing in the folder is run, and nothing is written; a GGUF file alone is read into the cache, as everywhere. Torch is
+loaded for a teacher alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mohawkify.files.atomic import MANIFEST_NAME, file_sha256, read_json, read_l
 from mohawkify.files.safetensors_headers import FLOAT_BYTES, TensorHeader, read_header, read_numbers, read_tensors
 from mohawkify.run.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from mohawkify.run.folder import RunFolder, changed_files, run_identity
+from mohawkify.teacher.locate import gguf_file
 from mohawkify.teacher.tokenizer_files import text_hashes
 
 NEVER_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".gguf", ".onnx", ".msgpack", ".h5")
@@ -31,7 +33,7 @@ Check = dict[str, Any]
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Check a teacher, a run, a checkpoint, a finished student, an export, prepared text or teacher logits.
+    """Check a teacher, a run, a checkpoint, a finished student, an export, prepared text, logits or a GGUF file.
 
     Returns:
         A JSON object: ``folder``, ``kind``, ``valid``, ``never_read`` (names of files that no command reads) and
@@ -40,7 +42,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is no such folder.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() and gguf_file(str(folder)) is None:
         raise UsageError(f"no such folder: {folder}", hint="name a folder that mohawkify writes or reads")
     kind = _kind(folder)
     checks = _KINDS[kind](folder)
@@ -49,11 +51,13 @@ def check_folder(folder: Path) -> dict[str, Any]:
         "kind": kind,
         "valid": all(check["passed"] for check in checks),
         "checks": checks,
-        "never_read": sorted(file.name for file in folder.iterdir() if file.suffix in NEVER_READ),
+        "never_read": sorted(file.name for file in folder.glob("*") if file.suffix in NEVER_READ),
     }
 
 
 def _kind(folder: Path) -> str:
+    if folder.is_file():
+        return "teacher in a GGUF file"
     if (folder / "recipe.yaml").is_file():
         return "run"
     has_manifest = (folder / MANIFEST_NAME).is_file()
@@ -160,7 +164,13 @@ def _check_teacher(folder: Path) -> list[Check]:
     from mohawkify.teacher.soundness import CHECKS
 
     resolved: list[ResolvedTeacher] = []
-    checks = [_check("config.json", lambda: resolved.append(resolve_teacher(str(folder))))]
+    first = "header, metadata and tensors" if folder.is_file() else "config.json"
+    checks = [
+        _check(
+            first,
+            lambda: resolved.append(resolve_teacher(str(folder))),
+        )
+    ]
     for teacher in resolved:
         checks += [_check(name, partial(function, teacher)) for name, function in CHECKS.items()]
         checks.append(_check(WEIGHTS_FINITE, lambda: _require_finite(teacher.tensors)))  # noqa: B023
@@ -181,6 +191,7 @@ _KINDS: dict[str, Callable[[Path], list[Check]]] = {
     "prepared text": _check_text,
     "teacher logits": _check_logits,
     "teacher": _check_teacher,
+    "teacher in a GGUF file": _check_teacher,
     UNKNOWN: _check_unknown,
 }
 

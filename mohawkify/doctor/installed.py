@@ -15,6 +15,7 @@ BRINGS = {
     "eval": "benchmarks by lm-eval: `mohawkify eval --tasks`",
     "mlx": "exports for mlx-lm: `mohawkify export --target mlx-q4`",
     "cuda": "kernels for NVIDIA GPUs",
+    "gguf": "teachers in GGUF files: `mohawkify inspect FILE.gguf`",
     "quant": "teachers in 8 or 4 bits: `mohawkify cache-logits --bits 4`",
     "tensorboard": "metrics for TensorBoard: `mohawkify convert --track tensorboard`",
     "trackio": "metrics for Trackio: `mohawkify convert --track trackio`",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mohawkify.errors import MohawkifyError, TeacherError
 from mohawkify.files.atomic import read_json
 from mohawkify.files.strict_json import parse_json
 
+GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -192,7 +193,30 @@ def _target(link: Path) -> Path:
         return Path("/")
 
 
+def refuse_gguf_alone(source: str, names: Iterable[str]) -> None:
+    """Refuse a folder or a repository of the Hub whose only weights are GGUF files: which one is meant is unclear.
+
+    Args:
+        source: as the user gave it.
+        names: of its files.
+
+    Raises:
+        TeacherError: there is a GGUF file and no safetensors.
+    """
+    found = sorted(name for name in names if name.endswith((GGUF, ".safetensors")))
+    if not found or not all(name.endswith(GGUF) for name in found):
+        return
+    example, is_here = found[0], os.path.isdir(source)
+    raise TeacherError(
+        f"{source} holds its weights as GGUF only ({len(found)} files), expected one of them to be named",
+        hint=f"name the file: {os.path.join(source, example)}"
+        if is_here
+        else f"fetch one and name it: hf download {source} {example} --local-dir .",
+    )
+
+
 def _no_weights(folder: Path) -> TeacherError:
+    refuse_gguf_alone(str(folder), [path.name for path in folder.iterdir()])
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     found = f"only {pickles[0]}, a pickle," if pickles else "no weights,"
     return TeacherError(

@@ -1,4 +1,4 @@
-"""Find a teacher: a local folder, a config.json, or a model on the Hugging Face Hub. Nothing is executed."""
+"""Find a teacher: a local folder, a GGUF file, a config.json, or a model on the Hub. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from mohawkify.demo import TEACHER_DIRECTORY
-from mohawkify.errors import TeacherError
-from mohawkify.files.safetensors_headers import require_own_files
+from mohawkify.errors import MohawkifyError, TeacherError
+from mohawkify.files.safetensors_headers import GGUF, refuse_gguf_alone, require_own_files
 
 DEMO = "demo"
 LONGEST_NAME = 255  # bytes, on every common file system
@@ -27,7 +27,23 @@ def teacher_name(source: str) -> str:
     path = _local(source)
     if path.suffix == ".json":
         return path.resolve().parent.name if path.stem == "config" else path.stem
+    if path.suffix == GGUF:
+        return path.stem
     return path.resolve().name if os.path.exists(path) else source.rsplit("/", 1)[-1]
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names; None where it names anything else.
+
+    Raises:
+        TeacherError: there is no such file.
+    """
+    path = _local(source)
+    if path.suffix != GGUF or path.is_dir():
+        return None
+    if not path.is_file():
+        raise TeacherError(f"no such teacher: there is no file {source}")
+    return path
 
 
 def locate(source: str, need: Need) -> tuple[Path, Path | None]:
@@ -53,23 +69,38 @@ def locate(source: str, need: Need) -> tuple[Path, Path | None]:
         return path, None
     if not HUB_ID.fullmatch(source) or ".." in source:
         raise TeacherError(
-            f"no such teacher: {source} is neither a folder, a config.json nor a Hub id",
+            f"no such teacher: {source} is neither a folder, a GGUF file, a config.json nor a Hub id",
             hint="a Hub id looks like meta-llama/Llama-3.2-1B-Instruct",
         )
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     try:
-        if need == "config":
-            return Path(hf_hub_download(source, "config.json")), None
-        patterns = TEXT_FILES if need == "tokenizer" else (*TEXT_FILES, WEIGHTS)
-        folder = Path(snapshot_download(source, allow_patterns=list(patterns)))
+        config_file, folder = _fetch(source, need)
+    except MohawkifyError:
+        raise
     except Exception as error:  # the Hub's client, its network and its cache have no common class
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TeacherError(
             f"no such teacher: {source} is no local folder and could not be fetched from the Hub ({first})",
             hint="check the name and the network; a gated model needs `hf auth login`",
         ) from error
-    return _required(folder / "config.json", source), folder
+    return config_file if folder is None else _required(config_file, source), folder
+
+
+def _fetch(source: str, need: Need) -> tuple[Path, Path | None]:
+    """Fetch files of the Hub: the config.json alone, or the folder too; errors are the libraries'."""
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    if need == "config":
+        try:
+            return Path(hf_hub_download(source, "config.json")), None
+        except RemoteEntryNotFoundError:
+            refuse_gguf_alone(source, list_repo_files(source))
+            raise
+    patterns = TEXT_FILES if need == "tokenizer" else (*TEXT_FILES, WEIGHTS)
+    folder = Path(snapshot_download(source, allow_patterns=list(patterns)))
+    if not (folder / "config.json").is_file() or (need == "weights" and not any(folder.glob(WEIGHTS))):
+        refuse_gguf_alone(source, list_repo_files(source))
+    return folder / "config.json", folder
 
 
 def _local(source: str) -> Path:
@@ -83,5 +114,6 @@ def _local(source: str) -> Path:
 
 def _required(path: Path, source: str) -> Path:
     if not path.is_file():
+        refuse_gguf_alone(source, [entry.name for entry in path.parent.iterdir()])
         raise TeacherError(f"{source} holds no config.json", hint="a teacher is a Hugging Face model folder")
     return path

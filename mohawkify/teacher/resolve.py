@@ -17,7 +17,8 @@ from mohawkify.families.adapter import Adapter
 from mohawkify.families.autodetect import find_adapter
 from mohawkify.files.atomic import file_sha256
 from mohawkify.files.safetensors_headers import TensorHeader, read_tensors
-from mohawkify.teacher.locate import Need, locate, teacher_name
+from mohawkify.teacher.gguf import gguf_facts, read_once, require_unchanged
+from mohawkify.teacher.locate import Need, gguf_file, locate, teacher_name
 from mohawkify.teacher.meta_model import lay_out
 from mohawkify.teacher.teacher_spec import TeacherSpec
 from mohawkify.teacher.tokenizer import load_tokenizer
@@ -50,6 +51,7 @@ class ResolvedTeacher:
         adapter: its family.
         spec: its facts.
         modules: its modules on the meta device.
+        gguf: of a GGUF file its name, its hash and its tensors' types; None of other teachers.
     """
 
     source: str
@@ -60,6 +62,7 @@ class ResolvedTeacher:
     adapter: Adapter
     spec: TeacherSpec
     modules: nn.Module
+    gguf: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +106,10 @@ class ResolvedTeacher:
         """The sha256 of every file that decides what the teacher computes, by name; reads them all once."""
         weights = sorted({tensor.file for tensor in self.tensors.values()})
         files = [*weights, self.config_file, *(self.require_folder() / name for name in OF_THE_TEACHER)]
-        return {file.name: file_sha256(file) for file in files if file.is_file()}
+        hashes = {file.name: file_sha256(file) for file in files if file.is_file()}
+        if self.gguf is not None:
+            require_unchanged(self.require_folder(), hashes)
+        return hashes
 
     @cached_property
     def text_hashes(self) -> dict[str, str]:
@@ -125,7 +131,7 @@ def resolve_teacher(source: str, need: Need = "config") -> ResolvedTeacher:
     """Resolve a teacher.
 
     Args:
-        source: a Hub id, a folder or a config.json.
+        source: a Hub id, a folder, a GGUF file or a config.json. A GGUF file is read once, into a folder.
         need: ``config``, ``tokenizer`` or ``weights``: the files that are fetched from the Hub, each kind with those
             before it. A local folder has all of them.
 
@@ -135,10 +141,13 @@ def resolve_teacher(source: str, need: Need = "config") -> ResolvedTeacher:
         UnknownFamilyError: the family cannot be converted.
         CheckpointError: config.json is not strict JSON.
     """
-    config_file, folder = locate(source, need)
+    file = gguf_file(source)
+    folder = None if file is None else read_once(file, resolve_teacher)
+    gguf = None if folder is None else gguf_facts(folder)
+    config_file, folder = locate(source if folder is None else str(folder), need)
     values, config, adapter = read_config(config_file)
     modules, spec = lay_out(source, config_file, config, adapter)
-    return ResolvedTeacher(source, config_file, folder, values, config, adapter, spec, modules)
+    return ResolvedTeacher(source, config_file, folder, values, config, adapter, spec, modules, gguf)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], transformers.PretrainedConfig, Adapter]:

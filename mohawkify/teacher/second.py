@@ -42,6 +42,7 @@ class SecondTeacher:
             "model_type": teacher.adapter.model_type,
             "files": teacher.file_hashes,
             "bits": self.bits,
+            **({"gguf": teacher.gguf} if teacher.gguf else {}),
         }
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

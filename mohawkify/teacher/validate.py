@@ -181,6 +181,11 @@ def require_plain_weights(path: Path, config: Mapping[str, Any]) -> None:
         if config.get(key):
             value = config[key]
             method = value.get("quant_method") if isinstance(value, dict) else value
+            if method == "gguf":
+                raise TeacherError(
+                    f"{path} has {key} ('gguf'): transformers left it there when it read the model from a GGUF file",
+                    hint="name the .gguf file itself as the teacher; or, if the weights are plain, remove that key",
+                )
             raise TeacherError(
                 f"{path} has {key} ({str(method)[:40]!r}), expected plain weights",
                 hint="use the teacher's version that is not quantised, with its weights in model*.safetensors",

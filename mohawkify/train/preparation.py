@@ -142,6 +142,7 @@ def _hashed_teachers(request: Request, teacher: ResolvedTeacher) -> tuple[FinalT
     own = final_teacher_hashes(final_teacher) if is_first_here else None
     final_files = same_everywhere(own, "the second teacher", world)
     facts = {**teacher.spec.to_json(), "folder": str(folder.resolve()), "files": files, "text_files": text}
+    facts |= {"gguf": dict(teacher.gguf)} if teacher.gguf else {}
     return final_teacher, facts | ({"final_teacher_files": final_files} if final_files else {})
 
 
@@ -228,6 +229,9 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
     note = final_teacher and require_fitting_tokens(final_teacher, resolved)
     if note:
         options.report(note)
+    if resolved.gguf and resolved.gguf["quantised"]:
+        types = ", ".join(resolved.gguf["types"])
+        options.report(f"the teacher's weights were quantised ({types}): the student learns from what that left")
     options.report(f"loading the teacher from {folder}")
     dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else torch.float32
     is_sharded = recipe.compute.shard_teacher and world.size > 1

@@ -239,7 +239,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "adapter_config.json",
     ),
     "pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "a pickle"),
-    "gguf": (lambda folder: (folder / WEIGHTS).rename(folder / "model.gguf"), "holds no weights"),
+    "gguf": (lambda folder: (folder / WEIGHTS).rename(folder / "model.gguf"), "GGUF only"),
     "weights are a pipe": (
         lambda folder: [(folder / WEIGHTS).unlink(), os.mkfifo(folder / WEIGHTS)],
         "holds no weights",
