@@ -113,7 +113,7 @@ def _corpora_text(found: dict[str, Any]) -> str:
                 f" {entry['tokens']:,} tokens ({entry['tokens'] / facts['tokens']:.1%})"
             )
             if entry.get("bad_rows"):
-                lines.append(f"    {entry['bad_rows']:,} bad rows passed over; the first: {entry['first_error']}")
+                lines.append(f"    bad rows passed over: {entry['bad_rows']:,}; the first: {entry['first_error']}")
         for shown in facts["shown"]:
             text = "(without its tokenizer)" if shown["text"] is None else repr(shown["text"])
             lines.append(f"  document {shown['document']:,}, {shown['tokens']:,} tokens: {text}")

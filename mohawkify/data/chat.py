@@ -93,8 +93,7 @@ def render_conversation(
         raise _broken(where, f"fails: {type(error).__name__}: {str(error)[:300]}") from error
     if not isinstance(rendered, str):
         raise _broken(where, f"makes a {type(rendered).__name__}, expected text")
-    longest = _CHARACTERS + _REPEATS * len(repr(conversation))
-    if len(rendered) > longest:
+    if len(rendered) > _CHARACTERS and len(rendered) > (longest := _CHARACTERS + _REPEATS * len(repr(conversation))):
         raise _broken(where, f"makes {len(rendered):,} characters, expected at most {longest:,}")
     return rendered
 

@@ -39,17 +39,18 @@ def read_conversation(value: Any, beside: Mapping[str, Any], where: str) -> Conv
     """Read the messages of a conversation.
 
     Args:
-        value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``.
+        value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``, or that as JSON text.
         beside: the row's columns of `BESIDE`, each a list of objects, some of it or all as JSON text.
         where: position of the conversation, for messages.
 
     Raises:
         DataError: a value is something else.
     """
-    if not isinstance(value, list):
+    messages = _from_json(value)
+    if not isinstance(messages, list):
         raise DataError(f"{where} holds a {type(value).__name__}, expected a list of messages", hint=_FORMS)
     return Conversation(
-        [_message(message, where) for message in value],
+        [_message(message, where) for message in messages],
         _objects(beside.get("tools"), "tools", where, _as_function),
         _objects(beside.get("documents"), "documents", where, lambda document: document),
     )

@@ -311,7 +311,7 @@ class _Work:
         taken.first_error = taken.first_error or error.message
         limit = self.request.skip_bad_rows
         if sum(each.bad_rows for each in self.taken) > limit:
-            before = f"; {limit:,} bad rows were passed over before it, as data.skip_bad_rows allows" if limit else ""
+            before = f"; data.skip_bad_rows, {limit:,}, were passed over before it" if limit else ""
             hint = f"{error.hint}; or" if error.hint else "mend the row, or"
             raise DataError(
                 error.message + before, hint=f"{hint} pass over so many bad rows: data.skip_bad_rows, a number"

@@ -162,16 +162,33 @@ def _table_rows(file: Path, columns: Collection[str], optional: Collection[str])
     try:
         batches = _parquet_batches if kind == "parquet" else _arrow_batches
         for batch in batches(file, columns, optional):
-            for values in batch.to_pylist():
+            for values in _values(batch):
                 number += 1
-                yield table_row(f"{file}, row {number}", values)
-    # Besides Arrow's own errors: dates, durations and time zones that Python has no values for.
+                where = f"{file}, row {number}"
+                if isinstance(values, Exception):
+                    error = DataError(
+                        f"{where} holds what cannot be read: {' '.join(str(values).split())[:200]}",
+                        hint="mend the row, or remove it",
+                    )
+                    yield Row(where, {}, error)
+                else:
+                    yield table_row(where, values)
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
         reason = str(error).splitlines() or [type(error).__name__]
         raise DataError(
             f"{file} is not a readable {kind} file (after row {number}): {reason[0]}",
             hint="the file is damaged or of another kind; fetch it again",
         ) from error
+
+
+def _values(batch: pyarrow.RecordBatch) -> list[dict[str, Any] | Exception]:
+    """The rows of a batch, or why one cannot be read: no UTF-8, dates and time zones that Python has no values for."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, ArithmeticError, LookupError) as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [found for number in range(batch.num_rows) for found in _values(batch.slice(number, 1))]
 
 
 def table_row(where: str, values: dict[str, Any]) -> Row:

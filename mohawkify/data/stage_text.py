@@ -227,12 +227,12 @@ class TextReader:
                 )
         if found.bad_rows > request.skip_bad_rows:
             raise DataError(
-                f"the tokenised text of data.{name} was made passing over {found.bad_rows:,} bad rows, but"
-                f" data.skip_bad_rows is {request.skip_bad_rows:,}",
+                f"the tokenised text of data.{name} was made without {found.bad_rows:,} bad rows, more than"
+                f" data.skip_bad_rows, {request.skip_bad_rows:,}",
                 hint=f"allow them (data.skip_bad_rows={found.bad_rows}), or mend the rows",
             )
         if found.bad_rows:
-            self.report(f"data.{name}: {found.bad_rows:,} bad rows were passed over; the first: {found.first_error}")
+            self.report(f"data.{name}: bad rows passed over: {found.bad_rows:,}; the first: {found.first_error}")
         if known is not None and found.fingerprint != known["fingerprint"]:
             self.report(
                 f"warning: the text of data.{name} has changed since the run: its metrics do not compare with these"

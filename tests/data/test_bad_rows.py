@@ -71,7 +71,7 @@ def test_bad_rows_are_passed_over_up_to_a_number(tmp_path: Path, kind: str) -> N
     with pytest.raises(DataError, match=r"4 holds a message of unknown role 'narrator'$") as caught:
         build_corpus(want(path), tmp_path / "strict")
     assert str(caught.value.hint).endswith("or pass over so many bad rows: data.skip_bad_rows, a number")
-    with pytest.raises(DataError, match=r"40: .* no; 4 bad rows were passed over before it, as data.skip_bad_rows"):
+    with pytest.raises(DataError, match=r"40: .* no; data\.skip_bad_rows, 4, were passed over before it"):
         build_corpus(want(path, skip=4), tmp_path / "four")
 
 
@@ -136,6 +136,15 @@ def test_a_value_that_is_too_long_is_one_row(monkeypatch: pytest.MonkeyPatch) ->
     assert "row 2: column 'text' holds 11 characters" in str(table_row("row 2", {"text": "0123456789x"}).error)
 
 
+def test_values_of_a_table_that_are_no_text(tmp_path: Path) -> None:
+    values = pyarrow.array([b"a", b"caf\xe9", b"b"], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(3, *values.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    corpus = build_corpus(want(tmp_path / "a.parquet", skip=1, chat=None), tmp_path / "c")
+    assert (corpus.num_documents, corpus.bad_rows) == (2, 1)
+    assert "a.parquet, row 2 holds what cannot be read" in str(corpus.first_error)
+
+
 def test_a_source_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="every row is empty, or one of 5 that were passed over"):
         build_corpus(want(write(tmp_path, "jsonl", [ROWS[index] for index in BAD]), skip=5), tmp_path / "c")
@@ -149,8 +158,8 @@ def test_it_is_said_at_the_end_and_a_lower_limit_refuses_the_text(tmp_path: Path
     for _ in range(2):  # made, and found
         reader(allowed, tmp_path, report=said.append).corpus("train")
     first = f"{path}, line 1: column 'text' holds a int, expected text"
-    assert said == [f"data.train: 1 bad rows were passed over; the first: {first}"] * 2
-    with pytest.raises(DataError, match=r"made passing over 1 bad rows, but data\.skip_bad_rows is 0"):
+    assert said == [f"data.train: bad rows passed over: 1; the first: {first}"] * 2
+    with pytest.raises(DataError, match=r"made without 1 bad rows, more than data\.skip_bad_rows, 0"):
         reader(recipe_for(path), tmp_path).corpus("train")
 
 

@@ -68,6 +68,8 @@ def test_every_key_and_column_reaches_the_template(tmp_path: Path, kind: str) ->
 
 
 def test_columns_in_json_text(tmp_path: Path) -> None:
+    (found,) = given(write(tmp_path, {"messages": json.dumps(TALK)}))
+    assert len(found["messages"]) == len(TALK)
     for tools in (json.dumps(TOOLS), [json.dumps(TOOLS[0])], json.dumps([TOOLS[0]["function"]])):
         found = given(write(tmp_path, {"messages": TALK, "tools": tools, "documents": "[]"}))[0]
         assert found["tools"] == TOOLS
