@@ -11,7 +11,6 @@ from mohawkify.errors import DataError
 Message = dict[str, Any]  # "role" and "content", both text, and whatever else the row has
 Messages = Sequence[Message]
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names under which messages have them
-BESIDE = ("tools", "documents")  # columns that a template is given beside the conversation
 
 # The names used with {"from": ..., "value": ...}, and an older one of OpenAI's.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}
@@ -40,7 +39,7 @@ def read_conversation(value: Any, beside: Mapping[str, Any], where: str) -> Conv
 
     Args:
         value: a list of messages, each ``{"role", "content"}`` or ``{"from", "value"}``, or that as JSON text.
-        beside: the row's columns of `BESIDE`, each a list of objects, some of it or all as JSON text.
+        beside: the row's ``tools`` and ``documents``, each a list of objects, some of it or all as JSON text.
         where: position of the conversation, for messages.
 
     Raises:
@@ -86,7 +85,7 @@ def _content(message: Message, where: str) -> str:
         for part in content:
             kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
             if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-                raise DataError(f"{where} holds a message with a part of type {kind}, expected parts of text")
+                raise DataError(f"{where} holds a message with a part of type {kind!r:.40}, expected parts of text")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where} holds a message whose content is a {type(content).__name__}, expected text")
@@ -105,7 +104,7 @@ def _objects(
         if not isinstance(item, dict):
             raise DataError(
                 f"{where}: {name} holds {str(item)!r:.60}, expected a list of objects",
-                hint=f"write {name} as a list of objects, or as that in JSON text; or name the column differently",
+                hint=f"write a list of objects, or leave a column out with {name}: null beside chat under data",
             )
     return [form(item) for item in items]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mohawkify.data.chat import render_conversation, require_written
 from mohawkify.data.completions import completion_spans
-from mohawkify.data.conversation import BESIDE, Messages, read_conversation
+from mohawkify.data.conversation import Messages, read_conversation
 from mohawkify.data.filters import column_value, meets_all
 from mohawkify.data.hub import BEGINNING, After, Position, Report, hub_rows, ignore
 from mohawkify.data.readers import Row, read_rows
@@ -64,10 +64,14 @@ def raw_documents(
             if not meets_all(row, source.where):
                 continue
             value = column_value(row, source.chat or source.text)
+            beside = {
+                name: column_value(row, column)
+                for name, column in _beside(source).items()
+                if column in row.columns or column != name
+            }
         except DataError as error:
             yield RawRow(row.where, None, after(), error=error)
             continue
-        beside = {name: row.columns[name] for name in BESIDE if source.chat and name in row.columns}
         yield RawRow(row.where, value, after(), beside or None)
 
 
@@ -143,15 +147,23 @@ def _demo_rows(source: Source) -> Iterator[Row]:
 
 
 def _file_rows(source: Source, teacher_directory: Path | None) -> Iterator[Row]:
-    columns = {source.chat or source.text, *(condition.column for condition in source.where)}
+    beside = _beside(source)
+    named = {column for name, column in beside.items() if column != name}
+    columns = {source.chat or source.text, *(condition.column for condition in source.where), *named}
     for file in find_files(source, teacher_directory):
         yield from read_rows(
             file,
             columns=columns,
             text_column=source.text,
             separator=source.separator,
-            optional=BESIDE if source.chat else (),
+            optional=beside.values(),
         )
+
+
+def _beside(source: Source) -> dict[str, str]:
+    """The columns that are given to the template beside a conversation; rows may lack those that nobody named."""
+    columns = {"tools": source.tools, "documents": source.documents}
+    return {name: column for name, column in columns.items() if column is not None and source.chat is not None}
 
 
 def _chat_document(raw: RawRow, source: Source, tokenizer: PreTrainedTokenizerBase) -> Document:

@@ -111,6 +111,13 @@ class Source(Section):
         default=None,
         description="column that holds a conversation, written with the teacher's chat template; replaces text",
     )
+    tools: Text | None = Field(
+        default="tools",
+        description="column with the functions of a conversation, for the template; null: not read",
+    )
+    documents: Text | None = Field(
+        default="documents", description="column with the documents of a conversation likewise"
+    )
     loss: Literal["completion", "all"] = Field(
         default="completion",
         description="of a conversation stage 3 counts the predictions of what the assistant wrote, or all; of text all",

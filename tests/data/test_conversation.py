@@ -21,9 +21,9 @@ NAMES = "{# developer #}"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
-def given(path: Path, template: str = NAMES + SHOW_ALL, loss: str = "all") -> list[Any]:
+def given(path: Path, template: str = NAMES + SHOW_ALL, loss: str = "all", **settings: Any) -> list[Any]:
     """What the template gets of each row."""
-    wanted = Source.model_validate({"path": str(path), "chat": "messages", "loss": loss})
+    wanted = Source.model_validate({"path": str(path), "chat": "messages", "loss": loss, **settings})
     tokenizer = bytes_tokenizer(chat_template=template)
     found = [to_document(raw, wanted, tokenizer) for raw in raw_documents(wanted, None)]
     return [json.loads(document.text) for document in found if document is not None]
@@ -82,6 +82,16 @@ def test_columns_in_json_text(tmp_path: Path) -> None:
 def test_columns_of_another_kind_are_refused(tmp_path: Path, column: str) -> None:
     with pytest.raises(DataError, match=f"line 1: {column} holds 'all of them', expected a list of objects"):
         given(write(tmp_path, {"messages": TALK, column: "all of them"}))
+    assert given(write(tmp_path, {"messages": TALK, column: "all of them"}), **{column: None})[0][column] is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_of_other_names(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, {"messages": TALK, "functions": TOOLS}, kind)
+    assert given(path)[0]["tools"] is None
+    assert given(path, tools="functions")[0]["tools"] == TOOLS
+    with pytest.raises(DataError, match="has no column 'function'; it has: "):
+        given(path, tools="function")
 
 
 MESSAGES = {
@@ -142,8 +152,8 @@ def test_forms_of_messages(tmp_path: Path, case: str) -> None:
     ("message", "expected"),
     [
         ({"role": "assistant", "content": None}, "content is a NoneType, expected text"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "a part of type image_url"),
-        ({"role": "user", "content": ["a"]}, "a part of type str"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "a part of type 'image_url'"),
+        ({"role": "user", "content": ["a"]}, "a part of type 'str'"),
         ({"role": "assistant", "content": "", "tool_calls": [7]}, "tool_calls holds '7'"),
         ({"from": "function_call", "value": "f(1)"}, "tool_calls holds 'f"),
     ],

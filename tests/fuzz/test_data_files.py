@@ -22,9 +22,19 @@ from tests.bytes_tokenizer import bytes_tokenizer
 from tests.fuzz.campaign import require_message, run_campaign
 from tests.fuzz.mutate import PATHS, mutate_bytes, mutate_json, odd_value, render, render_twice
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-CHAT = [{"role": "user", "content": "Hello"}, {"from": "gpt", "value": "Hi"}]
+TEMPLATE = (
+    "{{ tools | tojson if tools }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{{ m['tool_calls'] | tojson if m['tool_calls'] }}{% endfor %}"
+)
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+CHAT = [
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Well."},
+    {"from": "observation", "value": "3"},
+    {"from": "gpt", "value": "Hi"},
+]
 ROW = {"text": "A cat sat.", "score": 3, "lang": "en", "good": True, "chat": CHAT, "tags": ["a", "b"], "none": None}
+ROW["tools"] = [CALL["function"]]
 PIECES = (
     *(
         "a",
