@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -13,6 +15,7 @@ from mohawkify.errors import MohawkifyError, TeacherError, is_out_of_memory, is_
 from mohawkify.teacher.no_remote_code import never_ask
 from mohawkify.teacher.tokenizer_files import (
     SETTINGS_FILE,
+    TOKENIZER_FILE,
     has_vocabulary,
     names_of_files,
     require_distinct_ids,
@@ -49,15 +52,13 @@ def load_tokenizer(
     _require_tokenizer_class(folder / SETTINGS_FILE, settings.get("tokenizer_class"))
     if not has_vocabulary(folder):  # transformers would make up one of no words
         raise _unusable(folder, "no tokenizer.json, no vocabulary")
-    unfollowed: dict[str, Any] = dict.fromkeys(names_of_files(settings))
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options |= dict.fromkeys(names_of_files(settings))  # which are not followed
+    family = _family(folder / "config.json", config_values)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            config=_family(folder / "config.json", config_values),
-            local_files_only=True,
-            trust_remote_code=False,
-            **unfollowed,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=family, **options)
+        if (folder / TOKENIZER_FILE).is_file():
+            tokenizer = _as_in_its_file(tokenizer, folder, settings, options)
         vocabulary = tokenizer.get_vocab()
     except BaseException as error:
         # A panic in the tokenizers library is no Exception, but it is what a damaged file does to it.
@@ -69,6 +70,47 @@ def load_tokenizer(
     _require_row_for_all_texts(tokenizer, vocabulary, vocab_size)
     require_distinct_ids(folder, vocabulary)
     return tokenizer
+
+
+def _as_in_its_file(made: Any, folder: Path, settings: Mapping[str, Any], options: dict[str, Any]) -> Any:
+    """A tokenizer that cuts text as tokenizer.json says, whatever class tokenizer_config.json names.
+
+    Many classes of transformers keep the vocabulary of the file and put rules of their own in the place of its own:
+    numbers are cut elsewhere, blanks get lost.
+
+    Args:
+        made: the tokenizer of the named class; special tokens that it brings are kept where the file has them.
+        folder: of the tokenizer.
+        settings: of tokenizer_config.json.
+        options: for ``from_pretrained``.
+
+    Raises:
+        TeacherError: tokenizer_config.json contradicts it, or transformers does not take it as it is.
+    """
+    path = folder / TOKENIZER_FILE
+    own = Tokenizer.from_file(str(path))
+    require_distinct_ids(folder, own.get_vocab())
+    rules = _rules(own)
+    if _rules(made.backend_tokenizer) == rules:
+        return made
+    as_made, as_own = (each.encode("a", add_special_tokens=False).tokens for each in (made.backend_tokenizer, own))
+    if settings.get("add_prefix_space") is not None and as_made != as_own:
+        raise TeacherError(
+            f"{folder / SETTINGS_FILE} says add_prefix_space is {settings['add_prefix_space']}, which makes {as_made}"
+            f" of 'a'; {TOKENIZER_FILE} makes {as_own}",
+            hint="remove the key, or put right the file",
+        )
+    known = {key: token for key, token in made.special_tokens_map.items() if own.token_to_id(str(token)) is not None}
+    found = TokenizersBackend.from_pretrained(folder, **options, **known)
+    if _rules(found.backend_tokenizer) != rules:
+        raise TeacherError(f"transformers {transformers.__version__} does not cut text as {path} says")
+    return found
+
+
+def _rules(backend: Tokenizer) -> list[bytes | None]:
+    """All that decides how plain text is cut and put together again, as the library writes it down."""
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
+    return [None if part is None else part.__getstate__() for part in parts]
 
 
 def _require_row_for_all_texts(tokenizer: Any, vocabulary: Mapping[str, int], vocab_size: int) -> None:

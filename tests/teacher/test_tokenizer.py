@@ -1,17 +1,23 @@
-"""Tokens without a row in the embedding: of no consequence until a text brings one."""
+"""A tokenizer cuts text as its tokenizer.json says; tokens without a row are of no consequence until a text has one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AddedToken
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AddedToken, AutoTokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from mohawkify.errors import INPUT, DataError, TeacherError
 from mohawkify.families.registry import adapter_names
+from mohawkify.student.save import save_tokenizer
 from mohawkify.teacher.resolve import resolve_teacher
 from mohawkify.teacher.second import require_same_vocabulary
+from mohawkify.teacher.tokenizer import load_tokenizer
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.finished import tiny_student
@@ -111,3 +117,73 @@ def test_questions_are_padded_by_a_token_that_has_a_row(tmp_path: Path) -> None:
     for encode in (model.tok_encode, lambda text: model.tok_batch_encode([text])):
         with pytest.raises(DataError, match="has the token"):
             encode(f"a {IMAGE}")
+
+
+TEXTS = (
+    "x=(a);\n\n  foo_bar DON'T it's 12345 \t(b).",  # a published report's
+    *(
+        " a",
+        "  a b",
+        "a ",
+        "a\n b",
+        "\u2581a",
+        "1234 12",
+        "caf\u00e9 cafe\u0301",
+        "\u65e5\u672c \U0001f999",
+        "<s>a </s> b",
+    ),
+)
+CLASSES = sorted({name for key in adapter_names() if (name := TOKENIZER_MAPPING_NAMES.get(key))})
+
+
+def byte_level() -> Tokenizer:
+    """Every digit apart, as many models of today; GPT-2's class would take 12 as one token."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*symbols, "12", "\u0120a", "<s>", "</s>"])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[("1", "2"), ("\u0120", "a")]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def sentence_piece() -> Tokenizer:
+    """A blank in front of every text, as Llama 2 has it; transformers' class leaves it out where there is one."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
+    vocabulary = {token: index for index, token in enumerate(pieces)}
+    merges = [("\u2581", "a")]
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_text_is_cut_as_the_file_says(tmp_path: Path, make: Any, kind: str) -> None:
+    own = make()
+    own.add_special_tokens(["<s>", "</s>"])
+    own.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama")))
+    found = load_tokenizer(tmp_path, 300)
+    save_tokenizer(found, tmp_path)
+    for tokenizer in (found, load_tokenizer(tmp_path, 300), AutoTokenizer.from_pretrained(tmp_path)):
+        for text in TEXTS:
+            ids = own.encode(text, add_special_tokens=False).ids
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids, text
+            assert tokenizer.decode(ids) == own.decode(ids, skip_special_tokens=False)
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_a_prefix_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama")))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        TeacherError, match=r"add_prefix_space is True, which makes \['\u0120a'\] of 'a'.*makes \['a'\]"
+    ):
+        load_tokenizer(tmp_path, 300)
