@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mohawkify.mixers.mixer import Mixer, MixerConfig, StateSpec, register_mixer
+from mohawkify.mixers.mixer import Mixer, MixerConfig, PreciseLinear, StateSpec, register_mixer
 from mohawkify.ops.constants import scan_chunk_length
 from mohawkify.ops.conv import causal_conv
 from mohawkify.ops.decode import decode_step
@@ -137,7 +137,7 @@ class DiscreteMamba2(Mixer):
         self.b_proj = nn.Linear(hidden_size, state, bias=False)
         self.c_proj = nn.Linear(hidden_size, state, bias=False)
         self.z_proj = nn.Linear(hidden_size, inner, bias=False)
-        self.decay_proj = nn.Linear(hidden_size, config.num_heads, bias=config.decay_bias)
+        self.decay_proj = PreciseLinear(hidden_size, config.num_heads, bias=config.decay_bias)
         self.x_conv = DepthwiseConv(inner, config.conv_kernel, config.conv_activation, SILU_TAP_X)
         self.b_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation, SILU_TAP_BC)
         self.c_conv = DepthwiseConv(state, config.conv_kernel, config.conv_activation, SILU_TAP_BC)
@@ -206,7 +206,7 @@ class DiscreteMamba2(Mixer):
             conv_silu=self.config.conv_activation == "silu", time_step=self.config.time_step,
         )  # fmt: skip
         memory.advance(1)
-        return self.out_proj(self.norm(gated_bf).to(self.out_proj.weight.dtype))
+        return self.out_proj(self.norm(gated_bf).to(hidden_bd.dtype))
 
     def mix(
         self,
@@ -236,7 +236,7 @@ class DiscreteMamba2(Mixer):
         y_blhp, state_bhpn = self.scan(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl)
         y_blhp = y_blhp + self.d.to(y_blhp.dtype).unsqueeze(-1) * x_blhp
         gate_blf = F.silu(self.z_proj(hidden_bld) + self.z_bias)
-        out_bld = self.out_proj(self.norm(y_blhp.flatten(2) * gate_blf).to(self.out_proj.weight.dtype))
+        out_bld = self.out_proj(self.norm(y_blhp.flatten(2) * gate_blf).to(hidden_bld.dtype))
         tail_bkf = torch.cat([x_tail, b_tail, c_tail], dim=-1)
         return out_bld, {"conv_states": tail_bkf, "recurrent_states": state_bhpn}
 
@@ -250,7 +250,7 @@ class DiscreteMamba2(Mixer):
         return -F.softplus(self._a_log(hidden_bld))
 
     def _a_log(self, hidden: Tensor) -> Tensor:
-        a_log = self.decay_proj(hidden.to(self.decay_proj.weight.dtype))
+        a_log = self.decay_proj(hidden)
         return a_log.to(torch.promote_types(a_log.dtype, torch.float32))
 
     def _heads(self, features_blf: Tensor, width: int) -> Tensor:

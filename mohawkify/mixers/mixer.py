@@ -70,7 +70,8 @@ class Mixer(nn.Module, ABC):
             by ``student.init``; the second argument is on the mixer's device.
         matrix_parameters: the parameters and submodules that `matrix_parts` is made of, which stage 1 trains; none
             where there is no such matrix.
-        precise_parameters: patterns of names that stay in float32 in a bfloat16 or quantised student.
+        precise_parameters: patterns of names that stay in float32 in a bfloat16 or quantised student; linear maps among
+            them are `PreciseLinear`.
         code: further modules of mohawkify that the mixer imports, and that travel with exports.
         has_mlx: whether exporters/mlx_model.py has a counterpart.
     """
@@ -193,6 +194,34 @@ class Mixer(nn.Module, ABC):
         if memory is not None:
             memory.write(states, length)
         return output_bld if order_bl1 is None else output_bld.take_along_dim(order_bl1.argsort(dim=1), dim=1), None
+
+
+class PreciseLinear(nn.Module):
+    """A linear map that keeps its precision: transformers' quantisers replace ``nn.Linear``, and no other module.
+
+    Args:
+        in_features: width d of its inputs.
+        out_features: width f of its outputs.
+        bias: whether it has a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear`` does."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., d) to (..., f) in the precision of the weight."""
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 def read_mask(mask: Tensor, batch: int, length: int) -> tuple[Tensor | None, Tensor]:
