@@ -195,8 +195,8 @@ def test_the_code_in_the_folder_is_ours_but_for_its_imports(run):
     changed = [(a, b) for a, b in zip(original, carried, strict=True) if a != b]
     assert changed == [
         (
-            "from mohawkify.mixers.mixer import Mixer, MixerConfig, StateSpec, register_mixer",
-            "from .mixer import Mixer, MixerConfig, StateSpec, register_mixer",
+            "from mohawkify.mixers.mixer import Mixer, MixerConfig, PreciseLinear, StateSpec, register_mixer",
+            "from .mixer import Mixer, MixerConfig, PreciseLinear, StateSpec, register_mixer",
         ),
         ("from mohawkify.ops.constants import scan_chunk_length", "from .constants import scan_chunk_length"),
         ("from mohawkify.ops.conv import causal_conv", "from .conv import causal_conv"),
