@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mohawkify.errors import require_docstrings
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder, finished_run
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from mohawkify.evaluation.generation import GenerateOptions
     from mohawkify.planning.planning import PlanOptions
     from mohawkify.train.conversion import ConvertOptions
+
+
+require_docstrings()
 
 
 def __getattr__(name: str) -> Any:

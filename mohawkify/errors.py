@@ -9,6 +9,7 @@ import difflib
 import errno
 import json
 import re
+import sys
 from collections.abc import Iterable
 
 # Exit codes: those of the shell (0, 2, 128 + signal), and from 64 on those of sysexits.h.
@@ -56,6 +57,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def require_docstrings() -> None:
+    """Refuse `python -OO`: transformers builds its models from docstrings, and raises for any model without them."""
+    if sys.flags.optimize > 1:
+        raise UsageError(
+            "Python runs with -OO, which drops the docstrings that transformers reads",
+            hint="leave out -OO, and PYTHONOPTIMIZE=2; -O is fine",
+        )
+
+
+def cache_hint(error: BaseException) -> str | None:
+    """The hint where a library could not use its cache, such as in a container whose home folder is read-only."""
+    is_refused = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+    return "set HF_HOME to a folder that can be written" if is_refused else None
 
 
 def is_panic(error: BaseException) -> bool:

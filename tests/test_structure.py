@@ -70,6 +70,7 @@ WRITERS = {
     *("run/checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("exporters/export.py:export_run", "exporters/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
+    "evaluation/harness_tasks.py:load_tasks",  # a folder for what datasets makes of rows, gone when they are in memory
     "teacher/gguf.py:_write",
     *("files/lock.py:_take_lock", "files/lock.py:_lock_file"),
     "student/save.py:_saving_code",

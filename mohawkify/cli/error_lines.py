@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from mohawkify.errors import (
     TERMINATED,
     USAGE,
     MohawkifyError,
+    UsageError,
     is_out_of_memory,
     is_panic,
     printable,
@@ -30,7 +32,8 @@ LAUNCHED = "MOHAWKIFY_LAUNCHED"  # in the environment of processes that --proces
 DEBUG_FLAG = "--debug"
 _LONGEST_LINE = 600
 # Errors of paths that the system does not look up, such as names that are too long.
-_REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
+_REFUSED_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_UTF8_HINT = "set PYTHONUTF8=1, or LC_ALL to a locale with UTF-8; convert what is in another encoding"
 
 
 class CommandGroup(click.Group):
@@ -68,7 +71,10 @@ class CommandGroup(click.Group):
         if not standalone_mode:
             return super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         _end_cleanly_on_sigterm()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a model writes signs that a Latin-1 terminal lacks
         try:
+            _require_text(arguments)
             code = super().main(arguments, prog_name, complete_var, standalone_mode=False, obj=arguments, **extra)
         except BaseException as error:
             if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
@@ -80,6 +86,16 @@ class CommandGroup(click.Group):
         if args is None:
             end_at_once(code)
         sys.exit(code)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuse bytes that are no text in the system's encoding: Python hands them on as halves of surrogate pairs."""
+    for argument in arguments:
+        if any("\ud800" <= sign <= "\udfff" for sign in argument):
+            raise UsageError(
+                f"found {os.fsencode(argument)!r} on the command line, which is no {sys.getfilesystemencoding()} text",
+                hint=_UTF8_HINT,
+            )
 
 
 class Terminated(KeyboardInterrupt):
@@ -146,6 +162,9 @@ def describe(error: BaseException) -> tuple[str, str | None, int]:
         return f"out of memory: {error}", hint, MEMORY
     if isinstance(error, OSError) and error.errno in _REFUSED_PATHS:
         return f"{error.strerror}: {error.filename}", "check the paths on the command line and in the recipe", USAGE
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        sign = error.object[error.start]
+        return f"this system's encoding, {error.encoding}, has no sign {sign!r}", _UTF8_HINT, USAGE
     return f"unexpected {type(error).__name__}: {error}", "run it again with --debug for the traceback", BUG
 
 

@@ -36,7 +36,7 @@ from mohawkify.cli.options import (
     setting,
 )
 from mohawkify.cli.quiet import quiet_libraries
-from mohawkify.errors import INPUT, UsageError
+from mohawkify.errors import INPUT, UsageError, require_docstrings
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
@@ -53,6 +53,7 @@ def main(context: click.Context) -> None:
     finished run below runs/ is used. Results go to standard output, everything else to standard error. The exit code is
     0 when done, 2 when it cannot be done as asked, 64 to 75 by what went wrong; docs/reliability.md has the list.
     """
+    require_docstrings()
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -56,9 +56,15 @@ def generate_text(
         All of the new text.
 
     Raises:
-        UsageError: the prompt gives no token to begin with, or as many as the model has learned positions.
+        UsageError: the prompt is no text, gives no token to begin with, or as many as the model has learned positions.
         DataError: it has a token for which the model has no row.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt holds half of a surrogate pair at position {error.start}, expected text"
+        ) from error
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].numel() == 0:
         raise UsageError("the prompt is empty, expected some text", hint="this tokenizer adds no token of its own")

@@ -180,7 +180,7 @@ def _read(path: Path, root: Path, known_metrics: frozenset[str], including: tupl
         if not isinstance(name, str):
             raise UsageError(f"{path} includes {name!r}, expected the name of a file")
         settings |= _read(path.parent / name, root, known_metrics, (*including, place))
-    for part in _with_members(own):
+    for part in with_members(own):
         _check(path, part, known_metrics)
         _place_rows(path, part, {**settings, **own}.get("dataset_path"), root)
     return {**settings, **own}
@@ -201,12 +201,12 @@ def _inside(path: Path, root: Path) -> Path:
     return place
 
 
-def _with_members(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def with_members(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings of a file and of the tasks that a group defines in place."""
     yield settings
     for member in group_members(settings):
         if isinstance(member, dict):
-            yield from _with_members(member)
+            yield from with_members(member)
 
 
 def _check(path: Path, settings: dict[str, Any], known_metrics: frozenset[str]) -> None:

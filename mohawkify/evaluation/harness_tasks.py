@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mohawkify.errors import DataError, MissingExtraError, UsageError, nearest
-from mohawkify.evaluation.harness_files import SUFFIXES, group_members, read_task_file, refusal
+from mohawkify.errors import DataError, MissingExtraError, UsageError, cache_hint, nearest
+from mohawkify.evaluation.harness_files import SUFFIXES, group_members, read_task_file, refusal, with_members
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ def load_tasks(tasks: list[str], num_fewshot: int | None = None, include_path: P
     import_lm_eval()
     if not tasks:
         raise UsageError("no task is named, expected at least one", hint="lm-eval ls tasks lists the bundled ones")
-    manager, names = _task_manager(tasks, include_path)
+    with TemporaryDirectory() as cache:
+        return _load(tasks, num_fewshot, include_path, Path(cache))
+
+
+def _load(tasks: list[str], num_fewshot: int | None, include_path: Path | None, cache: Path) -> TaskSet:
+    manager, names = _task_manager(tasks, include_path, cache)
     owners: dict[str, str] = {}
     loaded: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -103,7 +109,8 @@ def load_tasks(tasks: list[str], num_fewshot: int | None = None, include_path: P
         except Exception as error:  # lm-eval, datasets, Jinja and the network raise anything on a broken task
             raise DataError(
                 f"the questions of task {spec} cannot be loaded: {first_line(error)}",
-                hint="the bundled tasks come from the Hub; for local data write a task file (docs/evaluation.md)",
+                hint=cache_hint(error)
+                or "the bundled tasks come from the Hub; for local data write a task file (docs/evaluation.md)",
             ) from error
         for task_name, task in found["tasks"].items():
             if task_name in owners:
@@ -148,14 +155,14 @@ def quiet_lm_eval() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _task_manager(tasks: list[str], include_path: Path | None) -> tuple[Any, list[str]]:
+def _task_manager(tasks: list[str], include_path: Path | None, cache: Path) -> tuple[Any, list[str]]:
     """An index of all tasks, and the names of the requested ones in it.
 
     lm-eval's own 14,000, which take 10 s to read, are there only where one is needed.
     """
     from lm_eval.tasks import TaskManager
 
-    own, names = _own_tasks(tasks, include_path)
+    own, names = _own_tasks(tasks, include_path, cache)
     with quiet_lm_eval():
         manager = TaskManager(include_defaults=False)
         if _unknown(names, own):
@@ -175,8 +182,11 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> tuple[Any, lis
     return manager, names
 
 
-def _own_tasks(tasks: list[str], include_path: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """Task files as entries of lm-eval's index that hold their settings, and the names of the requested tasks."""
+def _own_tasks(tasks: list[str], include_path: Path | None, cache: Path) -> tuple[dict[str, Any], list[str]]:
+    """Task files as entries of lm-eval's index that hold their settings, and the names of the requested tasks.
+
+    Local rows are read into memory: datasets would leave a copy of them in the home folder, which may be read-only.
+    """
     from lm_eval.api import metrics  # noqa: F401 - fills the registry
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks._index import TaskIndex
@@ -186,6 +196,10 @@ def _own_tasks(tasks: list[str], include_path: Path | None) -> tuple[dict[str, A
 
     def read(path: Path) -> str:
         settings = read_task_file(path, known_metrics)
+        for part in with_members(settings):
+            rows = part.get("dataset_kwargs") or {}
+            if "data_files" in rows:
+                part["dataset_kwargs"] = {**rows, "cache_dir": str(cache), "keep_in_memory": True}
         name = str(settings.get("group", settings.get("task")))
         if name in own and own[name].cfg != settings:
             raise UsageError(f"{path} is a second task file named {name}, expected one")

@@ -172,6 +172,7 @@ def atomic_directory(
         StorageError: the target is in use, or the folder could not be written.
     """
     target = _absolute(target)
+    _require_utf8(target)
     temporary = _temporary_for(target)
     with clear_errors("write", target, needed):
         _require_vacant(target)
@@ -263,6 +264,7 @@ def sweep_leftovers(target: Path) -> None:
 def ensure_writable(directory: Path) -> None:
     """Create a folder if it is missing; raise unless a file can be written in it."""
     directory = _absolute(directory)
+    _require_utf8(directory)
     place = directory / "probe"
     probe = _temporary_for(place)
     with clear_errors("write in", directory):
@@ -276,6 +278,19 @@ def ensure_writable(directory: Path) -> None:
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
+
+
+def _require_utf8(path: Path) -> None:
+    """Refuse a name that is no UTF-8 on the disk: the libraries that write weights take every name for that."""
+    try:
+        is_utf8 = os.fsencode(path) == str(path).encode()
+    except UnicodeEncodeError:
+        is_utf8 = False
+    if not is_utf8:
+        raise StorageError(
+            f"{str(path)!a} is no UTF-8 name, as libraries that write weights need it",
+            hint="choose another folder; where the system's locale is not one of UTF-8, set PYTHONUTF8=1",
+        )
 
 
 def _temporary_for(path: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mohawkify.demo import TEACHER_DIRECTORY
-from mohawkify.errors import MohawkifyError, TeacherError
+from mohawkify.errors import MohawkifyError, TeacherError, cache_hint
 from mohawkify.files.safetensors_headers import GGUF, refuse_gguf_alone, require_own_files
 
 DEMO = "demo"
@@ -67,6 +67,10 @@ def locate(source: str, need: Need) -> tuple[Path, Path | None]:
         )
     if path.is_file() and path.suffix == ".json":
         return path, None
+    if os.path.lexists(path):
+        raise TeacherError(
+            f"{source} is neither a folder, a GGUF file nor a config.json", hint="name the folder it lies in"
+        )
     if not HUB_ID.fullmatch(source) or ".." in source:
         raise TeacherError(
             f"no such teacher: {source} is neither a folder, a GGUF file, a config.json nor a Hub id",
@@ -80,7 +84,7 @@ def locate(source: str, need: Need) -> tuple[Path, Path | None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TeacherError(
             f"no such teacher: {source} is no local folder and could not be fetched from the Hub ({first})",
-            hint="check the name and the network; a gated model needs `hf auth login`",
+            hint=cache_hint(error) or "check the name and the network; a gated model needs `hf auth login`",
         ) from error
     return config_file if folder is None else _required(config_file, source), folder
 

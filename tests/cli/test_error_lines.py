@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -419,3 +420,55 @@ def test_a_command_line_ends_past_pythons_own_end(monkeypatch, capsys):
         group.main()
     assert ended == ["goodbye", 0]
     assert capsys.readouterr().out == "done\ndone\n"
+
+
+@pytest.mark.parametrize("words", [("generate", "run", "h\udce9llo"), ("convert", "t", "--output", "n\udce9")])
+def test_bytes_that_are_no_text_are_refused_before_anything(words):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[0].startswith("error: found b'")
+    assert "on the command line, which is no utf-8 text" in result.stderr
+
+
+def test_signs_that_a_terminal_lacks_are_escaped():
+    code = (
+        "import click; from mohawkify.cli.main import main; main.commands['families'].callback = %s; main(['families'])"
+    )
+    shown = run_python(code % "lambda **_: click.echo('a \u2603')", PYTHONIOENCODING="latin-1")
+    assert (shown.returncode, shown.stdout) == (0, "a \\u2603\n")
+    asked = run_python(code % "lambda **_: '\u2603'.encode('latin-1')")
+    assert asked.returncode == 2
+    assert "this system's encoding, latin-1, has no sign" in asked.stderr
+
+
+def test_python_without_docstrings_is_named():
+    for code in ("from mohawkify.cli.main import main; main(['families'])", "import mohawkify.api"):
+        done = run_python(code, PYTHONOPTIMIZE="2")
+        assert "Python runs with -OO, which drops the docstrings" in done.stderr
+    assert run_python("import mohawkify.api", PYTHONOPTIMIZE="1").returncode == 0
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["file.bin", "link"])
+def test_what_is_here_and_no_teacher_is_not_asked_of_the_hub(teacher, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
+    Path("dir").mkdir()
+    Path("dir/file.bin").write_text("x")
+    Path("dir/link").symlink_to("nowhere")
+    for command in (("inspect", f"dir/{name}"), convert(teacher=f"dir/{name}")):
+        refused(*command, code=66, says=f"dir/{name} is")
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/home/x/.cache")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    result = run("inspect", "some/model")
+    assert (result.exit_code, "hint: set HF_HOME to a folder that can be written" in result.stderr) == (66, True)

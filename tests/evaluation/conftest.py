@@ -24,12 +24,6 @@ CHOICE = {
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What datasets keeps stays in the test's folder."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
 def write_task(tmp_path: Path) -> WriteTask:
     """Writes a task file over a JSON-lines file, which is copied beside it."""
 

@@ -70,7 +70,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The workplace as working directory, its run as it was afterwards."""
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
     shutil.copytree("run", "untouched")
     yield workplace
     shutil.rmtree(workplace / "run")

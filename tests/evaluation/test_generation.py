@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from mohawkify.errors import UsageError
 from mohawkify.evaluation.generation import GenerateOptions, generate_text
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.finished import tiny_student
@@ -36,3 +38,8 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_teachers_settings_
     student.generation_config.update(**SETTINGS, suppress_tokens=likeliest[1:2])
     text = generate_text(student, tokenizer, "Once", GenerateOptions(max_tokens=12))
     assert text == tokenizer.decode(likeliest, skip_special_tokens=True) != ""
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="half of a surrogate pair at position 1, expected text"):
+        generate_text(tiny_student("llama", tmp_path)[0], bytes_tokenizer(), "h\udce9llo")

@@ -24,7 +24,6 @@ from tests.conftest import ROOT, SHARED_DATA
 from tests.evaluation.conftest import ACCURACY, CHOICE, WriteTask
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-pytestmark = pytest.mark.usefixtures("own_cache")
 
 PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
 LAST_WORD = {

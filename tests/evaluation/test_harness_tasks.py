@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from mohawkify.errors import UsageError
+from mohawkify.errors import DataError, UsageError
 from mohawkify.evaluation.harness_tasks import load_tasks
 from tests.evaluation.conftest import CHOICE, WriteTask
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_rows(path: Path, number: int) -> Path:
@@ -105,3 +106,21 @@ def test_a_folder_like_a_pattern_is_a_folder(write_task: WriteTask, tmp_path: Pa
         file.rename(folder / file.name)
     assert len(contexts(folder / task.name, 1)) == 3
     assert len(load_tasks(["ours"], include_path=folder).tasks["ours"].eval_docs) == 3
+
+
+def test_local_questions_need_no_cache(
+    write_task: WriteTask, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task("ours", questions, CHOICE)
+    write_task("inside", questions, CHOICE)
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["inside"]}))
+    (tmp_path / "taken").write_text("a file where the cache should be")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "taken" / "cache")
+    for found in (load_tasks([str(task)]), load_tasks(["both"], include_path=tmp_path)):
+        assert [len(task.eval_docs) for task in found.tasks.values()] == [2]
+    hub = {"dataset_path": "some/questions", "dataset_kwargs": None}
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.load_dataset", lambda **_: os.mkdir(tmp_path / "taken" / "cache"))
+        with pytest.raises(DataError, match="cannot be loaded: NotADirectoryError") as caught:
+            load_tasks([str(write_task("far", questions, CHOICE, **hub))])
+    assert caught.value.hint == "set HF_HOME to a folder that can be written"

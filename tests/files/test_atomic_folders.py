@@ -446,3 +446,10 @@ class TestTemporaries:
             assert os.listdir(tmp_path) == []
             index += 1
         assert index > 5
+
+
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_written(tmp_path):
+    for write in (atomic.ensure_writable, lambda path: atomic.atomic_directory(path).__enter__()):
+        with pytest.raises(StorageError, match="is no UTF-8 name, as libraries that write weights need it"):
+            write(tmp_path / "n\udce9" / "run")
+    assert list(tmp_path.iterdir()) == []
