@@ -102,14 +102,14 @@ class _DistillLoss(torch.autograd.Function):
         student = _in_precision(LMHeadInput(hidden_nd, weight_vd, bias_v, scale, softcap))
         wanted = tuple(is_learning and needed for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden_nd.device.type, enabled=False):
-            sums = _sum_over_chunks(student, teacher, temperature, wanted)
+            kl, entropy, gradients = _sum_over_chunks(student, teacher, temperature, wanted)
         num_tokens = max(len(hidden_nd), 1)
         # What the gradient of every logit is multiplied by, left to the backward pass: it multiplies anyway.
         ctx.factor = scale * temperature / num_tokens
         ctx.dtypes = hidden_nd.dtype, weight_vd.dtype, None if bias_v is None else bias_v.dtype
-        ctx.save_for_backward(*sums.gradients)
+        ctx.save_for_backward(*gradients)
         dtype = _accumulated(student)
-        kl, entropy = ((total * (temperature**2 / num_tokens)) for total in (sums.kl, sums.entropy))
+        kl, entropy = ((total * (temperature**2 / num_tokens)) for total in (kl, entropy))
         loss, kl = (kl + entropy).to(dtype), kl.to(dtype)
         ctx.mark_non_differentiable(kl)
         return loss, kl
@@ -125,17 +125,10 @@ class _DistillLoss(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
-class _Sums(NamedTuple):
-    """Sums over the chunks, with the gradients of hidden states, weight and bias that require one."""
-
-    kl: Tensor
-    entropy: Tensor
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 def _sum_over_chunks(
     student: LMHeadInput, teacher: LMHeadInput | TopK, temperature: float, wanted: tuple[bool, ...]
-) -> _Sums:
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Sums of KL divergence and entropy, with the gradients of hidden states, weight and bias that are wanted."""
     hidden_nd, weight_vd = student.hidden_bld, student.weight_vd
     dtype, device = _accumulated(student), hidden_nd.device
     exact = dtype if device.type == "mps" else torch.float64
@@ -161,7 +154,7 @@ def _sum_over_chunks(
         if weight_gradient is not None:
             _add_product(weight_gradient, gradient_tv, hidden_nd[part])
         del gradient_tv  # or it would stay while the next chunk's are made
-    return _Sums(kl, entropy, (hidden_gradient, weight_gradient, bias_gradient))
+    return kl, entropy, (hidden_gradient, weight_gradient, bias_gradient)
 
 
 def _compare(
@@ -190,7 +183,10 @@ def _against_head(
     student_log_tv: Tensor, teacher: LMHeadInput, part: slice, temperature: float, is_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `_compare`; overwrites the student's log-probabilities."""
-    teacher_log_tv = _teacher_log(teacher, part, temperature).to(student_log_tv.dtype)
+    logits_tv = _chunk_logits(teacher, part)
+    logits_tv = logits_tv if temperature == 1.0 else logits_tv.div_(temperature)
+    teacher_log_tv = torch.log_softmax(logits_tv, dim=-1).to(student_log_tv.dtype)
+    del logits_tv
     probabilities_tv = teacher_log_tv.exp()
     entropy_t = -_row_products(probabilities_tv, teacher_log_tv)
     kl_t = _row_products(probabilities_tv, teacher_log_tv.sub_(student_log_tv))
@@ -224,11 +220,6 @@ def _against_top_k(student_log_tv: Tensor, listed: TopK, is_wanted: bool) -> tup
         gradient_tv.sub_(rest_tv)
     gradient_tv.scatter_(-1, ids_tk, gradient_tv.gather(-1, ids_tk) - probabilities_tk)
     return cross_entropy_t - entropy_t, entropy_t, gradient_tv
-
-
-def _teacher_log(teacher: LMHeadInput, part: slice, temperature: float) -> Tensor:
-    logits_tv = _chunk_logits(teacher, part)
-    return torch.log_softmax(logits_tv if temperature == 1.0 else logits_tv.div_(temperature), dim=-1)
 
 
 def _chunk_logits(head: LMHeadInput, part: slice) -> Tensor:

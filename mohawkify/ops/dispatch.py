@@ -10,7 +10,6 @@ Shapes: b batch, l length, h heads, p head width, n state width, k convolution t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
@@ -127,13 +126,20 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The scan of `scan.scan_chunked` by the implementation that `backend` names."""
     chosen = _chosen("scan", x_blhp.device, x_blhp.dtype, kernels, b_blhn.shape[-1])
-    return _scan_of(chosen)(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl)
+    run = scan_chunked
+    if chosen == "triton":
+        from mohawkify.ops.triton_scan import scan_triton as run  # type: ignore[assignment]
+    elif chosen != "torch":
+        from mohawkify.ops import libraries
+
+        run = libraries.scan_fla if chosen == "fla" else libraries.scan_mamba_ssm  # type: ignore[assignment]
+    return run(x_blhp, b_blhn, c_blhn, log_decay_blh, state_bhpn, document_starts_bl)
 
 
 def orient_loss(
     mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `orient_tiles.orient_loss` by the implementation that `backend` names."""
+    """The loss of `matrix_distance.orient_loss` by the implementation that `backend` names."""
     width = max(mixing.b_blhn.shape[-1], attention.q_bhlp.shape[-1])
     if _chosen("orient_loss", mixing.b_blhn.device, mixing.b_blhn.dtype, kernels, width) == "triton":
         from mohawkify.ops.triton_matrix_distance import orient_loss_triton
@@ -159,37 +165,20 @@ def step(
     conv_silu: bool = False,
     time_step: bool = False,
 ) -> Tensor:
-    """The step of `decode_step.decode_step` by the implementation that `backend` names."""
+    """The step of `decode.decode_step` by the implementation that `backend` names."""
+    inputs = (x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
     if _chosen("step", x_bf.device, x_bf.dtype, kernels, 0) == "triton":
         elements = state_bhpn.shape[2] * state_bhpn.shape[3]
         if conv_silu or time_step:
-            _say_once(f"step: torch on {x_bf.device}: the Triton step has neither SiLU nor time step")
+            reason = "the Triton step has neither SiLU nor time step"
         elif elements > LARGEST_STATE:
-            _say_once(
-                f"step: torch on {x_bf.device}: a head's state of {elements:,} elements is over {LARGEST_STATE:,}"
-            )
+            reason = f"a head's state of {elements:,} elements is over {LARGEST_STATE:,}"
         else:
             from mohawkify.ops import triton_decode
 
-            return triton_decode.decode_step(
-                x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b
-            )
-    return decode_step(
-        x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b,
-        conv_silu=conv_silu, time_step=time_step,
-    )  # fmt: skip
-
-
-def _scan_of(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if name == "triton":
-        from mohawkify.ops.triton_scan import scan_triton
-
-        return scan_triton
-    if name in ("fla", "mamba-ssm"):
-        from mohawkify.ops import libraries
-
-        return libraries.scan_fla if name == "fla" else libraries.scan_mamba_ssm
-    return scan_chunked
+            return triton_decode.decode_step(*inputs)
+        _say_once(f"step: torch on {x_bf.device}: {reason}")
+    return decode_step(*inputs, conv_silu=conv_silu, time_step=time_step)
 
 
 def _chosen(operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str, width: int) -> str:

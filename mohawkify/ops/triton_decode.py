@@ -125,23 +125,9 @@ def decode_step(
     state_bhpn: Tensor,
     keep_b: Tensor | None = None,
 ) -> Tensor:
-    """One token of every sequence, from its projections to the gated output; tails and state move on in place.
+    """The same map as `decode.decode_step` without its options, on a GPU; it has no gradient.
 
-    Args:
-        x_bf: projected x of one token (b, h * p), not yet convolved.
-        b_bf: projected B (b, h * n).
-        c_bf: projected C (b, h * n).
-        z_bf: the projected gate (b, h * p), without its bias.
-        a_log_bh: projected a_log, with its bias where it has one; the decay is sigmoid(-a_log).
-        convs: the taps (f, k), strided as they like, and the biases (f) of the convolutions of x, B and C, in order.
-        z_bias_f: the gate's bias (h * p).
-        d_h: the skip of each head.
-        tail_bkf: the last k - 1 projected inputs of x, B and C (b, k - 1, f), contiguous; updated.
-        state_bhpn: the state, float32, contiguous; updated.
-        keep_b: 0 where the token is padding, which changes neither the tail nor the state; None where none is.
-
-    Returns:
-        The gated output (b, h * p) in the dtype of x, for the output projection. It has no gradient.
+    Arguments and results as there; tails and state must be contiguous, and the state float32.
     """
     weight_fk, bias_f = convs
     batch, heads, p_width, n_width = state_bhpn.shape

@@ -64,7 +64,7 @@ def _square(
 @triton.jit
 def _scores(
     products,
-    bias_begin,
+    bias_ptr,
     own_begin,
     other_begin,
     bias_own_stride,
@@ -72,17 +72,15 @@ def _scores(
     inside,
     scale,
     ceiling,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
     """Products to scores in base 2, docs/math.md (17): scaled, capped, biased; the host folded the constants."""
     scores = products * scale
-    if HAS_SOFTCAP:
+    if ceiling is not None:
         scores = ceiling * (1.0 - 2.0 / (tl.exp(scores) + 1.0))  # ceiling * tanh(scores / 2)
-    if HAS_BIAS:
-        bias = _square(bias_begin, own_begin, other_begin, bias_own_stride, bias_other_stride, inside, OWN, OTHER)
+    if bias_ptr is not None:
+        bias = _square(bias_ptr, own_begin, other_begin, bias_own_stride, bias_other_stride, inside, OWN, OTHER)
         scores += bias.to(tl.float32) * 1.4426950408889634
     return scores
 
@@ -112,9 +110,6 @@ def _normalise(
     bias_stride_l,
     bias_stride_s,
     GROUP: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     OWN: tl.constexpr,
@@ -130,11 +125,10 @@ def _normalise(
     keys = k_ptr + (batch * (heads // GROUP) + head // GROUP) * length * p_width
     first_begin = first_ptr + batch * first_stride_b + head * first_stride_h
     first = tl.load(first_begin + own, mask=own < length, other=0)
-    mask_begin, bias_begin = first_ptr, first_ptr  # unless there is one
-    if HAS_MASK:
-        mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
-    if HAS_BIAS:
-        bias_begin = bias_ptr + batch * bias_stride_b + head * bias_stride_h
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_stride_b + head * mask_stride_h
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_stride_b + head * bias_stride_h
     largest = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     squared = tl.zeros((OWN,), tl.float32)
@@ -142,14 +136,12 @@ def _normalise(
         other = other_begin + tl.arange(0, OTHER)
         k = _rows(keys, other_begin, length, p_width, p_width, OTHER, TILE_P).to(DTYPE)
         allowed = (own[:, None] >= other[None, :]) & (own[:, None] < length) & (other[None, :] >= first[:, None])
-        if HAS_MASK:
-            allowed &= (
-                _square(mask_begin, own_begin, other_begin, mask_stride_l, mask_stride_s, allowed, OWN, OTHER) != 0
-            )
+        if mask_ptr is not None:
+            allowed &= _square(mask_ptr, own_begin, other_begin, mask_stride_l, mask_stride_s, allowed, OWN, OTHER) != 0
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = _scores(
-            products, bias_begin, own_begin, other_begin, bias_stride_l, bias_stride_s, allowed, scale, ceiling,
-            HAS_SOFTCAP, HAS_BIAS, OWN, OTHER,
+            products, bias_ptr, own_begin, other_begin, bias_stride_l, bias_stride_s, allowed, scale, ceiling,
+            OWN, OTHER,
         )  # fmt: skip
         scores = tl.where(allowed, scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, 1))
@@ -201,10 +193,6 @@ def _side(
     OWN_GROUP: tl.constexpr,
     OTHER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     OWN: tl.constexpr,
@@ -225,15 +213,13 @@ def _side(
     bc_stride = heads * n_width
     own_bc = _rows(own_bc_ptr + bc_begin, own_begin, length, bc_stride, n_width, OWN, TILE_N)
     first_begin = first_ptr + batch * first_stride_b + head * first_stride_h
-    mask_begin, bias_begin = first_ptr, first_ptr  # unless there is one
-    if HAS_MASK:
-        mask_begin = mask_ptr + batch * mask_stride_b + head * mask_stride_h
-    if HAS_BIAS:
-        bias_begin = bias_ptr + batch * bias_stride_b + head * bias_stride_h
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_stride_b + head * mask_stride_h
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_stride_b + head * bias_stride_h
     high_begin, low_begin = high_ptr + pair * length, low_ptr + pair * length
-    document_begin = document_ptr
-    if HAS_DOCUMENTS:
-        document_begin = document_ptr + batch * length
+    if document_ptr is not None:
+        document_ptr += batch * length
     logarithm_begin = logarithm_ptr + pair * length
 
     # Between tiles the decay is split at the last position before the own rows, or at the last of the own columns.
@@ -249,9 +235,9 @@ def _side(
     own_low = tl.load(low_begin + own, mask=own_inside, other=0.0)
     split_high, split_low = tl.load(high_begin + split), tl.load(low_begin + split)
     own_near = own_inside
-    if HAS_DOCUMENTS:
-        own_document = tl.load(document_begin + own, mask=own_inside, other=-1)
-        split_document = tl.load(document_begin + split)
+    if document_ptr is not None:
+        own_document = tl.load(document_ptr + own, mask=own_inside, other=-1)
+        split_document = tl.load(document_ptr + split)
         own_near = own_near & (own_document == split_document)
     own_exponent = sign * ((own_high - split_high) + (own_low - split_low))
     own_factor = tl.exp(tl.where(own_near, own_exponent, float("-inf")))
@@ -288,15 +274,15 @@ def _side(
             else:
                 other_first = tl.load(first_begin + other, mask=other_inside, other=0)
                 allowed = reached & (own[:, None] >= other_first[None, :])
-            if HAS_MASK:
+            if mask_ptr is not None:
                 square = _square(
-                    mask_begin, own_begin, other_begin, mask_stride_own, mask_stride_other, reached, OWN, OTHER
+                    mask_ptr, own_begin, other_begin, mask_stride_own, mask_stride_other, reached, OWN, OTHER
                 )
                 allowed &= square != 0
             products = tl.dot(own_qk, tl.trans(other_qk), input_precision=PRECISION)
             scores = _scores(
-                products, bias_begin, own_begin, other_begin, bias_stride_own, bias_stride_other, reached, scale,
-                ceiling, HAS_SOFTCAP, HAS_BIAS, OWN, OTHER,
+                products, bias_ptr, own_begin, other_begin, bias_stride_own, bias_stride_other, reached, scale,
+                ceiling, OWN, OTHER,
             )  # fmt: skip
             if ROWS:
                 scores -= own_logarithm[:, None]
@@ -306,10 +292,10 @@ def _side(
 
             other_high = tl.load(high_begin + other, mask=other_inside, other=0.0)
             other_low = tl.load(low_begin + other, mask=other_inside, other=0.0)
-            if HAS_DOCUMENTS:
-                other_document = tl.load(document_begin + other, mask=other_inside, other=-1)
+            if document_ptr is not None:
+                other_document = tl.load(document_ptr + other, mask=other_inside, other=-1)
             if ON_DIAGONAL:
-                if HAS_DOCUMENTS:
+                if document_ptr is not None:
                     reached = reached & (own_document[:, None] == other_document[None, :])
                 exponent = (own_high[:, None] - other_high[None, :]) + (own_low[:, None] - other_low[None, :])
                 decay = tl.exp(tl.where(reached, sign * exponent, float("-inf")))
@@ -322,7 +308,7 @@ def _side(
                     diagonal += tl.sum(tl.where(is_diagonal, rest, 0.0), 1)
             else:
                 other_near = other_inside
-                if HAS_DOCUMENTS:
+                if document_ptr is not None:
                     other_near = other_near & (other_document == split_document)
                 other_exponent = sign * ((split_high - other_high) + (split_low - other_low))
                 decay = tl.exp(tl.where(other_near, other_exponent, float("-inf")))[None, :]
@@ -368,16 +354,13 @@ class _Launch:
         self.low_bhl = (cumulative_bhl - self.high_bhl).float().contiguous()
         self.document_bl = None if document_starts_bl is None else document_starts_bl.cumsum(-1, dtype=torch.int32)
         if attention.softcap is None:
-            self.scale, self.ceiling = attention.scaling * LOG2_E, 0.0
+            self.scale, self.ceiling = attention.scaling * LOG2_E, None
         else:
             self.scale, self.ceiling = 2 * attention.scaling / attention.softcap, attention.softcap * LOG2_E
         own, other = square_tiles(self.p_width, self.n_width, dtype)
         self.group = self.heads // self.k_bgsp.shape[1]
         self.grid = grid(triton.cdiv(self.length, own), self.batch * self.heads)
         self.constants = {
-            "HAS_MASK": self.mask_bhls is not None,
-            "HAS_SOFTCAP": attention.softcap is not None,
-            "HAS_BIAS": self.bias_bhls is not None,
             "DTYPE": TRITON_DTYPES[dtype],
             "PRECISION": float32_products(),
             "OWN": own,
@@ -427,7 +410,6 @@ class _Launch:
             OWN_GROUP=1 if rows else self.group,
             OTHER_GROUP=self.group if rows else 1,
             ROWS=rows,
-            HAS_DOCUMENTS=self.document_bl is not None,
             TILE_N=tile_width(self.n_width),
             **self.constants,
         )
@@ -437,16 +419,7 @@ class _Launch:
 def orient_loss_triton(
     mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same distance and gradients as `orient_tiles.orient_loss`, on a GPU.
-
-    Args:
-        mixing: the student's side; a state width of at most 256.
-        attention: the teacher's side; a head width of at most 256, and a mask that is causal.
-        document_starts_bl: true where a new document begins.
-
-    Returns:
-        The loss, and the relative distance ``|M - P| / |P|`` (detached).
-    """
+    """`matrix_distance.orient_loss` on a GPU, for states and heads of at most 256 and a mask that is causal."""
     dtype = product_dtype(mixing.b_blhn, mixing.c_blhn, attention.q_bhlp, attention.k_bgsp)
     loss, relative = _OrientLoss.apply(*mixing, attention, document_starts_bl, dtype)
     return loss, relative

@@ -32,9 +32,7 @@ from mohawkify.ops.triton_tiles import (
 
 
 @triton.jit
-def _cumulative(
-    log_decay_ptr, starts_ptr, row, chunk_begin, length, head, heads, HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr
-):
+def _cumulative(log_decay_ptr, starts_ptr, row, chunk_begin, length, head, heads, CHUNK: tl.constexpr):
     """Running sums of a chunk's log-decay in float64, and the number of documents begun; padding is neutral."""
     offsets = tl.arange(0, CHUNK)
     inside = chunk_begin + offsets < length
@@ -45,7 +43,7 @@ def _cumulative(
     total = tl.sum(log_decay.to(tl.float64), 0)
     document = tl.zeros((CHUNK,), tl.int32)
     last_document = 0
-    if HAS_STARTS:
+    if starts_ptr is not None:
         begins = tl.load(starts_ptr + row + chunk_begin + offsets, mask=inside, other=0).to(tl.int32)
         document = tl.cumsum(begins, 0)
         last_document = tl.sum(begins, 0)
@@ -53,34 +51,34 @@ def _cumulative(
 
 
 @triton.jit
-def _from_carry(cumulative, document, HAS_STARTS: tl.constexpr):
+def _from_carry(cumulative, document, starts_ptr):
     """The share of the state before the chunk that reaches each target."""
     factor = tl.exp(cumulative.to(tl.float32))
-    if HAS_STARTS:
+    if starts_ptr is not None:
         factor = tl.where(document == 0, factor, 0.0)
     return factor
 
 
 @triton.jit
-def _to_end(cumulative, total, document, last_document, HAS_STARTS: tl.constexpr):
+def _to_end(cumulative, total, document, last_document, starts_ptr):
     """How much of each source reaches the chunk's end."""
     factor = tl.exp((total - cumulative).to(tl.float32))
-    if HAS_STARTS:
+    if starts_ptr is not None:
         factor = tl.where(document == last_document, factor, 0.0)
     return factor
 
 
 @triton.jit
-def _across(total, last_document, HAS_STARTS: tl.constexpr):
+def _across(total, last_document, starts_ptr):
     """How much of the state survives the whole chunk."""
     factor = tl.exp(total.to(tl.float32))
-    if HAS_STARTS:
+    if starts_ptr is not None:
         factor = tl.where(last_document == 0, factor, 0.0)
     return factor
 
 
 @triton.jit
-def _decay_between(cumulative, document, HAS_STARTS: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
+def _decay_between(cumulative, document, starts_ptr, REVERSE: tl.constexpr, CHUNK: tl.constexpr):
     """The decay from source j to target i (i, j), in REVERSE (j, i); 0 where j is after i or in another document.
 
     The sums are split into two float32 each, whose differences are exact to float32 without float64 tiles.
@@ -94,7 +92,7 @@ def _decay_between(cumulative, document, HAS_STARTS: tl.constexpr, REVERSE: tl.c
         difference = -difference
     else:
         reached = offsets[:, None] >= offsets[None, :]
-    if HAS_STARTS:
+    if starts_ptr is not None:
         reached = reached & (document[:, None] == document[None, :])
     return tl.exp(tl.where(reached, difference, float("-inf")))
 
@@ -113,8 +111,6 @@ def _walk(
     num_chunks,
     p_width,
     n_width,
-    HAS_FIRST: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
     REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -133,7 +129,7 @@ def _walk(
     state_offsets = p[:, None] * n_width + n[None, :]
     state_size = p_width * n_width
     state = tl.zeros((TILE_P, TILE_N), tl.float32)
-    if HAS_FIRST:
+    if first_ptr is not None:
         state = tl.load(first_ptr + pair * state_size + state_offsets, mask=state_mask, other=0.0).to(tl.float32)
     for step in range(num_chunks):
         chunk = step
@@ -156,14 +152,14 @@ def _walk(
             other=0.0,
         )
         cumulative, total, document, last_document = _cumulative(
-            log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
+            log_decay_ptr, starts_ptr, row, begin, length, head, heads, CHUNK
         )
         if REVERSE:
-            weight = _from_carry(cumulative, document, HAS_STARTS)
+            weight = _from_carry(cumulative, document, starts_ptr)
         else:
-            weight = _to_end(cumulative, total, document, last_document, HAS_STARTS)
+            weight = _to_end(cumulative, total, document, last_document, starts_ptr)
         weighted = (key.to(tl.float32) * weight[:, None]).to(DTYPE)
-        state = state * _across(total, last_document, HAS_STARTS)
+        state = state * _across(total, last_document, starts_ptr)
         state = tl.dot(value.to(DTYPE), weighted, state, input_precision=PRECISION)
     tl.store(last_ptr + pair * state_size + state_offsets, state, mask=state_mask)
 
@@ -182,7 +178,6 @@ def _outputs(
     num_chunks,
     p_width,
     n_width,
-    HAS_STARTS: tl.constexpr,
     REVERSE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -207,14 +202,14 @@ def _outputs(
     key = tl.load(key_ptr + first * n_width + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
     query = tl.load(query_ptr + first * n_width + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
     cumulative, total, document, last_document = _cumulative(
-        log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
+        log_decay_ptr, starts_ptr, row, begin, length, head, heads, CHUNK
     )
-    decay = _decay_between(cumulative, document, HAS_STARTS, REVERSE, CHUNK)
+    decay = _decay_between(cumulative, document, starts_ptr, REVERSE, CHUNK)
     matrix = (tl.dot(query, tl.trans(key), input_precision=PRECISION) * decay).to(DTYPE)
     if REVERSE:
-        from_carry = _to_end(cumulative, total, document, last_document, HAS_STARTS)
+        from_carry = _to_end(cumulative, total, document, last_document, starts_ptr)
     else:
-        from_carry = _from_carry(cumulative, document, HAS_STARTS)
+        from_carry = _from_carry(cumulative, document, starts_ptr)
     carried = carried_ptr + (pair * num_chunks + chunk) * p_width * n_width
     for p_begin in range(0, p_width, TILE_P):
         p = p_begin + tl.arange(0, TILE_P)
@@ -250,7 +245,6 @@ def _gradients(
     num_chunks,
     p_width,
     n_width,
-    HAS_STARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -272,7 +266,7 @@ def _gradients(
     b = tl.load(b_ptr + key_begin + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
     c = tl.load(c_ptr + key_begin + key_offsets, mask=key_mask, other=0.0).to(DTYPE)
     cumulative, total, document, last_document = _cumulative(
-        log_decay_ptr, starts_ptr, row, begin, length, head, heads, HAS_STARTS, CHUNK
+        log_decay_ptr, starts_ptr, row, begin, length, head, heads, CHUNK
     )
     outer = tl.zeros((CHUNK, CHUNK), tl.float32)  # dy_i . x_j
     db = tl.zeros((CHUNK, TILE_N), tl.float32)
@@ -294,16 +288,16 @@ def _gradients(
         db = tl.dot(x, dstate, db, input_precision=PRECISION)
         surviving += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
 
-    dc = dc * _from_carry(cumulative, document, HAS_STARTS)[:, None]
-    db = db * _to_end(cumulative, total, document, last_document, HAS_STARTS)[:, None]
+    dc = dc * _from_carry(cumulative, document, starts_ptr)[:, None]
+    db = db * _to_end(cumulative, total, document, last_document, starts_ptr)[:, None]
     entering = tl.sum(c.to(tl.float32) * dc, 1)
     leaving = tl.sum(b.to(tl.float32) * db, 1)
-    outer *= _decay_between(cumulative, document, HAS_STARTS, False, CHUNK)
+    outer *= _decay_between(cumulative, document, starts_ptr, False, CHUNK)
     matrix = tl.dot(c, tl.trans(b), input_precision=PRECISION)
     # The diagonal does not decay; left out rather than cancelled.
     weighted = tl.where(offsets[:, None] > offsets[None, :], outer * matrix, 0.0)
     dcumulative = tl.sum(weighted, 1) - tl.sum(weighted, 0) + entering - leaving
-    at_end = tl.sum(leaving, 0) + tl.sum(surviving, 0) * _across(total, last_document, HAS_STARTS)
+    at_end = tl.sum(leaving, 0) + tl.sum(surviving, 0) * _across(total, last_document, starts_ptr)
     dlog_decay = tl.cumsum(dcumulative, 0, reverse=True) + at_end
     tl.store(
         dlog_decay_ptr + (row + begin + offsets) * heads + head,
@@ -368,18 +362,9 @@ def scan_triton(
     state_bhpn: Tensor | None = None,
     document_starts_bl: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same map as `scan.scan_chunked`, on a GPU.
+    """The same map as `scan.scan_chunked`, on a GPU: arguments and results as in `scan.scan_recurrent`.
 
-    Args:
-        x_blhp: inputs; float32, bfloat16 or float16, as B and C.
-        b_blhn: input maps; a state width n of at most 256.
-        c_blhn: output maps.
-        log_decay_blh: logarithm of the decay, at most 0; in float32.
-        state_bhpn: the state to continue from; zeros when absent.
-        document_starts_bl: true where a new document begins; the state before it is forgotten.
-
-    Returns:
-        y (b, l, h, p) in the dtype of x, and the final state (b, h, p, n) in float32.
+    x, B and C are float32, bfloat16 or float16, the log-decay is float32, and the state width n at most 256.
 
     Source: Mamba-2 (arXiv 2405.21060), section 6; docs/math.md (9), (10) and (25) to (29).
     """
@@ -413,7 +398,6 @@ class _Scan(torch.autograd.Function):
                 carried,
                 y_blhp,
                 *shape.sizes(),
-                HAS_STARTS=starts is not None,
                 REVERSE=False,
                 **shape.staged(),
             )
@@ -440,14 +424,12 @@ class _Scan(torch.autograd.Function):
             _outputs[every_chunk](
                 *(dy, c, b, log_decay, starts, carried_gradient, dx),
                 *shape.sizes(),
-                HAS_STARTS=starts is not None,
                 REVERSE=True,
                 **shape.staged(),
             )
             _gradients[every_chunk](
                 *(x, b, c, log_decay, starts, dy, carried, carried_gradient, db, dc, dlog_decay),
                 *shape.sizes(),
-                HAS_STARTS=starts is not None,
                 **shape.staged(),
                 num_warps=4 if shape.is_narrow else 8,
             )
@@ -473,8 +455,6 @@ def _carry(
         _walk[grid(triton.cdiv(p_width, constants["TILE_P"]), batch * heads)](
             *(value_blhp, key_blhn, log_decay_blh, document_starts_bl, first_bhpn, carried, last),
             *shape.sizes(),
-            HAS_FIRST=first_bhpn is not None,
-            HAS_STARTS=document_starts_bl is not None,
             REVERSE=reverse,
             **constants,
         )
