@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from mohawkify.bench.markdown import Bound, Measure, Report
 from mohawkify.bench.measure import available_bytes, side_by_side
@@ -131,8 +131,9 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
     report(f"context {context}, batch {plan.many}")
     together = _rows(models, plan.many, context, plan.steps)
     report("side by side")
+    sides = {STUDENT: models.student, TEACHER: models.teacher}
     return {
-        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in _by_name(models).items()},
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in sides.items()},
         "error_by_steps": error,
         "generated": plan.generated,
         "batches": batches,
@@ -170,10 +171,6 @@ def require_same_by_steps(student: PreTrainedModel, device: torch.device) -> flo
     return difference
 
 
-def _by_name(models: Models) -> dict[str, PreTrainedModel]:
-    return {STUDENT: models.student, TEACHER: models.teacher}
-
-
 def _rows(models: Models, batch: int, context: int, steps: int) -> list[dict[str, Any]]:
     """Time student and teacher at one batch and context, one after the other; what does not fit is a result too."""
     rows = []
@@ -196,39 +193,34 @@ def _rows(models: Models, batch: int, context: int, steps: int) -> list[dict[str
 
 def _decoders(models: Models, batch: int, context: int, steps: int) -> dict[str, Callable[[], Callable[[], Tensor]]]:
     """For each way to decode, a maker of a function that decodes ``steps`` tokens; the maker allocates the memory."""
-    student, teacher, room = models.student, models.teacher, steps * (ROUNDS + 1)
+    student, teacher = models.student, models.teacher
+    run = (batch, context, steps)
+
+    def dynamic() -> Callable[[], Tensor]:
+        return steps_of(teacher, _filled(DynamicCache(config=teacher.config), teacher, batch, context), *run)
+
+    def static() -> Callable[[], Tensor]:
+        cache = StaticCache(config=teacher.config, max_cache_len=context + steps * (ROUNDS + 1))
+        return steps_of(teacher, _filled(cache, teacher, batch, context), *run)
+
     found = {
-        STUDENT: lambda: steps_of(student, student_cache(student, batch, context), batch, context, steps),
-        TEACHER: lambda: steps_of(teacher, teacher_cache(teacher, batch, context), batch, context, steps),
-        TEACHER_STATIC: lambda: steps_of(teacher, static_cache(teacher, batch, context, room), batch, context, steps),
+        STUDENT_CAPTURED: lambda: steps_of(student, student_cache(student, batch, context), *run, captured=True),
+        STUDENT: lambda: steps_of(student, student_cache(student, batch, context), *run),
+        TEACHER: dynamic,
+        TEACHER_STATIC: static,
     }
-    if models.device.type == "cuda":
-        captured = lambda: captured_steps(student, student_cache(student, batch, context), batch, context, steps)  # noqa: E731
-        found = {STUDENT_CAPTURED: captured, **found}
+    if models.device.type != "cuda":
+        del found[STUDENT_CAPTURED]
     return found
 
 
-def steps_of(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
-    """A function that decodes ``steps`` tokens greedily, from where the cache stands."""
-    caller: Any = model
-    ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    positions_b1 = torch.full((batch, 1), context, device=model.device)
+def steps_of(
+    model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int, captured: bool = False
+) -> Callable[[], Tensor]:
+    """A function that decodes ``steps`` tokens greedily, from where the cache stands.
 
-    def run() -> Tensor:
-        with torch.inference_mode():
-            for _ in range(steps):
-                logits = caller(
-                    input_ids=ids_b1, position_ids=positions_b1, past_key_values=cache, use_cache=True
-                ).logits
-                ids_b1.copy_(logits[:, -1:].argmax(-1))
-                positions_b1.add_(1)
-        return ids_b1
-
-    return run
-
-
-def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int, steps: int) -> Callable[[], Tensor]:
-    """As `steps_of`, every step being one CUDA graph: the memory is moved on in place, so the graph finds it again."""
+    Captured, every step is one CUDA graph: a student's memory is moved on in place, so the graph finds it again.
+    """
     caller: Any = model
     ids_b1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
     positions_b1 = torch.full((batch, 1), context, device=model.device)
@@ -239,21 +231,27 @@ def captured_steps(model: PreTrainedModel, cache: Any, batch: int, context: int,
         positions_b1.add_(1)
 
     with torch.inference_mode():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()  # whatever is made once is made before the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        take = _graph_of(step).replay if captured else step
 
     def run() -> Tensor:
-        for _ in range(steps):
-            graph.replay()
+        with torch.inference_mode():
+            for _ in range(steps):
+                take()
         return ids_b1
 
     return run
+
+
+def _graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # whatever is made once is made before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def student_cache(student: PreTrainedModel, batch: int, context: int) -> StudentCache:
@@ -266,26 +264,14 @@ def student_cache(student: PreTrainedModel, batch: int, context: int) -> Student
     return cache
 
 
-def teacher_cache(teacher: PreTrainedModel, batch: int, context: int) -> DynamicCache:
-    """transformers' default cache as after ``context`` tokens."""
-    cache = DynamicCache(config=teacher.config)
-    _fill(cache, teacher, batch, context)
-    return cache
-
-
-def static_cache(teacher: PreTrainedModel, batch: int, context: int, room: int) -> StaticCache:
-    """A cache with room for ``room`` more tokens that is written in place."""
-    cache = StaticCache(config=teacher.config, max_cache_len=context + room)
-    _fill(cache, teacher, batch, context)
-    return cache
-
-
-def _fill(cache: Any, teacher: PreTrainedModel, batch: int, context: int) -> None:
+def _filled(cache: Cache, teacher: PreTrainedModel, batch: int, context: int) -> Cache:
+    """A teacher's cache as after ``context`` tokens."""
     config = teacher.config
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
         keys = torch.randn(shape, dtype=teacher.dtype, device=teacher.device)
         cache.update(keys, keys.clone(), layer)
+    return cache
 
 
 def _cache_bytes(models: Models, name: str, batch: int, context: int) -> int:

@@ -22,9 +22,7 @@ from mohawkify.data.packing import Batch
 from mohawkify.errors import NumericsError
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.mixers.kinds import mixers_of
-from mohawkify.objectives.hidden_state import HiddenStateObjective
-from mohawkify.objectives.logits import LogitsObjective
-from mohawkify.objectives.matrix import MatrixObjective
+from mohawkify.objectives.catalogue import make_objective
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, model_inputs
 from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.losses import align_loss, distill_loss
@@ -85,13 +83,7 @@ class Workload:
 
     def stage(self, name: str) -> Objective:
         """A stage as it is trained."""
-        stages = self.recipe.stages
-        made: dict[str, Callable[[], Objective]] = {
-            "orient": lambda: MatrixObjective(self.models, stages.orient),
-            "align": lambda: HiddenStateObjective(self.models, stages.align),
-            "distill": lambda: LogitsObjective(self.models, stages.distill),
-        }
-        return made[name]()
+        return make_objective(self.models, self.recipe.stages.blocks()[name])
 
     def step(self, name: str, form: str, parts: dict[str, float] | None = None) -> Callable[[], float]:
         """One optimiser step of a stage, which leaves the weights as they are: its learning rate is 0.
@@ -238,22 +230,22 @@ def _product_flops(device: torch.device) -> float:
 def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     models, batch = workload.models, workload.batch
     document_starts_bl = batch.position_ids == 0
-    calls: dict[int, LayerCall] = {}
+    calls: list[LayerCall] = []
     before = models.teacher.config._attn_implementation
     models.teacher.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), layer_hooks(mixers_by_layer(models.teacher, models.spec), _keep_in(calls)):
+        with torch.no_grad(), layer_hooks(mixers_by_layer(models.teacher, models.spec), calls.append):
             outputs = models.teacher(**model_inputs(models.teacher, batch, models.spec), output_attentions=True)
     finally:
         models.teacher.set_attn_implementation(before)
     mixers = mixers_by_layer(models.student, models.spec)
     losses = []
-    for layer, call in calls.items():
-        parts = runner.call(mixers[layer].matrix_parts, call.hidden_bld, document_starts_bl)
+    for call in calls:
+        parts = runner.call(mixers[call.layer].matrix_parts, call.hidden_bld, document_starts_bl)
         matrix_bhls = runner.call(mixing_matrix, *parts, document_starts_bl)
         # Summed in float64, as the loss of the stage is.
         norm_bh = torch.linalg.vector_norm(
-            matrix_bhls - outputs.attentions[layer].float(), dim=(-2, -1), dtype=torch.float64
+            matrix_bhls - outputs.attentions[call.layer].float(), dim=(-2, -1), dtype=torch.float64
         )
         losses.append(norm_bh.mean().to(matrix_bhls.dtype))
     loss = torch.stack(losses).sum()
@@ -264,13 +256,13 @@ def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
 def _direct_align(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     models, batch = workload.models, workload.batch
     students = _align_modules(workload, models.student)
-    calls: dict[int, LayerCall] = {}
-    with torch.no_grad(), layer_hooks(_align_modules(workload, models.teacher), _keep_in(calls)):
+    calls: list[LayerCall] = []
+    with torch.no_grad(), layer_hooks(_align_modules(workload, models.teacher), calls.append):
         models.teacher(**model_inputs(models.teacher, batch, models.spec))
     losses = []
     with _mixing_by_matrix(models.student):
-        for layer, call in calls.items():
-            output = runner.call(students[layer], call.hidden_bld, *call.further, **call.arguments)
+        for call in calls:
+            output = runner.call(students[call.layer], call.hidden_bld, *call.further, **call.arguments)
             output_bld = output[0] if isinstance(output, tuple) else output
             losses.append(align_loss(output_bld, call.output_bld)[0])
         loss = torch.stack(losses).sum()
@@ -302,13 +294,6 @@ def _align_modules(workload: Workload, model: PreTrainedModel) -> dict[int, nn.M
         return mixers_by_layer(model, spec)
     layers = find_layers(model, spec.layers)
     return {index: layers[index] for index in spec.mixer_layers}
-
-
-def _keep_in(calls: dict[int, LayerCall]) -> Callable[[LayerCall], None]:
-    def keep(call: LayerCall) -> None:
-        calls[call.layer] = call
-
-    return keep
 
 
 @contextmanager
