@@ -95,40 +95,68 @@ class Sizes:
     Args:
         stage: ``orient``, ``align`` or ``distill``.
         length: l, its greatest.
-        teacher: parameters of the teacher.
-        teacher_ends: those of its embedding and head, which every GPU has.
-        student: P.
-        trained: T.
-        trained_ends: those among them of embedding and head.
-        matrices: weights of products that the stage computes with, beside the head.
-        layer: parameters of the largest layer.
-        mixer: parameters of one mixer.
-        ends: parameters of embedding and head.
-        num_layers: layers that the stage goes through.
-        hidden: model width.
-        vocabulary: rows of the head.
-        heads: of a mixer.
-        state: state width per head.
+        teacher: the teacher's facts.
+        student_spec: the student's facts.
+        trained_parts: parameters that the stage trains, by part.
         whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
     """
 
     stage: str
     length: int
-    teacher: int
-    teacher_ends: int
-    student: int
-    trained: int
-    trained_ends: int
-    matrices: int
-    layer: int
-    mixer: int
-    ends: int
-    num_layers: int
-    hidden: int
-    vocabulary: int
-    heads: int
-    state: int
+    teacher: TeacherSpec
+    student_spec: StudentSpec
+    trained_parts: dict[str, int]
     whole_logits: bool = False
+
+    @property
+    def student(self) -> int:
+        """P."""
+        return self.student_spec.num_parameters
+
+    @property
+    def trained(self) -> int:
+        """T."""
+        return sum(self.trained_parts.values())
+
+    @property
+    def trained_ends(self) -> int:
+        """Those among T that are in the head."""
+        embedding = self.trained_parts.get("embedding", 0) if self.teacher.tie_word_embeddings else 0
+        return self.trained_parts.get("head", 0) + embedding
+
+    @property
+    def ends(self) -> int:
+        """Parameters of embedding and head, which every GPU has."""
+        return ends_of(self.teacher)
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer."""
+        return (self.student - self.ends) // self.teacher.num_hidden_layers
+
+    @property
+    def mixer(self) -> int:
+        """Parameters of one mixer."""
+        return self.student_spec.mixer_parameters // len(self.student_spec.mixer_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that the stage goes through."""
+        return self.teacher.num_hidden_layers if self.stage == "distill" else len(self.student_spec.mixer_layers)
+
+    @property
+    def matrices(self) -> int:
+        """Weights of products that the stage computes with, beside the head."""
+        if self.stage == "orient":
+            return self.trained
+        if self.stage == "align" and set(self.trained_parts) == {"mixer"}:
+            return self.student_spec.mixer_parameters
+        return (self.student - self.ends) * self.num_layers // self.teacher.num_hidden_layers
+
+
+def ends_of(teacher: TeacherSpec) -> int:
+    """Parameters of a teacher's embedding and head."""
+    return teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
 
 
 def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, lengths: dict[str, int]) -> Footprint:
@@ -140,8 +168,7 @@ def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, le
     number = BF16 if precision == "bf16" else FP32
     tokens = {stage: float(lengths[stage]) for stage in STAGES}
     features = student.num_heads * (student.head_dim + 2 * student.state_size)
-    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
-    mlp = (teacher.active_parameters - ends - teacher.attention_parameters) / teacher.num_hidden_layers
+    mlp = (teacher.active_parameters - ends_of(teacher) - teacher.attention_parameters) / teacher.num_hidden_layers
     wide = mlp / (3 * teacher.hidden_size)
     scan = 4.0 * features * FP32
     layer = 5 * teacher.hidden_size * FP32 + 4 * features * number + scan + 4 * wide * number
@@ -173,11 +200,10 @@ def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str
         passes had in use, which are over by then; the sum of all parts is the most that is in use.
     """
     parts = {**dict.fromkeys(PARTS, 0.0), "teacher": _teacher(sizes, layout), **_student(sizes, layout)}
-    moving = {
-        "orient": _orient,
-        "align": _align,
-        "distill": _distill,
-    }[sizes.stage](sizes, layout, footprint)
+    if sizes.stage == "align":
+        moving = layout.micro_batch * footprint.align, 0.0
+    else:
+        moving = (_orient if sizes.stage == "orient" else _distill)(sizes, layout, footprint)
     parts["activations"], parts["loss"] = moving
     # AdamW on a GPU updates all weights at once, with one more number for each of them on the way.
     update = FP32 * sizes.trained / _shards(layout) if layout.on_gpu and layout.offload == "none" else 0
@@ -266,7 +292,7 @@ def _shards(layout: Layout) -> int:
 def _teacher(sizes: Sizes, layout: Layout) -> float:
     """Every GPU has the whole teacher, or its embedding and head and a part of all else."""
     shards = layout.num_gpus if layout.shard_teacher else 1
-    return ((sizes.teacher - sizes.teacher_ends) / shards + sizes.teacher_ends) * layout.number_bytes
+    return ((sizes.teacher.num_parameters - sizes.ends) / shards + sizes.ends) * layout.number_bytes
 
 
 def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
@@ -302,9 +328,9 @@ def _student(sizes: Sizes, layout: Layout) -> dict[str, float]:
 
 
 def _orient(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
-    matrices = layout.micro_batch * sizes.heads
-    length, state = sizes.length, sizes.state
-    rows = band_rows(layout.micro_batch, sizes.heads, length)
+    heads, state, length = sizes.student_spec.num_heads, sizes.student_spec.state_size, sizes.length
+    matrices = layout.micro_batch * heads
+    rows = band_rows(layout.micro_batch, heads, length)
     left = length - rows  # columns beside the last diagonal tile
     # The gradients of B and C, in bf16 their copies in float32 too, and running sums of the decay.
     lasting = length * ((2 + 2 * (layout.precision == "bf16")) * state * FP32 + 3 * FP64)
@@ -314,10 +340,6 @@ def _orient(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, 
     taken = matrices * (lasting + band + max(tile, rectangle))
     activations = layout.micro_batch * footprint.parts
     return activations, max(taken, layout.micro_batch * footprint.orient - activations)
-
-
-def _align(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
-    return layout.micro_batch * footprint.align, 0.0
 
 
 def _distill(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float, float]:
@@ -335,62 +357,12 @@ def _distill(sizes: Sizes, layout: Layout, footprint: Footprint) -> tuple[float,
 
 def _loss(sizes: Sizes, layout: Layout) -> float:
     """Stage 3's loss in chunks of tokens: the chunk's logits, the head's gradient, and hidden states of both sides."""
-    tokens = layout.micro_batch * sizes.length
+    tokens, vocabulary = layout.micro_batch * sizes.length, sizes.teacher.vocab_size
     if sizes.whole_logits:
-        return float(WHOLE_LOGITS * tokens * sizes.vocabulary * FP32)
-    chunk = min(tokens, chunk_tokens(sizes.vocabulary)) * sizes.vocabulary * FP32
-    head = sizes.vocabulary * sizes.hidden
+        return float(WHOLE_LOGITS * tokens * vocabulary * FP32)
+    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary * FP32
+    head = vocabulary * sizes.teacher.hidden_size
     gradient = head * FP32 if sizes.trained_ends else 0
-    hidden = tokens * sizes.hidden * (FP32 + 2 * layout.number_bytes)
+    hidden = tokens * sizes.teacher.hidden_size * (FP32 + 2 * layout.number_bytes)
     copy = head * BF16 if layout.precision == "bf16" else 0
     return max(CHUNKS * chunk + gradient, 2 * gradient) + hidden + copy
-
-
-def sizes_of(
-    stage: str,
-    length: int,
-    teacher: TeacherSpec,
-    student: StudentSpec,
-    trained: dict[str, int],
-    whole_logits: bool = False,
-) -> Sizes:
-    """The sizes of one stage.
-
-    Args:
-        stage: its name.
-        length: its greatest.
-        teacher: the teacher's facts.
-        student: the student's facts.
-        trained: parameters that the stage trains, by part.
-        whole_logits: whether stage 3 makes all logits at once.
-    """
-    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
-    num_layers = teacher.num_hidden_layers if stage == "distill" else len(student.mixer_layers)
-    blocks = student.num_parameters - ends
-    mixing = {
-        "orient": sum(trained.values()),
-        "align": blocks * num_layers // teacher.num_hidden_layers,
-        "distill": blocks,
-    }
-    if stage == "align" and set(trained) == {"mixer"}:
-        mixing["align"] = student.mixer_parameters
-    trained_ends = trained.get("head", 0) + (trained.get("embedding", 0) if teacher.tie_word_embeddings else 0)
-    return Sizes(
-        stage=stage,
-        length=length,
-        teacher=teacher.num_parameters,
-        teacher_ends=ends,
-        student=student.num_parameters,
-        trained=sum(trained.values()),
-        trained_ends=trained_ends,
-        matrices=mixing[stage],
-        layer=blocks // teacher.num_hidden_layers,
-        mixer=student.mixer_parameters // len(student.mixer_layers),
-        ends=ends,
-        num_layers=num_layers,
-        hidden=teacher.hidden_size,
-        vocabulary=teacher.vocab_size,
-        heads=student.num_heads,
-        state=student.state_size,
-        whole_logits=whole_logits,
-    )

@@ -20,11 +20,11 @@ from mohawkify.planning.memory import (
     Footprint,
     Layout,
     Sizes,
+    ends_of,
     largest_micro_batch,
     memory_parts,
     remedies,
     rule_of_thumb,
-    sizes_of,
 )
 from mohawkify.recipe.schema import Recipe, StageRecipe
 from mohawkify.student.student_spec import StudentSpec
@@ -103,14 +103,6 @@ class PlanInputs:
         return seconds / 3600 * self.layout.num_gpus * self.machine.price_per_hour
 
 
-@dataclass(frozen=True)
-class _Work:
-    """FLOPs of one token, of the teacher and of the student."""
-
-    teacher: float
-    student: float
-
-
 def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[str, Any]:
     """Work out the plan.
 
@@ -128,7 +120,7 @@ def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[st
     rows, phases, all_sizes = {}, [], {}
     for name, stage in recipe.stages.blocks().items():
         trained = trained_parameters(stage.plans_as, stage, teacher, student)
-        all_sizes[name] = sizes_of(stage.plans_as, longest(stage), teacher, student, trained, inputs.whole_logits)
+        all_sizes[name] = Sizes(stage.plans_as, longest(stage), teacher, student, trained, inputs.whole_logits)
         own = _phases(inputs, name, stage, trained)
         phases += own
         rows[name] = _stage(inputs, stage, all_sizes[name], counted, own)
@@ -269,10 +261,10 @@ def _phases(inputs: PlanInputs, name: str, stage: StageRecipe, trained: dict[str
     for segment in stage.segments():
         tokens_per_step = stage.batch_sequences * segment.sequence_length
         tokens = segment.num_steps * tokens_per_step
-        work = _work(inputs, stage, segment.sequence_length, trained)
+        teacher_work, student_work = _work(inputs, stage, segment.sequence_length, trained)
         is_kept = segment.data == "final_phase" and getattr(stage.final_phase, "logits", None) is not None
-        teacher_flops = 0 if is_kept else tokens * work.teacher  # its logits are read
-        seconds = (teacher_flops + tokens * work.student) / inputs.flops_per_second
+        teacher_flops = 0 if is_kept else tokens * teacher_work  # its logits are read
+        seconds = (teacher_flops + tokens * student_work) / inputs.flops_per_second
         if bandwidth is not None:
             shards = 1 if layout.engine == "single" else layout.num_gpus
             seconds += segment.num_steps * UPDATE_BYTES * sum(trained.values()) / shards / bandwidth
@@ -291,7 +283,7 @@ def _phases(inputs: PlanInputs, name: str, stage: StageRecipe, trained: dict[str
                 "micro_batch_sequences": micro,
                 "accumulation": -(-(stage.batch_sequences // layout.num_gpus) // micro),
                 "teacher_flops": teacher_flops,
-                "student_flops": tokens * work.student,
+                "student_flops": tokens * student_work,
                 "seconds": seconds,
                 "cost": inputs.cost(seconds),
             }
@@ -333,10 +325,11 @@ def _stage(
     }
 
 
-def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str, int]) -> _Work:
-    """FLOPs per token: 2 for every weight that it meets, forward, for the input's gradient and for the weight's.
+def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str, int]) -> tuple[float, float]:
+    """FLOPs of a token, of the teacher and of the student.
 
-    Matrices of attention and mixing count by their length; what is not a product of matrices is left out.
+    2 for every weight that it meets, forward, for the input's gradient and for the weight's. Matrices of attention and
+    mixing count by their length; what is not a product of matrices is left out.
     """
     from mohawkify.student.build import mixer_flops
 
@@ -344,29 +337,29 @@ def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str
     checkpointing = inputs.layout.checkpointing
     heads, width, state = student.num_heads, student.head_dim, student.state_size
     num_grafted = len(student.mixer_layers)
-    ends = teacher.embedding_parameters + (0 if teacher.tie_word_embeddings else teacher.head_parameters)
+    ends = ends_of(teacher)
     idle = teacher.num_parameters - teacher.active_parameters
     attended = [_mean_context(length, teacher, kind) for kind in teacher.layer_types]
     trunk = 2.0 * (teacher.active_parameters - ends) + 4.0 * heads * width * sum(attended)
     if name == "orient":
         # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
         bands = float(length * heads * (width + 3 * state))
-        return _Work(trunk, 4.0 * sum(trained.values()) + bands * num_grafted)
+        return trunk, 4.0 * sum(trained.values()) + bands * num_grafted
     scan = mixer_flops(student, length) * num_grafted
     if name == "align" and getattr(stage, "target", None) == "mixer":
         mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted
-        return _Work(trunk, mixers + scan + mixers + outputs + 2 * scan)
+        return trunk, mixers + scan + mixers + outputs + 2 * scan
     share = num_grafted / teacher.num_hidden_layers if name == "align" else 1.0
     body = 2.0 * (student.num_parameters - idle - ends) * share
     learning = sum(size for part, size in trained.items() if part not in ("embedding", "head"))
     weights = 2.0 * (learning - (idle * share if "mlp" in trained else 0))
     student_work = body + scan + (body + 2 * scan) + weights + (body + scan if checkpointing else 0.0)
     if name == "align":
-        return _Work(trunk, student_work)
+        return trunk, student_work
     kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.mixer_layers)
     head = 2.0 * teacher.head_parameters
     head_learns = "head" in trained or (teacher.tie_word_embeddings and "embedding" in trained)
-    return _Work(trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2))
+    return trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2)
 
 
 def _mean_context(length: int, teacher: TeacherSpec, kind: str) -> float:

@@ -22,7 +22,7 @@ from mohawkify.objectives.logits import LogitsObjective
 from mohawkify.objectives.matrix import MatrixObjective
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent
 from mohawkify.planning.activations import count_footprint
-from mohawkify.planning.memory import Layout, memory_parts, sizes_of
+from mohawkify.planning.memory import Layout, Sizes, memory_parts
 from mohawkify.planning.planner import trained_parameters
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
@@ -90,7 +90,7 @@ def planned_parts(name: str, stage: str, checkpointing: bool = False) -> dict[st
     case, (pair, inspection) = CASES[name], built(name)
     trained = trained_parameters(stage, getattr(case.recipe().stages, stage), inspection.spec, pair.spec)
     layout = Layout(precision=case.precision, micro_batch=case.micro_batch, checkpointing=checkpointing, on_gpu=False)
-    sizes = sizes_of(stage, case.length, inspection.spec, pair.spec, trained)
+    sizes = Sizes(stage, case.length, inspection.spec, pair.spec, trained)
     return memory_parts(sizes, layout, _footprint(name))
 
 

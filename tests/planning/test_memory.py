@@ -22,11 +22,11 @@ from mohawkify.planning.gpus import GPUS, find_gpu, gpu_at_hand
 from mohawkify.planning.memory import (
     STAGES,
     Layout,
+    Sizes,
     largest_micro_batch,
     memory_parts,
     remedies,
     rule_of_thumb,
-    sizes_of,
 )
 from mohawkify.planning.planner import longest, trained_parameters
 from mohawkify.planning.planning import PlanOptions, plan
@@ -95,7 +95,7 @@ def llamba(teacher_configs):
     sizes = {}
     for stage in STAGES:
         trained = trained_parameters(stage, getattr(recipe.stages, stage), inspection.spec, student)
-        sizes[stage] = sizes_of(stage, lengths[stage], inspection.spec, student, trained)
+        sizes[stage] = Sizes(stage, lengths[stage], inspection.spec, student, trained)
     return sizes, rule_of_thumb(inspection.spec, student, "bf16", lengths)
 
 
