@@ -58,29 +58,25 @@ def describe_teacher(teacher: ResolvedTeacher, student: StudentSpec) -> dict[str
         counted.update(fresh)
         return sum(fresh.values())
 
-    parts: list[dict[str, Any]] = [_end("embedding", count(embedding_tables(modules)))]
+    parts: list[dict[str, Any]] = [_part("embedding", count(embedding_tables(modules)))]
     for index, layer in enumerate(find_layers(modules, adapter.layers)):
         grafted = index in student.mixer_layers
         attention = count(getattr(layer, adapter.attention).parameters())
-        parts.append(
-            {
-                "part": f"layer {index}",
-                "attention": spec.layer_types[index],
-                "replaced": attention if grafted else 0,
-                "mixer": mixer if grafted else 0,
-                "copied": count(layer.parameters()) + (0 if grafted else attention),
-                "mixer_learns": list(MIXER_LEARNS) if grafted else [],
-                "copied_learns": list(BLOCK_LEARNS) if grafted else list(ENDS_LEARN),
-            }
-        )
+        layer_part = _part(f"layer {index}", count(layer.parameters()), attention=spec.layer_types[index])
+        if grafted:
+            layer_part |= {"replaced": attention, "mixer": mixer, "mixer_learns": list(MIXER_LEARNS)}
+            layer_part["copied_learns"] = list(BLOCK_LEARNS)
+        else:
+            layer_part["copied"] += attention
+        parts.append(layer_part)
     head = modules.get_output_embeddings()
     head_parameters = count(head.parameters())
     norms = [each for each in modules.modules() if "norm" in type(each).__name__.lower()]
-    parts.append(_end("norm", count(parameter for norm in norms for parameter in norm.parameters())))
+    parts.append(_part("norm", count(parameter for norm in norms for parameter in norm.parameters())))
     others = count(modules.parameters())
     if others:
-        parts.append(_end("projections at the ends", others))
-    parts.append(_end("head, tied to the embedding" if spec.tie_word_embeddings else "head", head_parameters))
+        parts.append(_part("projections at the ends", others))
+    parts.append(_part("head, tied to the embedding" if spec.tie_word_embeddings else "head", head_parameters))
     return {
         "teacher": spec.to_json(),
         "family": adapter.title,
@@ -90,10 +86,11 @@ def describe_teacher(teacher: ResolvedTeacher, student: StudentSpec) -> dict[str
     }
 
 
-def _end(name: str, copied: int) -> dict[str, Any]:
+def _part(name: str, copied: int, attention: str | None = None) -> dict[str, Any]:
+    """A part that no mixer replaces."""
     return {
         "part": name,
-        "attention": None,
+        "attention": attention,
         "replaced": 0,
         "mixer": 0,
         "copied": copied,

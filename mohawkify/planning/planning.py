@@ -15,7 +15,7 @@ from mohawkify.files import disk
 from mohawkify.objectives.trainable import part_of_parameters
 from mohawkify.planning.activations import count_footprint
 from mohawkify.planning.gpus import UTILISATION, Gpu, find_gpu, gpu_at_hand
-from mohawkify.planning.memory import Footprint
+from mohawkify.planning.memory import Layout
 from mohawkify.planning.planner import Machine, PlanInputs, layout_of, make_plan
 from mohawkify.recipe.schema import Recipe
 from mohawkify.recipe.stages import StageRecipe
@@ -87,10 +87,7 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         memory_bytes=_memory_bytes(),
         free_bytes=None if options.output is None else disk.free_bytes(options.output),
     )
-    footprint = _footprint(teacher, student, recipe) if options.count else None
-    return make_plan(
-        PlanInputs(teacher.spec, student, recipe, machine, layout, _makes_whole_logits(teacher)), footprint
-    )
+    return _make_plan(teacher, student, recipe, machine, layout, options.count)
 
 
 def plan_run(
@@ -99,10 +96,7 @@ def plan_run(
     """The plan that a run's folder keeps; activations are counted on a GPU only, because counting takes seconds."""
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
     layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
-    footprint = _footprint(teacher, student, recipe) if device == "cuda" else None
-    return make_plan(
-        PlanInputs(teacher.spec, student, recipe, machine, layout, _makes_whole_logits(teacher)), footprint
-    )
+    return _make_plan(teacher, student, recipe, machine, layout, device == "cuda")
 
 
 def student_of(teacher: ResolvedTeacher, recipe: Recipe) -> StudentSpec:
@@ -150,10 +144,6 @@ def _require_learning(stage: str, block: StageRecipe, student: StudentSpec, teac
         raise RecipeError(f"stages.{stage}.train: found {idle[0]}, of which nothing would learn: {reason}", hint=hint)
 
 
-def _makes_whole_logits(teacher: ResolvedTeacher) -> bool:
-    return teacher.adapter.logits.unknown is not None
-
-
 def _memory_bytes() -> int | None:
     """The memory of this machine, where the system reports it."""
     try:
@@ -169,8 +159,12 @@ def _gpu_at_hand(device: str) -> Gpu | None:
     return gpu_at_hand(properties.name, properties.total_memory)
 
 
-def _footprint(teacher: ResolvedTeacher, student: StudentSpec, recipe: Recipe) -> Footprint | None:
-    """Activations counted by the family's own code; None for routers of experts, which need real values to run."""
-    if teacher.spec.active_parameters < teacher.spec.num_parameters:
-        return None
-    return count_footprint(teacher.config, teacher.adapter, student, recipe)
+def _make_plan(
+    teacher: ResolvedTeacher, student: StudentSpec, recipe: Recipe, machine: Machine, layout: Layout, counts: bool
+) -> dict[str, Any]:
+    footprint = None
+    # The family's own code counts; routers of experts need real values to run.
+    if counts and teacher.spec.active_parameters == teacher.spec.num_parameters:
+        footprint = count_footprint(teacher.config, teacher.adapter, student, recipe)
+    makes_whole_logits = teacher.adapter.logits.unknown is not None
+    return make_plan(PlanInputs(teacher.spec, student, recipe, machine, layout, makes_whole_logits), footprint)

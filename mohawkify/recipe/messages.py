@@ -227,16 +227,10 @@ def _constraints(metadata: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _range(metadata: tuple[Any, ...]) -> str:
-    bounds = []
-    for constraint in metadata:
-        if isinstance(constraint, Ge):
-            bounds.append(f"at least {constraint.ge}")
-        elif isinstance(constraint, Gt):
-            bounds.append(f"above {constraint.gt}")
-        elif isinstance(constraint, Le):
-            bounds.append(f"at most {constraint.le}")
-        elif isinstance(constraint, Lt):
-            bounds.append(f"below {constraint.lt}")
+    words = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+    bounds = [
+        f"{words[type(each)]} {getattr(each, type(each).__name__.lower())}" for each in metadata if type(each) in words
+    ]
     return f" ({', '.join(bounds)})" if bounds else ""
 
 

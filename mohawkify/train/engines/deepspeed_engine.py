@@ -99,7 +99,6 @@ class DeepSpeedEngine(Engine):
         self._deepspeed = import_deepspeed(device)
         require_group()
         join_deepspeed(self._deepspeed, self.world)
-        self._use_parameters()
         self.engine, _, _, _ = self._deepspeed.initialize(
             model=CallWrapper(student, settings.layers),
             optimizer=self.adamw,

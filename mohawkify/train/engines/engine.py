@@ -46,9 +46,10 @@ class Engine(ABC):
         self._trained_names = tuple(trained)
         for name, parameter in student.named_parameters():  # frozen ones would pile up gradients without use
             parameter.requires_grad_(name in trained)
+        self._use_parameters()
 
     def _use_parameters(self) -> None:
-        """Take the student's parameters as they are now, wrapped or not, and make AdamW for the trained ones."""
+        """Take the student's parameters, anew once they are wrapped, and make AdamW for the trained ones."""
         # Any: the libraries put attributes of their own on them.
         self._parameters: dict[str, Any] = dict(self.student.named_parameters())
         self._trained = {name: self._parameters[name] for name in self._trained_names}
@@ -164,17 +165,6 @@ class LocalEngine(Engine):
     """One process, plain torch."""
 
     caches_casts = True
-
-    def __init__(
-        self,
-        student: nn.Module,
-        trained: Mapping[str, nn.Parameter],
-        optimizer: OptimizerRecipe,
-        precision: str,
-        device: torch.device,
-    ) -> None:
-        super().__init__(student, trained, optimizer, precision, device)
-        self._use_parameters()
 
     def shard(self, name: str) -> Tensor:
         return self._parameters[name].detach()
