@@ -41,14 +41,11 @@ class Case:
     """One operator.
 
     Args:
-        name: of the operator.
         build: random inputs of given sizes in float32, and the names of those with gradients.
         plain: the definition, which is run in float64 as the reference of the others.
         forms: those that are checked and timed; the names of others' begin with `FOREIGN`.
         base: the form that others' times are given as ratios of.
-        sizes: of the timing.
         checked_at: sizes of the check of errors, which may be smaller: rows and heads are independent.
-        quick: tiny sizes.
         small: sizes that load whatever a form needs before its memory is measured.
     """
 

@@ -105,8 +105,6 @@ def bench_decoding(device: torch.device, *, quick: bool, report: Report) -> dict
 
     Args:
         device: where it runs; the size of the models and the lists of batches and contexts follow from it.
-        quick: a tiny model.
-        report: receives a line for every step of the way.
 
     Returns:
         A JSON object: ``batches`` and ``contexts`` (rows of the two metrics), ``together`` (several sequences at the

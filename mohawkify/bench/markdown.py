@@ -19,14 +19,7 @@ class Bound(Enum):
 
 @dataclass(frozen=True)
 class Measure:
-    """A promise of speed, memory or error.
-
-    Args:
-        name: what is measured.
-        found: the value.
-        side: where it should be.
-        bound: of what.
-    """
+    """A promise of speed, memory or error."""
 
     name: str
     found: float

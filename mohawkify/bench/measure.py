@@ -25,11 +25,7 @@ MAPPED_FROM_BYTES = 65536  # what is larger is mapped for itself by malloc, and 
 
 @dataclass(frozen=True)
 class Timing:
-    """The durations of one thing, measured in turn with others.
-
-    Args:
-        seconds: of every round.
-    """
+    """The durations of one thing, measured in turn with others."""
 
     seconds: tuple[float, ...]
 
@@ -56,8 +52,6 @@ def side_by_side(functions: dict[str, Callable[[], object]], rounds: int, device
     """Time functions in turn, round after round, after one warm-up each.
 
     Args:
-        functions: by name.
-        rounds: how often each is timed.
         device: synchronised around each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}

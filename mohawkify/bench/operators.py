@@ -34,9 +34,7 @@ def bench_operators(device: torch.device, *, quick: bool, report: Report) -> dic
     """Check and time every operator.
 
     Args:
-        device: where it runs.
         quick: tiny sizes and no memory; the measures then mean little.
-        report: receives a line for every step of the way.
 
     Returns:
         A JSON object: ``rows`` (a form each) and ``measures``.

@@ -14,8 +14,6 @@ def line_plot(x_label: str, y_label: str, curves: Curves) -> str:
     """Draw curves.
 
     Args:
-        x_label: under the plot.
-        y_label: beside it.
         curves: points (x, y) by name, all above 0; a curve may be empty.
 
     Returns:

@@ -59,9 +59,6 @@ class Workload:
 
         Args:
             teacher: a folder, a model on the Hub, or ``demo``.
-            batch: sequences per step.
-            length: tokens per sequence.
-            device: where all of it goes.
         """
         resolved = resolve_teacher(teacher, need="weights")
         sizes = [
@@ -89,7 +86,6 @@ class Workload:
         """One optimiser step of a stage, which leaves the weights as they are: its learning rate is 0.
 
         Args:
-            name: of the stage.
             form: ``mohawkify`` or ``direct``.
             parts: receives the seconds per part, if given.
 
@@ -135,11 +131,7 @@ def bench_training(
 
     Args:
         teacher: a folder, a model on the Hub, or ``demo``.
-        device: where it runs.
-        batch: sequences per step.
-        length: tokens per sequence.
         quick: one round, and no memory.
-        report: receives a line for every step of the way.
 
     Returns:
         A JSON object: ``rows`` (a stage and form each), ``measures`` and the speed of large products.

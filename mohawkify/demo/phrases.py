@@ -25,7 +25,6 @@ class FactKind:
     """One sort of thing to remember about a character.
 
     Args:
-        name: what it is about.
         tell: sentences that tell the fact.
         recall: sentences, later in the story, that need it.
     """

@@ -42,7 +42,6 @@ class Story:
     """A story and the words in it that need memory.
 
     Args:
-        text: the whole story, one paragraph.
         recalls: character ranges (start, end) of the remembered words, in the order of the text.
     """
 

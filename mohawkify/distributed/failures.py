@@ -37,8 +37,6 @@ class FailureReporter:
 
     Args:
         store: a connection of its own to the rendezvous store.
-        rank: this process.
-        size: how many there are.
     """
 
     def __init__(self, store: distributed.Store, rank: int, size: int = 1) -> None:
@@ -55,7 +53,6 @@ class FailureReporter:
 
         Args:
             code: the exit code of this process's error.
-            print_error: prints it.
             kind: ``hang`` makes the other processes print their stacks.
 
         Returns:

@@ -33,10 +33,8 @@ class Rank:
 
     Args:
         rank: its number, from 0.
-        size: how many there are.
         local_rank: its number among those of its machine.
         address: the machine of process 0; None if the launcher's variables name it.
-        port: of process 0.
     """
 
     rank: int
@@ -83,7 +81,6 @@ def launch(num_processes: int, arguments: Sequence[str], print_error: Callable[[
     torchrun alone would kill them after thirty seconds, also during a save.
 
     Args:
-        num_processes: how many.
         arguments: those after ``mohawkify``.
         print_error: prints an error and a hint where all processes were killed before they could.
 

@@ -32,7 +32,6 @@ class World(AbstractContextManager["World"]):
 
     Args:
         rank: this process, from 0; rank 0 writes files and prints.
-        size: how many there are.
         local_rank: this process among those of its machine, the number of its GPU.
         store: the rendezvous store; None for one process.
     """

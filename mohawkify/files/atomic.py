@@ -230,7 +230,6 @@ def sweep_temporaries(directory: Path, *, alone: bool = False) -> list[str]:
     predecessor.
 
     Args:
-        directory: the folder.
         alone: whether this process alone writes there, as the holder of a lock does: then a temporary is left over even
             where its number now is that of a living process. Numbers are given out again, and in a container they
             repeat from start to start.

@@ -53,7 +53,6 @@ def clear_errors(action: str, path: Path, needed: int | None = None) -> Iterator
 
     Args:
         action: what the block does, as in "cannot write".
-        path: where.
         needed: bytes that it writes in all, if known: named where the disk is full.
 
     Raises:

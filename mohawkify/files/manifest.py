@@ -57,8 +57,6 @@ def manifest_of(directory: Path, facts: Mapping[str, Any], heartbeat: Heartbeat)
     """The manifest of a folder as it is now.
 
     Args:
-        directory: the folder.
-        facts: of the manifest beside the files.
         heartbeat: called after every part of a file.
     """
     files = {name: _describe(directory / name, heartbeat) for name in sorted(files_below(directory))}

@@ -39,9 +39,7 @@ class TensorHeader:
     """A tensor as the header of its file describes it.
 
     Args:
-        file: where it lies.
         dtype: safetensors' name of its type, such as ``BF16``.
-        shape: its sizes.
         begin: offset of its first byte in the file.
         end: offset behind its last byte.
     """

@@ -51,8 +51,6 @@ def backend(
 
     Args:
         operator: ``scan``, ``orient_loss`` or ``step``.
-        device: where its inputs are.
-        dtype: of its inputs.
         kernels: ``auto`` or the name of an implementation; one that does not have the operator
             counts as ``auto``.
         width: the widest state or head.

@@ -164,8 +164,6 @@ def count_footprint(
     """Count what one sequence takes in one layer, in every stage.
 
     Args:
-        config: the teacher's configuration.
-        adapter: its family.
         student: the student's facts; its first grafted layer stands for all layers.
         recipe: precision, lengths and what is trained.
         whole_scan: whether to run all groups of a scan's chunks, which takes far longer; the bytes are equal.

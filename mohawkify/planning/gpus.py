@@ -19,7 +19,6 @@ class Gpu:
 
     Args:
         name: as the command line has it.
-        memory_bytes: its memory.
         flops_per_second: peak dense bf16 arithmetic with float32 sums; None if unknown.
         fp32_flops_per_second: peak float32 arithmetic outside of tensor cores; None if unknown.
         bytes_per_second: bandwidth of its memory; None if unknown.
@@ -70,7 +69,6 @@ def gpu_at_hand(name: str, memory_bytes: int) -> Gpu:
 
     Args:
         name: as the driver has it, such as ``NVIDIA H100 80GB HBM3``.
-        memory_bytes: as the driver has it.
     """
     words = name.upper().replace("-", " ").split()
     known = next((gpu for gpu in GPUS.values() if gpu.name in words), None)

@@ -37,10 +37,6 @@ def inspect_source(source: str) -> dict[str, Any]:
 def describe_teacher(teacher: ResolvedTeacher, student: StudentSpec) -> dict[str, Any]:
     """List the parts of a teacher and what becomes of each.
 
-    Args:
-        teacher: the teacher, resolved.
-        student: the student that would be made of it.
-
     Returns:
         A JSON object: the facts of both; ``parts`` with name, attention, replaced, mixer and copied parameters and
         the stages in which each learns. Tensors that two parts share are counted in the first.

@@ -95,8 +95,6 @@ class Sizes:
     Args:
         stage: ``orient``, ``align`` or ``distill``.
         length: l, its greatest.
-        teacher: the teacher's facts.
-        student_spec: the student's facts.
         trained_parts: parameters that the stage trains, by part.
         whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
     """
@@ -190,11 +188,6 @@ def rule_of_thumb(teacher: TeacherSpec, student: StudentSpec, precision: str, le
 def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str, int]:
     """Bytes on one GPU at the fullest moment of a step, by part.
 
-    Args:
-        sizes: of the models and the stage.
-        layout: how training is laid out.
-        footprint: what one sequence takes.
-
     Returns:
         Bytes by the names in `PARTS`. ``update`` is what the optimiser's step needs beyond what forward and backward
         passes had in use, which are over by then; the sum of all parts is the most that is in use.
@@ -217,9 +210,7 @@ def largest_micro_batch(
     """The largest micro-batch that fits: a divisor of one GPU's share of the batch; 0 where not even one sequence fits.
 
     Args:
-        sizes: of the models and the stage.
         layout: how training is laid out; its own micro-batch does not count.
-        footprint: what one sequence takes.
         usable_bytes: memory of a GPU that may be filled.
         batch_sequences: sequences of a step on all GPUs.
     """
@@ -236,8 +227,6 @@ class Remedy:
 
     Args:
         kind: of a kind, the last one that is applied counts.
-        words: what to change.
-        layout: what comes of it.
     """
 
     kind: str

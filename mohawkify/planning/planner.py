@@ -67,10 +67,6 @@ class PlanInputs:
     """Everything that a plan depends on.
 
     Args:
-        teacher: the teacher's facts.
-        student: the student's facts.
-        recipe: budgets and batches.
-        machine: speed, memory, price.
         layout: how training is spread over GPUs; from `layout_of`.
         whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
     """
@@ -107,7 +103,6 @@ def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[st
     """Work out the plan.
 
     Args:
-        inputs: see `PlanInputs`.
         footprint: the memory of one sequence in a layer; None takes the rule of thumb.
 
     Returns:
@@ -162,12 +157,9 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
     """How a recipe is laid out over GPUs.
 
     Args:
-        recipe: precision, micro-batch and checkpointing.
         engine: ``single``, ``deepspeed`` or ``fsdp``; ``auto`` for the recipe's. Where that is ``auto`` too, one GPU
             means one process, and several mean DeepSpeed.
         zero: ZeRO's stage; None for the recipe's, or 3.
-        num_gpus: GPUs that share the work.
-        on_gpu: whether there is a GPU at all.
 
     Raises:
         UsageError: a batch cannot be shared out, one process should use several GPUs, or a stage of ZeRO is asked

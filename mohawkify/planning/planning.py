@@ -56,8 +56,6 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
 
     Args:
         source: the teacher: a Hub id, a folder or a config.json.
-        recipe: the resolved recipe.
-        options: the machine.
 
     Raises:
         UsageError: an unknown GPU, several without a kind on a machine that has none, or a batch that so many cannot

@@ -77,7 +77,6 @@ def explain(
     """Turns the errors of a validation into one line and a hint.
 
     Args:
-        error: what pydantic raised.
         model: the schema that the data was checked against.
         source: where the data came from, for example a file name.
         lines: the line of each key; empty where the data has no lines.

@@ -41,7 +41,6 @@ class Checkpoint:
     """A checkpoint whose files have been found as they were written.
 
     Args:
-        path: its folder.
         global_step: optimiser steps done, counted over all stages.
         state: what the loop gave to `save_checkpoint`.
     """
@@ -67,7 +66,6 @@ def save_checkpoint(
     to one run. A damaged one is replaced.
 
     Args:
-        directory: the run's folder of checkpoints.
         global_step: optimiser steps done, counted over all stages.
         model_tensors: the student's parameters by name, on any device; the dtypes are kept.
         optimizer_tensors: the optimiser's tensors by name.
@@ -124,7 +122,6 @@ def newest_valid(directory: Path, report: Callable[[str], None]) -> Checkpoint |
     """Find the checkpoint to continue from: the newest whose every byte is as it was written.
 
     Args:
-        directory: the run's folder of checkpoints.
         report: takes one line for each damaged checkpoint that is passed over; it stays where it is.
 
     Returns:
@@ -142,11 +139,7 @@ def newest_valid(directory: Path, report: Callable[[str], None]) -> Checkpoint |
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
-    """The tensors of a file, each read from the disk when it is accessed, to the CPU and into memory of its own.
-
-    Args:
-        path: the safetensors file.
-    """
+    """The tensors of a file, each read from the disk when it is accessed, to the CPU and into memory of its own."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -201,8 +194,6 @@ def rotate(directory: Path, keep: int, heartbeat: Heartbeat = no_heartbeat) -> N
     """Delete the checkpoints older than the newest `keep` valid ones, which are verified first.
 
     Args:
-        directory: the run's folder of checkpoints.
-        keep: how many stay.
         heartbeat: called after every part of a file that is hashed, and every folder that is removed.
 
     Raises:
@@ -268,7 +259,6 @@ def open_checkpoint(path: Path, heartbeat: Heartbeat = no_heartbeat) -> Checkpoi
     """Verify a checkpoint and read its state.
 
     Args:
-        path: its folder.
         heartbeat: called whenever a part of a file has been hashed.
 
     Raises:

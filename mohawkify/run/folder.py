@@ -42,11 +42,7 @@ class _Inside:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one conversion; docs/architecture.md lists their contents.
-
-    Args:
-        path: the folder.
-    """
+    """The files of one conversion; docs/architecture.md lists their contents."""
 
     path: Path
 

@@ -14,7 +14,6 @@ class MetricsLog:
     """The lines of `metrics.jsonl`.
 
     Args:
-        path: the file.
         report: receives a line where the disk has no room for the first of some lines.
     """
 

@@ -32,10 +32,6 @@ class CallWrapper(nn.Module):
 
     A function of one layer, which stages 1 and 2 call, gathers that layer alone. Any other may use the whole student,
     so the parts beside the layers are gathered too.
-
-    Args:
-        student: a transformers model.
-        layers: its decoder layers.
     """
 
     def __init__(self, student: nn.Module, layers: nn.ModuleList) -> None:

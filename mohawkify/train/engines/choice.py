@@ -73,8 +73,6 @@ def build_engine(objective: Objective, recipe: Recipe, micro_batch: int, device:
         objective: of the stage; has the student and the parameters that train.
         recipe: engine, optimiser and precision.
         micro_batch: sequences per forward pass in one process.
-        device: where this process computes.
-        world: the processes.
 
     Raises:
         MohawkifyError: the engine is not installed, or its settings contradict the recipe.

@@ -72,10 +72,7 @@ class EngineFacts:
     Args:
         optimizer: AdamW's settings and the gradient clip.
         learning_rate: the stage's peak.
-        precision: ``fp32`` or ``bf16``.
-        batch_sequences: the global batch.
         micro_batch_sequences: sequences per forward pass in one process.
-        num_processes: processes of the run.
         zero: ZeRO's stage, or None for the file's.
         offload: ``none``, ``optimizer`` or ``all``, or None for the file's.
     """
@@ -94,7 +91,6 @@ def engine_config(facts: EngineFacts, user: Mapping[str, Any] | None = None, sou
     """The settings that DeepSpeed is started with.
 
     Args:
-        facts: of the recipe and the command line.
         user: a user's own settings, as `read_settings` gave them.
         source: the file they come from, for messages.
 

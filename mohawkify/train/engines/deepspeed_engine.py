@@ -66,8 +66,6 @@ class ZeroSettings:
     """How DeepSpeed is started.
 
     Args:
-        world: the processes.
-        layers: the student's decoder layers.
         config: DeepSpeed's settings, from `deepspeed_config.engine_config`.
         backwards_per_step: how often a step calls `backward`, where every call reaches all trained parameters, as in
             stage 3; None where a call reaches a layer, as in stages 1 and 2.

@@ -27,7 +27,6 @@ class Engine(ABC):
             do not.
         optimizer: AdamW's settings and the gradient clip.
         precision: ``fp32`` or ``bf16``: autocast over float32 weights.
-        device: this process's device.
     """
 
     # Autocast keeps copies of weights: those of all layers would be whole in an engine that shards them.

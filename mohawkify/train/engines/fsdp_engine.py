@@ -27,8 +27,6 @@ class FsdpSettings:
     """How the student is spread.
 
     Args:
-        world: the processes.
-        layers: the student's decoder layers.
         offload: whether weights, gradients and moments are kept in the CPU's memory.
     """
 

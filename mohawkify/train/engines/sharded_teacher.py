@@ -28,9 +28,6 @@ def shard_teacher(teacher: PreTrainedModel, layers: str, how: How, device: torch
     Args:
         teacher: the frozen teacher, whole in every process with the same values; it may lie in the CPU's memory.
         layers: the attribute path of its decoder layers.
-        how: by which library.
-        device: this process's device.
-        world: the processes.
     """
     require_group()
     head = teacher.get_output_embeddings()

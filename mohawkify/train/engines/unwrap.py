@@ -18,9 +18,6 @@ class PlainModel:
     """A model's modules before DeepSpeed or FSDP2 changed their classes, hooks, attributes and parameters.
 
     Neither library can unwrap a model, but the next stage wraps the same one again.
-
-    Args:
-        model: the model, not yet wrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:
