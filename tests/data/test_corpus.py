@@ -210,7 +210,7 @@ def test_failure_on_the_way_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_id_beyond_the_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="gives id 256, but the teacher's vocabulary has 256 entries"):
+    with pytest.raises(DataError, match=r"the token '<s>' \(id 256\), but the model's vocabulary has 256 rows"):
         build(tmp_path, write_texts(tmp_path / "a.jsonl"), vocab_size=256)
 
 
