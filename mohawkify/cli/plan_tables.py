@@ -72,7 +72,7 @@ def _schedule(planned: dict[str, Any]) -> str:
             f"{row['warmup_steps']:,}",
             f"{row['stable_steps']:,}",
             f"{row['decay_steps']:,}",
-            f"{row['learning_rate']:g}",
+            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             f"{row['floor']:g}",
             f"{row['trainable_parameters']:,}",
         )

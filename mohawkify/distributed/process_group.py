@@ -69,6 +69,14 @@ class World(AbstractContextManager["World"]):
         self._run(lambda: distributed.all_gather(tensors, tensor))
         return tensors
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, of one shape and dtype, on the first one's device; it may be in place."""
+        if self.size > 1:
+            whole = tensor.cpu()
+            self._run(lambda: distributed.all_reduce(whole))
+            tensor.copy_(whole)
+        return tensor
+
     def barrier(self) -> None:
         """Wait until every process has called this."""
         self._reduce([0.0], distributed.ReduceOp.SUM)

@@ -9,6 +9,7 @@ from torch import nn
 from mohawkify.mixers.mamba2 import DiscreteMamba2
 from mohawkify.mixers.mixer import Mixer, matrix_parameters, mixer_class, mixer_kinds, mixers_of
 from mohawkify.mixers.start_attention import start_from_attention
+from mohawkify.mixers.start_calibrated import CalibratedStart, start_silent
 from mohawkify.mixers.start_identity import start_identity
 from mohawkify.ops import dispatch
 
@@ -17,7 +18,12 @@ __all__ = ["Mixer", "matrix_parameters", "mixer_class", "mixer_kinds", "mixers_o
 # The code that travels with a student computes in plain torch; where mohawkify is installed, kernels are used.
 DiscreteMamba2.scan = staticmethod(dispatch.scan)
 DiscreteMamba2.step = staticmethod(dispatch.step)
-DiscreteMamba2.starts = {"identity": start_identity, "attention": start_from_attention}
+DiscreteMamba2.starts = {
+    "identity": start_identity,
+    "attention": start_from_attention,
+    "calibrated": start_silent,
+}
+DiscreteMamba2.calibration = CalibratedStart
 
 
 def use_kernels(student: nn.Module, kernels: str) -> None:

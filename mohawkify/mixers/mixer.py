@@ -68,6 +68,8 @@ class Mixer(nn.Module, ABC):
         config_class: what `config` is.
         starts: functions (mixer, the teacher's `AttentionWeights`, number of decoder layers) that set the start values,
             by ``student.init``; the second argument is on the mixer's device.
+        calibration: what fits the mixer to attention on text, a `mohawkify.mixers.calibration.Calibration`, for the
+            start ``calibrated``; None where there is none.
         matrix_parameters: the parameters and submodules that `matrix_parts` is made of, which stage 1 trains; none
             where there is no such matrix.
         precise_parameters: patterns of names that stay in float32 in a bfloat16 or quantised student; linear maps among
@@ -82,6 +84,7 @@ class Mixer(nn.Module, ABC):
     starts: ClassVar[Mapping[str, Callable[[Any, Any, int], None]]] = {
         "identity": lambda mixer, weights, num_layers: mixer.reset_parameters()
     }
+    calibration: ClassVar[Any] = None
     matrix_parameters: ClassVar[tuple[str, ...]] = ()
     precise_parameters: ClassVar[tuple[str, ...]] = ()
     code: ClassVar[tuple[str, ...]] = ()

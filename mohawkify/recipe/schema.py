@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Literal, Self
 
@@ -11,6 +12,7 @@ from mohawkify.recipe.messages import show
 
 # Everything of the schema is imported from here; the part about stages only has a file of its own.
 from mohawkify.recipe.stages import AlignRecipe as AlignRecipe
+from mohawkify.recipe.stages import CalibrateRecipe as CalibrateRecipe
 from mohawkify.recipe.stages import DistillFinalPhase as DistillFinalPhase
 from mohawkify.recipe.stages import DistillRecipe as DistillRecipe
 from mohawkify.recipe.stages import FinalPhase as FinalPhase
@@ -45,9 +47,10 @@ class StudentRecipe(Section):
         default="discrete_mamba2",
         description="kind of the mixers: discrete_mamba2, mamba2, or one that an installed package registers",
     )
-    init: Literal["attention", "identity"] = Field(
+    init: Literal["calibrated", "attention", "identity"] = Field(
         default="attention",
-        description="start of the mixers: from the teacher's attention weights, or as published (identity)",
+        description="start of the mixers: fitted to the teacher's attention on text by the stage calibrate, from the"
+        " teacher's attention weights, or as published (identity)",
     )
     state_size: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
     conv_kernel: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
@@ -288,6 +291,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
         blocks = self.stages.blocks()
+        self._require_calibration(blocks)
         if self.compute.shard_teacher and any(
             getattr(block.final_phase, "teacher_bits", None) is not None for block in blocks.values()
         ):
@@ -300,7 +304,7 @@ class Recipe(Section):
                 conflict(("stages", name, "final_phase", keys[0]), message)
         micro = self.compute.micro_batch_sequences
         for name, stage in blocks.items():
-            if stage.tokens and self.schedule.floor > stage.learning_rate:
+            if stage.tokens and stage.learning_rate is not None and self.schedule.floor > stage.learning_rate:
                 message = (
                     f"found {self.schedule.floor}, expected at most stages.{name}.learning_rate, {stage.learning_rate}"
                 )
@@ -315,6 +319,17 @@ class Recipe(Section):
                 conflict(("compute", "micro_batch_sequences"), message)
             self._require_one_order(name, stage)
         return self
+
+    def _require_calibration(self, blocks: Mapping[str, StageRecipe]) -> None:
+        """The start ``calibrated`` and the stage ``calibrate``, which is the first one, belong together."""
+        names = [name for name, block in blocks.items() if isinstance(block, CalibrateRecipe)]
+        is_first = names == list(blocks)[:1]
+        if names and not is_first:
+            conflict(("stages", names[-1]), "found behind another stage, expected it first, and once")
+        if names and self.student.init != "calibrated":
+            conflict(("stages", names[0]), f"found beside student.init: {self.student.init}, expected calibrated")
+        if not names and self.student.init == "calibrated":
+            conflict(("student", "init"), "found calibrated without a stage calibrate, expected both or neither")
 
     def longest_sequence(self, data: str) -> int:
         """Tokens of the longest sequences that the stages read of ``train`` or ``final_phase``; 0 if they read none."""

@@ -134,6 +134,20 @@ class StageRecipe(Section):
         return Segment(data, num_steps, sequence_length)
 
 
+class CalibrateRecipe(StageRecipe):
+    """Before stage 1: the mixers are fitted to attention on text, in closed form."""
+
+    plans_as = "orient"
+
+    objective: Literal["closed_form"] = Field(default="closed_form", description="sums over text, and one solution")
+    tokens: PositiveCount = Field(default=16_384, description="tokens of text that the sums are taken over")
+    sequence_length: int = Field(default=256, ge=2, description="tokens per sequence")
+    batch_sequences: int = Field(default=4, ge=1, description="sequences per forward pass")
+    learning_rate: None = Field(default=None, description="none: there are no gradients")  # type: ignore[assignment]
+    final_phase: None = Field(default=None, description="none")
+    plateau: None = Field(default=None, description="none")
+
+
 class OrientRecipe(StageRecipe):
     """Stage 1: the student's mixing matrices learn the teacher's attention matrices."""
 
@@ -205,8 +219,14 @@ class StagesRecipe(_Stages):
 
 
 STANDARD_OBJECTIVES = {"orient": "matrix", "align": "hidden_state", "distill": "logits"}
+OBJECTIVE_OF_NAME = {"calibrate": "closed_form", **STANDARD_OBJECTIVES}  # where a block names none
 ENTRY_POINTS = "mohawkify.objectives"  # the group in which packages name the modules that register objectives
-_BLOCKS: dict[str, type[StageRecipe]] = {"matrix": OrientRecipe, "hidden_state": AlignRecipe, "logits": DistillRecipe}
+_BLOCKS: dict[str, type[StageRecipe]] = {
+    "closed_form": CalibrateRecipe,
+    "matrix": OrientRecipe,
+    "hidden_state": AlignRecipe,
+    "logits": DistillRecipe,
+}
 _RESERVED = {"init", *dir(_Stages)}  # the measurement before all stages, and names of attributes
 _MOST_STAGES = 16
 
@@ -236,7 +256,7 @@ def stages_model(stages: Any) -> type[StagesRecipe]:
     blocks: dict[str, type[StageRecipe]] = {}
     for name, block in list(stages.items())[:_MOST_STAGES]:
         objective = block.get("objective") if isinstance(block, dict) else None
-        objective = STANDARD_OBJECTIVES.get(name) if objective is None else objective
+        objective = OBJECTIVE_OF_NAME.get(name) if objective is None else objective
         if objective is not None and _is_stage_name(name):
             blocks[name] = (stage_block(objective) if isinstance(objective, str) else None) or _unknown_block()
     for name, objective in STANDARD_OBJECTIVES.items():

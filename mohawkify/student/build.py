@@ -142,7 +142,11 @@ def _mixer_config(teacher: TeacherSpec, adapter: Adapter, recipe: StudentRecipe)
             values[key] = value
         elif key not in options and value != StudentRecipe.model_fields[key].default:
             raise RecipeError(f"student.{key}: found {value}, but {kind.title} has no such option")
-    config = asdict(kind.config_class(**values))
+    built = kind.config_class(**values)
+    reason = kind.calibration.refuse(built) if recipe.init == "calibrated" and kind.calibration else None
+    if reason:
+        raise RecipeError(f"student.init: found calibrated, which {reason}", hint="student.init: attention")
+    config = asdict(built)
     del config["num_heads"]
     return config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mohawkify.data.corpus import Corpus
 from mohawkify.distributed.process_group import World
+from mohawkify.mixers.calibration import Calibration
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder
@@ -70,6 +71,7 @@ class Conversion:
         final_teacher: the second teacher or its logits, for the final phase; None where there is none.
         load_first: loads the first teacher again, after another has replaced it.
         load_final: loads the second teacher.
+        calibrations: of the mixers, by layer, where the start is ``calibrated``.
     """
 
     run: RunFolder
@@ -85,3 +87,4 @@ class Conversion:
     final_teacher: FinalTeacher | None
     load_first: Callable[[], PreTrainedModel]
     load_final: Callable[[], PreTrainedModel]
+    calibrations: dict[int, Calibration] = field(default_factory=dict)

@@ -42,6 +42,7 @@ from mohawkify.teacher.second import (
     require_fitting_tokens,
 )
 from mohawkify.teacher.soundness import require_sound
+from mohawkify.train.calibrate import calibrations_of
 from mohawkify.train.conversion import Conversion, ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
     choose_engine,
@@ -252,6 +253,8 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
 
     teacher = load_teacher(resolved, dtype=dtype, device=load_device)
     student = build_student(teacher, adapter, spec, recipe.student.init, recipe.seed)
+    models = TeacherStudent(teacher, student, spec, adapter, recipe.compute.kernels)
+    calibrations = calibrations_of(models) if recipe.student.init == "calibrated" else {}
     verify_head(teacher, adapter, vocab_size)
     if adapter.autodetected:
         options.report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")
@@ -271,7 +274,7 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
         recipe=recipe,
         options=options,
         identity=identity,
-        models=TeacherStudent(teacher, student, spec, adapter, recipe.compute.kernels),
+        models=models,
         tokenizer=tokenizer,
         corpora=corpora,
         held_out=held_out,
@@ -280,6 +283,7 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
         final_teacher=final_teacher,
         load_first=load_first,
         load_final=load_final,
+        calibrations=calibrations,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mohawkify.distributed.shutdown import Shutdown
@@ -44,8 +45,18 @@ class CheckpointWriter:
 
     def save(self, engine: Engine, state: TrainingState, hang: Watchdog) -> None:
         """Write a checkpoint, and remove the oldest; all processes call it."""
+        self._save({"model": engine.parameters(), "optimizer": engine.state()}, state, hang)
+
+    def save_student(self, state: TrainingState, hang: Watchdog) -> None:
+        """Write a checkpoint of a student that is in no engine; all processes call it."""
+        parameters = {
+            name: parameter.detach().cpu() for name, parameter in self._conversion.models.student.named_parameters()
+        }
+        self._save({"model": parameters, "optimizer": {}}, state, hang)
+
+    def _save(self, groups: dict[str, dict[str, Tensor]], state: TrainingState, hang: Watchdog) -> None:
         world = self._conversion.world
-        tensors = {"model": engine.parameters(), "optimizer": engine.state(), "rng": gather_random_state(world)}
+        tensors = {**groups, "rng": gather_random_state(world)}
         world.on_rank0(lambda: self._write(tensors, state, hang), hang.heartbeat)
         self._saved_step = state.global_step
         hang.heartbeat()
@@ -122,6 +133,15 @@ def resume_engine(conversion: Conversion, saved: checkpoint.Checkpoint, engine: 
     """Load weights, moments and random generators from a checkpoint."""
     engine.load_parameters(checkpoint.load_tensors(saved, "model"))
     engine.load_state(checkpoint.load_tensors(saved, "optimizer"))
+    restore_random_state(conversion.world, checkpoint.load_tensors(saved, "rng"))
+
+
+def resume_student(conversion: Conversion, saved: checkpoint.Checkpoint) -> None:
+    """Load weights and random generators from a checkpoint of a student that was in no engine."""
+    stored = checkpoint.load_tensors(saved, "model")
+    with torch.no_grad():
+        for name, parameter in conversion.models.student.named_parameters():
+            parameter.copy_(stored[name])
     restore_random_state(conversion.world, checkpoint.load_tensors(saved, "rng"))
 
 

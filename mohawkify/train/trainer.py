@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
+from mohawkify.data.loader import SampleRange
 from mohawkify.data.stage_text import stage_ranges
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.evaluation.report import markdown_report
 from mohawkify.files import atomic
 from mohawkify.objectives.catalogue import make_objective
-from mohawkify.recipe.schema import Recipe
+from mohawkify.recipe.schema import CalibrateRecipe, Recipe
 from mohawkify.run.checkpoint import Checkpoint
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.save import save_student, weight_bytes
+from mohawkify.train.calibrate import batches_of_passes, calibrate, calibration_text
 from mohawkify.train.checks import RefusedStepError
 from mohawkify.train.conversion import Conversion, ConvertOptions
 from mohawkify.train.engines.choice import build_engine
@@ -25,7 +27,7 @@ from mohawkify.train.micro_batch import micro_batch_of, naming_what_to_try
 from mohawkify.train.plateau import Phases
 from mohawkify.train.preparation import prepare, read_request
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.saving import CheckpointWriter, newest_checkpoint, resume_engine, resume_state
+from mohawkify.train.saving import CheckpointWriter, newest_checkpoint, resume_engine, resume_state, resume_student
 from mohawkify.train.step_log import StepLog
 from mohawkify.train.teacher_switch import TeacherSwitch
 from mohawkify.train.tracking import require_trackers
@@ -131,6 +133,10 @@ class Trainer:
             saved = self._saved if state.stage == name else None
             if state.stage != name:
                 state.begin(name)
+            if isinstance(block := blocks[name], CalibrateRecipe):
+                self._calibrate(block, ranges[name][0], saved)
+                self._measure(name)
+                continue
             self._train_stage(Stage(name, make_objective(conversion.models, blocks[name]), ranges[name]), saved)
             self._measure(name)
 
@@ -141,6 +147,35 @@ class Trainer:
             metrics = measure(self._conversion, name, self._state, self._stop)
             self._log.add_measurement(metrics, self._state)
             self._stop.check(f"after measuring {name}")
+
+    def _calibrate(self, block: CalibrateRecipe, text: SampleRange, saved: Checkpoint | None) -> None:
+        """Fit the mixers to the teacher's attention, all at once, or load what a checkpoint holds."""
+        conversion, state = self._conversion, self._state
+        if saved is not None:
+            resume_student(conversion, saved)
+            return
+        batches = sum(batches_of_passes(conversion.calibrations, block.num_steps).values())
+        begin = time.perf_counter()
+        with (
+            StageProgress(
+                state.stage, batches * block.tokens_per_step, 0, is_shown=conversion.world.is_rank0
+            ) as progress,
+            Watchdog(conversion.options.hang_timeout, f"training stage {state.stage}", conversion.world) as hang,
+        ):
+
+            def on_batch(tokens: int) -> None:
+                hang.heartbeat()
+                self._stop.check(f"in stage {state.stage}, of which nothing is saved before its end")
+                progress.update(StepReport(0, tokens, 0.0, 0.0, 0.0, {}))
+
+            source = calibration_text(conversion, block, text)
+            relative = calibrate(conversion.models, conversion.calibrations, source, conversion.world, on_batch)
+            conversion.calibrations.clear()
+            tokens, seconds = block.num_steps * block.tokens_per_step, time.perf_counter() - begin
+            step = StepReport(block.num_steps, tokens, 0.0, 0.0, seconds, {"loss": relative, "relative": relative})
+            state.add_step(step.step, step.tokens, step.seconds)
+            self._log.add_step(step, state, None)
+            self._checkpoints.save_student(state, hang)
 
     def _train_stage(self, stage: Stage, saved: Checkpoint | None) -> None:
         """Build the engine, load what a checkpoint holds of the stage, take the steps, gather the student again."""

@@ -105,7 +105,7 @@ def require_agreeing_settings(recipe: Recipe, world: World) -> None:
         settings = {key: value for key, value in settings.items() if key not in FOLLOWING_MICRO_BATCH}
     for stage in recipe.stages.blocks().values():
         share = stage.batch_sequences // world.size
-        if stage.num_steps:
+        if stage.num_steps and stage.learning_rate is not None:
             micro_batch = min(requested, share) if isinstance(requested, int) else share
             _deepspeed_settings(stage, recipe, micro_batch, world, settings)
 

@@ -1,0 +1,99 @@
+"""The seam for starts in closed form: sums over text and one solution after each pass, instead of gradients.
+
+Shapes: b batch, h query heads, l target position, s source position, d model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mohawkify.families.adapter import AttentionWeights
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention that a mixer replaces, in the teacher's own forward pass.
+
+    Args:
+        hidden_bld: its input.
+        probabilities_bhls: its attention matrices, in at least float32.
+        output_bld: its output.
+        document_starts_bl: true where a new document begins.
+        call_mixer: calls the mixer on the same input and with the same further arguments.
+    """
+
+    hidden_bld: Tensor
+    probabilities_bhls: Tensor
+    output_bld: Tensor
+    document_starts_bl: Tensor
+    call_mixer: Callable[[], Any]
+
+
+class Calibration(ABC):
+    """Fits one mixer to the attention that it replaces.
+
+    Args:
+        mixer: the mixer, whose start it sets.
+        weights: the attention's projections, on the mixer's device in float32.
+
+    Attributes:
+        passes: the passes over text in order, each with the share of the text that it reads.
+        sums: what the current pass adds up. It may be added up over processes, before `solve`.
+    """
+
+    passes: ClassVar[Mapping[str, float]]
+
+    def __init__(self, mixer: Any, weights: AttentionWeights) -> None:
+        self.mixer, self.weights = mixer, weights
+        self.sums: dict[str, Tensor] = {}
+
+    @classmethod
+    def refuse(cls, config: Any) -> str | None:
+        """The reason why mixers with these options cannot be calibrated, as the end of a sentence; None if they can."""
+        return None
+
+    @abstractmethod
+    def begin(self, name: str, length: int) -> None:
+        """Begin a pass: set `sums` to zeros of their shapes, on the mixer's device.
+
+        Args:
+            name: of the pass.
+            length: tokens per sequence.
+        """
+
+    @abstractmethod
+    def add(self, call: AttentionCall) -> None:
+        """Add a batch to the sums of the pass."""
+
+    @abstractmethod
+    def solve(self) -> float | None:
+        """Set the mixer's parameters from the sums of the pass, and free them.
+
+        Returns:
+            After the last pass the distance of the mixer's output from that of attention, over the latter's norm.
+        """
+
+
+def ridge(gram: Tensor, target: Tensor, strength: float | Tensor) -> Tensor:
+    """Solve ``(gram + strength) x = target`` in float64, for symmetric positive semidefinite ``gram``.
+
+    Args:
+        gram: (..., f, f).
+        target: (..., f, k).
+        strength: (..., f), or one number for all features: added to the diagonal.
+
+    Returns:
+        (..., f, k) in float64, on the CPU, which has float64 and decompositions on every machine.
+    """
+    gram, target = gram.double().cpu(), target.double().cpu()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    floor = 1e-9 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
+    added = torch.as_tensor(strength, dtype=torch.float64).cpu() + floor
+    factor = torch.linalg.cholesky(gram + torch.diag_embed(added.expand_as(diagonal)))
+    return torch.cholesky_solve(target, factor)
