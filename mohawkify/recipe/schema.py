@@ -321,15 +321,14 @@ class Recipe(Section):
         return self
 
     def _require_calibration(self, blocks: Mapping[str, StageRecipe]) -> None:
-        """The start ``calibrated`` and the stage ``calibrate``, which is the first one, belong together."""
+        """The start ``calibrated`` and its stage belong together."""
         names = [name for name, block in blocks.items() if isinstance(block, CalibrateRecipe)]
-        is_first = names == list(blocks)[:1]
-        if names and not is_first:
-            conflict(("stages", names[-1]), "found behind another stage, expected it first, and once")
+        if len(names) > 1:
+            conflict(("stages", names[1]), f"found beside {names[0]}, expected one calibration at most")
         if names and self.student.init != "calibrated":
             conflict(("stages", names[0]), f"found beside student.init: {self.student.init}, expected calibrated")
         if not names and self.student.init == "calibrated":
-            conflict(("student", "init"), "found calibrated without a stage calibrate, expected both or neither")
+            conflict(("student", "init"), "found calibrated without stages.calibrate, expected both or neither")
 
     def longest_sequence(self, data: str) -> int:
         """Tokens of the longest sequences that the stages read of ``train`` or ``final_phase``; 0 if they read none."""

@@ -248,6 +248,8 @@ def stage_block(objective: str) -> type[StageRecipe] | None:
 def stages_model(stages: Any) -> type[StagesRecipe]:
     """The schema of a recipe's stages: a field for every key that names a stage, in the order of the keys.
 
+    A stage of the objective ``closed_form`` comes first.
+
     Args:
         stages: the value of ``stages``, unchecked. Its other keys are left to the schema, which refuses them.
     """
@@ -261,7 +263,9 @@ def stages_model(stages: Any) -> type[StagesRecipe]:
             blocks[name] = (stage_block(objective) if isinstance(objective, str) else None) or _unknown_block()
     for name, objective in STANDARD_OBJECTIVES.items():
         blocks.setdefault(name, _BLOCKS[objective])
-    return _stages_model(tuple(blocks.items()))
+    # A calibration is of the start, wherever its key stands: an override adds it behind the others.
+    ordered = sorted(blocks.items(), key=lambda item: item[1] is not CalibrateRecipe)
+    return _stages_model(tuple(ordered))
 
 
 def _is_stage_name(name: Any) -> bool:

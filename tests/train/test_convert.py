@@ -130,6 +130,57 @@ def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_
         assert run.results()["stages"][name]["kl"] == row["kl"]
 
 
+@pytest.mark.parametrize("stops", [(1,), (6, 7), (8,)], ids=str)
+def test_a_calibrated_run_continues_to_the_same_bits(teacher_folder, recipe, tmp_path, monkeypatch, stops):
+    """Stopped in the first pass, at the end of the last one, and in the first step of the next stage."""
+    calibrated = apply_overrides(
+        recipe,
+        ["student.init=calibrated", "stages.calibrate={tokens: 256, sequence_length: 16}", "stages.align.tokens=0"],
+    )
+    whole = convert(str(teacher_folder), calibrated, ConvertOptions(output=tmp_path / "whole"))
+    stages = whole.results()["stages"]
+    assert list(stages) == ["init", "calibrate", "orient", "distill"]
+    assert stages["calibrate"]["kl"] < stages["init"]["kl"]
+    remaining, count, update = list(stops), 0, StageProgress.update
+
+    def update_and_stop(self, report):
+        nonlocal count
+        count += 1
+        update(self, report)
+        if remaining and count == remaining[0]:
+            remaining.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StageProgress, "update", update_and_stop)
+    for _ in stops:
+        with pytest.raises(Interrupted):
+            convert(str(teacher_folder), calibrated, ConvertOptions(output=tmp_path / "run"))
+    run = convert(str(teacher_folder), calibrated, ConvertOptions(output=tmp_path / "run"))
+    ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole.final / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [[line["loss"] for line in read_lines(each.metrics_file)] for each in (run, whole)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["student.init=calibrated"], "student.init: found calibrated without stages.calibrate"),
+        (["stages.calibrate={tokens: 256}"], "stages.calibrate: found beside student.init: attention"),
+        (["student.init=calibrated", "stages.calibrate={tokens: 0}"], "stages.calibrate.tokens: found 0"),
+    ],
+)
+def test_a_calibrated_start_and_its_stage_belong_together(recipe, overrides, found):
+    with pytest.raises(RecipeError, match=found):
+        apply_overrides(recipe, overrides)
+
+
+def test_mixers_that_cannot_be_calibrated_are_refused(teacher_folder, recipe, tmp_path):
+    overrides = ["student.init=calibrated", "student.mixer=mamba2", "stages.calibrate={tokens: 256}"]
+    with pytest.raises(RecipeError, match=r"found calibrated, which needs student\.conv_activation: none"):
+        convert(str(teacher_folder), apply_overrides(recipe, overrides), ConvertOptions(output=tmp_path / "run"))
+
+
 def test_a_damaged_checkpoint_is_passed_over(teacher_folder, recipe, whole_run, tmp_path, monkeypatch):
     update = StageProgress.update
 
