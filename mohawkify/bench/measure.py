@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mohawkify.distributed.device import wait_for
 from mohawkify.errors import MohawkifyError
 
 MAPPED_FROM_BYTES = 65536  # what is larger is mapped for itself by malloc, and given back at once
@@ -70,14 +71,6 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     function()
     wait_for(device)
     return time.perf_counter() - begin
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has finished its queue."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def peak_over(function: Callable[[], object], device: torch.device) -> int:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mohawkify.bench.markdown import Bound, Measure, Report
-from mohawkify.bench.measure import can_measure_memory, peak_in_child, peak_over, side_by_side, wait_for
+from mohawkify.bench.measure import can_measure_memory, peak_in_child, peak_over, side_by_side
 from mohawkify.data.packing import Batch
+from mohawkify.distributed.device import wait_for
 from mohawkify.errors import NumericsError
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.mixers.kinds import mixers_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mohawkify import api
 from mohawkify.cli.plan_tables import plan_text
-from mohawkify.cli.tables import inspection_text, short_time
+from mohawkify.cli.tables import inspection_text, short_bytes, short_time
 from mohawkify.demo import split_stories
 from mohawkify.errors import MissingExtraError
 from mohawkify.evaluation.report import console_table
@@ -59,7 +59,7 @@ def run_demo(output: Path, *, report: Report) -> str:
     texts = api.generate(run, prompt, api.GenerateOptions(max_tokens=SAMPLE_TOKENS), with_teacher=True)
     for name, text in texts.items():
         report(f"{name}: {prompt} [...]{text}\n")
-    sizes = {name: _bytes(folder) for name, folder in folders.items() if name != "run"}
+    sizes = {name: short_bytes(_bytes(folder)) for name, folder in folders.items() if name != "run"}
     lines = [
         "",
         console_table({**run.results(), "speed": measured["speed"], "sizes": sizes}),

@@ -19,3 +19,11 @@ def choose_device(name: str) -> torch.device:
     if not present[name]:
         raise UsageError(f"compute.device is {name}, which this machine does not have", hint="use auto or cpu")
     return torch.device(name)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has finished its queue, so that a measured time includes it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

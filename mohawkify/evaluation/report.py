@@ -22,7 +22,7 @@ def console_table(results: dict[str, Any]) -> str:
 
     Args:
         results: as in results.json: ``teacher``, ``student``, ``stages``, and optionally ``tasks`` (of
-            `mohawkify.evaluation.harness.run_tasks`), ``speed`` and ``sizes`` (bytes by name).
+            `mohawkify.evaluation.harness.run_tasks`), ``speed`` and ``sizes`` (texts by name).
     """
     blocks = []
     for table in _tables(results):
@@ -130,7 +130,7 @@ def _speed_table(results: dict[str, Any]) -> _Table:
 
 def _sizes_table(results: dict[str, Any]) -> _Table:
     sizes = results.get("sizes") or {}
-    return _Table("On disk", ["", "size"], [[name, _bytes(size)] for name, size in sizes.items()])
+    return _Table("On disk", ["", "size"], [[name, size] for name, size in sizes.items()])
 
 
 def _cells(table: _Table) -> list[list[str]]:
@@ -176,13 +176,3 @@ def _metric(value: float | None) -> str | None:
 
 def _seconds(value: float | None) -> str | None:
     return None if value is None else _decimals(value, 1 if value < 10 else 0)
-
-
-def _bytes(value: int) -> str:
-    """A size in units of a thousand, as disks are sold."""
-    size = float(value)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            return f"{_significant(size, 3)} {unit}" if unit != "B" else f"{value} B"
-        size /= 1000
-    raise AssertionError("unreachable")

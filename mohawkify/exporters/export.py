@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mohawkify.errors import ExportError, UsageError, nearest
+from mohawkify.errors import ExportError, UsageError, did_you_mean
 from mohawkify.exporters.card import model_card
 from mohawkify.exporters.compare import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.exporters.contents import Quantised, expected_tensors, require_contents
@@ -134,11 +134,8 @@ def _least_bytes(student: Any, dtype: torch.dtype, bits: int | None) -> int:
 
 def _target(name: str) -> Target:
     if name not in TARGETS:
-        guess = nearest(name, TARGETS)
-        raise UsageError(
-            f"found the target {name}, expected one of {', '.join(TARGETS)}"
-            + (f" (did you mean {guess}?)" if guess else "")
-        )
+        expected = ", ".join(TARGETS)
+        raise UsageError(f"found the target {name}, expected one of {expected}{did_you_mean(name, list(TARGETS))}")
     return TARGETS[name]
 
 

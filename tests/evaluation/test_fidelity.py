@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches
-from mohawkify.errors import DataError, NumericsError, UsageError
+from mohawkify.errors import DataError, NumericsError
 from mohawkify.evaluation import fidelity, speed
 from mohawkify.evaluation.fidelity import Fidelity, evaluating, measure_fidelity, measure_perplexity
 from mohawkify.evaluation.report import console_table, markdown_report
@@ -208,17 +208,9 @@ def test_speed_generates_all_tokens_one_by_one() -> None:
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    found = decode_speed(model, prompt_tokens=5, new_tokens=4, batch_size=2, device=CPU)
-    assert lengths == [5, 1, 1, 1] * (1 + speed.REPEATS)
-    assert found["tokens_per_second"] == pytest.approx(2 * 4 / found["seconds"])
-    assert (found["prompt_tokens"], found["new_tokens"], found["batch_size"]) == (5, 4, 2)
-
-
-@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch_size"])
-def test_speed_refuses_sizes_of_nothing(name: str) -> None:
-    sizes = {"prompt_tokens": 1, "new_tokens": 1, "batch_size": 1, name: 0}
-    with pytest.raises(UsageError, match=name):
-        decode_speed(tiny_teacher("llama"), device=CPU, **sizes)
+    per_second = decode_speed(model, CPU)
+    assert lengths == [speed.PROMPT_TOKENS, *[1] * (speed.NEW_TOKENS - 1)] * (1 + speed.REPEATS)
+    assert 1 < per_second < 1e6
 
 
 RESULTS: dict[str, Any] = {
@@ -246,7 +238,7 @@ RESULTS: dict[str, Any] = {
         },
     },
     "speed": {"teacher_tokens_per_second": 200.0, "student_tokens_per_second": 312.0},
-    "sizes": {"teacher": 1_064_960, "mlx-q4": 400},
+    "sizes": {"teacher": "1.06 MB", "mlx-q4": "400 bytes"},
 }
 
 
@@ -262,7 +254,7 @@ def test_console_table_shows_every_part() -> None:
     assert tasks[1] == ["a|b", "acc", "0", "100", "0.5000", "0.4500", "90.0"]
     assert tasks[2] == ["a|b", "perplexity", "(lower", "is", "better)", "0", "100", "30.00", "40.00", "75.0"]
     assert blocks["Generation"][2] == ["student", "312", "1.56"]
-    assert blocks["On disk"][1:] == [["teacher", "1.06", "MB"], ["mlx-q4", "400", "B"]]
+    assert blocks["On disk"][1:] == [["teacher", "1.06", "MB"], ["mlx-q4", "400", "bytes"]]
 
 
 def test_average_of_a_preset_stars_its_metrics() -> None:
