@@ -122,7 +122,7 @@ def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[st
     checkpoint = student.num_parameters * FP32 + max(row["trainable_parameters"] for row in rows.values()) * MOMENTS
     totals = {key: sum(row[key] for row in rows.values()) for key in ("tokens", "steps", "flops", "seconds")}
     disk = {
-        "checkpoints": (recipe.checkpoint.keep + 1) * checkpoint,
+        "checkpoints": (recipe.checkpoint.keep + (2 if recipe.checkpoint.final == "best" else 1)) * checkpoint,
         "final": student.num_parameters * FP32,
         "tokens": totals["tokens"] * FP32,
     }

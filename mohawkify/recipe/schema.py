@@ -266,6 +266,9 @@ class CheckpointRecipe(Section):
 
     every_steps: int = Field(default=500, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+    final: Literal["best", "last"] = Field(
+        default="best", description="the student that is written: the one with the lowest KL after a stage, or the last"
+    )
 
 
 class Recipe(Section):

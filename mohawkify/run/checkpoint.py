@@ -83,7 +83,7 @@ def save_checkpoint(
     """
     for kind, tensors in (("model", model_tensors), ("optimizer", optimizer_tensors)):
         _require_finite(kind, tensors)
-    target = directory / f"step-{global_step:08d}"
+    target = checkpoint_path(directory, global_step)
     if target.is_dir():
         if _is_valid(target, heartbeat):
             return target
@@ -98,6 +98,11 @@ def save_checkpoint(
             heartbeat()
         write_json(folder / _STATE_NAME, dict(state))
     return target
+
+
+def checkpoint_path(directory: Path, global_step: int) -> Path:
+    """The folder of the checkpoint after so many optimizer steps."""
+    return directory / f"step-{global_step:08d}"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -190,10 +195,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def rotate(directory: Path, keep: int, heartbeat: Heartbeat = no_heartbeat) -> None:
+def rotate(directory: Path, keep: int, heartbeat: Heartbeat = no_heartbeat, kept_step: int | None = None) -> None:
     """Delete the checkpoints older than the newest `keep` valid ones, which are verified first.
 
     Args:
+        kept_step: the optimizer steps of one that stays, however old it is.
         heartbeat: called after every part of a file that is hashed, and every folder that is removed.
 
     Raises:
@@ -208,8 +214,9 @@ def rotate(directory: Path, keep: int, heartbeat: Heartbeat = no_heartbeat) -> N
     num_valid = 0
     for path in reversed(paths):
         if num_valid == keep:
-            remove_directory(path)
-            heartbeat()
+            if _step_of(path) != kept_step:
+                remove_directory(path)
+                heartbeat()
         elif _is_valid(path, heartbeat):
             num_valid += 1
 

@@ -170,6 +170,15 @@ class RunFolder:
             raise CheckpointError(f"{self.results_file} is damaged: {wrong}")
         return results
 
+    def best_stage(self) -> tuple[str, int] | None:
+        """The stage after which KL was lowest, and the optimizer steps that had been taken; None before the first."""
+        stages = self.results()["stages"] if self.results_file.is_file() else {}
+        measured = [(stage["kl"], stage["steps"], name) for name, stage in stages.items() if stage.get("steps")]
+        if not measured:
+            return None
+        _, steps, name = min(measured)
+        return name, int(steps)
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Replace the results."""
         write_json(self.results_file, results)

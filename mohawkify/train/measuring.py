@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,12 +86,14 @@ def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutd
         results["evaluation_tokens"] = agreement.tokens
         results["stages"][name] = {
             "tokens": state.tokens,
+            "steps": state.global_step,
             **metrics,
             "seconds": state.seconds.get(name, 0.0),
             **({} if name == START else {"phases": _phases(conversion, name, state)}),
             **({"idle_steps": state.num_idle} if state.num_idle else {}),
         }
         conversion.run.write_results(results)
+        _report_if_worse(conversion, name, results["stages"])
 
     world.on_rank0(record)
     if state.num_idle:
@@ -100,6 +103,17 @@ def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutd
         f"perplexity {agreement.perplexity:.3f} (teacher {agreement.teacher_perplexity:.3f})"
     )
     return metrics
+
+
+def _report_if_worse(conversion: Conversion, name: str, stages: Mapping[str, Mapping[str, float]]) -> None:
+    """Say so where a stage left the student further from its teacher than it found it."""
+    names = list(stages)
+    before = names[names.index(name) - 1] if name != START else name
+    if stages[name]["kl"] > stages[before]["kl"]:
+        conversion.options.report(
+            f"stage {name} made the student worse: KL {stages[before]['kl']:.4f} before it, {stages[name]['kl']:.4f}"
+            f" after it; a lower stages.{name}.learning_rate or more tokens may help"
+        )
 
 
 def _phases(conversion: Conversion, name: str, state: TrainingState) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ from mohawkify.ops import dispatch
 from mohawkify.planning.planning import plan_run, student_of
 from mohawkify.recipe.loading import comparable_text, dump_recipe
 from mohawkify.recipe.schema import Recipe
-from mohawkify.run import checkpoint
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.student.build import build_student, checkpoint_activations
 from mohawkify.student.student_spec import StudentSpec
@@ -50,6 +49,7 @@ from mohawkify.train.engines.choice import (
     require_agreeing_settings,
     require_even_shares,
 )
+from mohawkify.train.saving import rotate_checkpoints
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _open(request: Request, facts: dict[str, Any]) -> str | None:
     atomic.sweep_leftovers(run.path)  # of a run that was refused, and killed while it was removed
     for folder in (run.path, run.checkpoints, run.corpora):
         atomic.sweep_temporaries(folder, alone=True)
-    checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep)  # a kill may have come before the last rotation
+    rotate_checkpoints(run, recipe)  # a kill may have come before the last rotation
     planned = plan_run(request.teacher, request.student, recipe, request.device.type, request.world.size)
     atomic.write_json(run.plan_file, planned)
     atomic.write_json(run.teacher_file, facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, DiskFullError
+from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
+from mohawkify.run.folder import RunFolder
 from mohawkify.train.check_tensors import require_fitting
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.engines.engine import Engine
@@ -89,7 +91,41 @@ class CheckpointWriter:
                     )
                     hang.heartbeat()
                     time.sleep(0.1)
-        checkpoint.rotate(conversion.run.checkpoints, conversion.recipe.checkpoint.keep, hang.heartbeat)
+        rotate_checkpoints(conversion.run, conversion.recipe, hang.heartbeat)
+
+
+def rotate_checkpoints(run: RunFolder, recipe: Recipe, heartbeat: Callable[[], None] = lambda: None) -> None:
+    """Delete old checkpoints, but the one of the best student where that is to be the final one."""
+    best = run.best_stage() if recipe.checkpoint.final == "best" else None
+    checkpoint.rotate(run.checkpoints, recipe.checkpoint.keep, heartbeat, best and best[1])
+
+
+def load_best_student(conversion: Conversion) -> str:
+    """Give the student the weights that it had after its best stage, unless the last one is wanted.
+
+    Returns:
+        The name of the stage whose student this is.
+    """
+    run = conversion.run
+    stages = run.results()["stages"]
+    best, last = run.best_stage(), list(stages)[-1]
+    if conversion.recipe.checkpoint.final == "last" or best is None or stages[best[0]]["kl"] == stages[last]["kl"]:
+        return last
+    name, steps = best
+    try:
+        saved = checkpoint.open_checkpoint(checkpoint.checkpoint_path(run.checkpoints, steps))
+    except CheckpointError as error:
+        conversion.options.report(
+            f"the student after stage {name} was the best, but its checkpoint is lost ({error.message}): the final"
+            f" student is the one after {last}"
+        )
+        return last
+    _load_parameters(conversion, saved)
+    conversion.options.report(
+        f"the final student is the one after stage {name}, KL {stages[name]['kl']:.4f}; after {last} it was"
+        f" {stages[last]['kl']:.4f} (checkpoint.final: last takes that one)"
+    )
+    return name
 
 
 def newest_checkpoint(conversion: Conversion) -> checkpoint.Checkpoint | None:
@@ -138,11 +174,15 @@ def resume_engine(conversion: Conversion, saved: checkpoint.Checkpoint, engine: 
 
 def resume_student(conversion: Conversion, saved: checkpoint.Checkpoint) -> None:
     """Load weights and random generators from a checkpoint of a student that was in no engine."""
+    _load_parameters(conversion, saved)
+    restore_random_state(conversion.world, checkpoint.load_tensors(saved, "rng"))
+
+
+def _load_parameters(conversion: Conversion, saved: checkpoint.Checkpoint) -> None:
     stored = checkpoint.load_tensors(saved, "model")
     with torch.no_grad():
         for name, parameter in conversion.models.student.named_parameters():
             parameter.copy_(stored[name])
-    restore_random_state(conversion.world, checkpoint.load_tensors(saved, "rng"))
 
 
 def _origin(conversion: Conversion) -> dict[str, Any]:

@@ -27,12 +27,19 @@ from mohawkify.train.micro_batch import micro_batch_of, naming_what_to_try
 from mohawkify.train.plateau import Phases
 from mohawkify.train.preparation import prepare, read_request
 from mohawkify.train.progress import StageProgress
-from mohawkify.train.saving import CheckpointWriter, newest_checkpoint, resume_engine, resume_state, resume_student
+from mohawkify.train.saving import (
+    CheckpointWriter,
+    load_best_student,
+    newest_checkpoint,
+    resume_engine,
+    resume_state,
+    resume_student,
+)
 from mohawkify.train.step_log import StepLog
 from mohawkify.train.teacher_switch import TeacherSwitch
 from mohawkify.train.tracking import require_trackers
 from mohawkify.train.training_state import TrainingState
-from mohawkify.train.watchdog import Watchdog
+from mohawkify.train.watchdog import RiseCheck, Watchdog
 
 
 def convert(teacher_source: str, recipe: Recipe, options: ConvertOptions, world: World | None = None) -> RunFolder:
@@ -90,9 +97,9 @@ def train(conversion: Conversion, stop: Shutdown) -> None:
 def write_student(conversion: Conversion) -> None:
     """Write the report and the student; only then is the run finished."""
     run, student = conversion.run, conversion.models.student
+    name = load_best_student(conversion)
     results = run.results()
-    last = list(results["stages"].values())[-1]
-    results["student"] = {key: last[key] for key in ("perplexity", "kl", "top1")}
+    results["student"] = {key: results["stages"][name][key] for key in ("perplexity", "kl", "top1")}
     results["name"] = conversion.models.spec.name
     results["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     run.write_results(results)
@@ -117,6 +124,7 @@ class Trainer:
         self._state = TrainingState() if saved is None else resume_state(conversion, saved)
         self._checkpoints = CheckpointWriter(conversion, log, stop, self._state.global_step)
         self._teachers = TeacherSwitch(conversion)
+        self._rise: RiseCheck | None = None
 
     def train(self) -> None:
         """Measure the start, then train and measure one stage after the other."""
@@ -203,6 +211,7 @@ class Trainer:
     def _take_steps(self, stage: Stage, engine: Engine, micro_batch: int) -> None:
         conversion, state = self._conversion, self._state
         phases = Phases(stage.objective.block, conversion.recipe.schedule)
+        self._rise = RiseCheck(phases.num_steps) if state.stage_step == 0 else None
         total, done = phases.tokens_to_read(state.skipped), phases.tokens_read(state.stage_step, state.skipped)
         with (
             StageProgress(stage.name, total, done, conversion.world.is_rank0) as progress,
@@ -243,6 +252,7 @@ class Trainer:
         skip = phases.skip_to(step.step, step.metrics, state.plateau)
         self._log.add_step(step, state, None if skip is None else skip.improvement)
         progress.update(step)
+        self._report_rise(stage, step)
         if skip is None:
             return None
         data = phases.segment_at(step.step).data
@@ -254,6 +264,15 @@ class Trainer:
             f" {skip.step:,}"
         )
         return skip.step
+
+    def _report_rise(self, stage: Stage, step: StepReport) -> None:
+        """Say so where the loss rises from the stage's beginning; not after a resume, which did not see it."""
+        rise = self._rise.add(step.metrics["loss"]) if self._rise is not None and step.metrics else None
+        if rise is not None:
+            self._conversion.options.report(
+                f"in the first tenth of stage {stage.name} the loss rose to {rise:.2f} times its start:"
+                f" stages.{stage.name}.learning_rate is probably too high"
+            )
 
     def _save_and_stop(self, stage: Stage, phases: Phases, step: int, engine: Engine, hang: Watchdog) -> None:
         """Save at the interval, at the end, before a long load and where a stop was requested, which ends the run."""

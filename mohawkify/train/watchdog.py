@@ -21,6 +21,7 @@ from mohawkify.train.engines.engine import Engine
 
 SPIKE = 6.0  # standard deviations above the mean of recent losses
 MEMORY = 0.98  # weight of the past in the running mean and variance: about the last 50 steps
+RISE = 1.2  # of the loss within the first tenth of a stage: more than batches of text differ
 FEWEST_LOSSES = 20  # before that many a deviation means nothing
 STEPS_BETWEEN_CHECKS = 50
 SAMPLE_SIZE = 256
@@ -57,6 +58,33 @@ class SpikeDetector:
         self.variance = past * (self.variance + (1.0 - past) * bounded**2)
         self.num_losses += 1
         return deviation / spread if leaps else None
+
+
+class RiseCheck:
+    """Detects a loss that rises at the beginning of a stage, as it does where the learning rate is too high.
+
+    Args:
+        num_steps: of the stage.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_losses = max(num_steps // 10, 4)
+        self._losses: list[float] = []
+
+    def add(self, loss: float) -> float | None:
+        """Add a loss of the stage, from its first step on.
+
+        Returns:
+            The factor by which the loss rose, once, at the end of the first tenth; None everywhere else.
+        """
+        if len(self._losses) == self._num_losses:
+            return None
+        self._losses.append(loss)
+        if len(self._losses) < self._num_losses:
+            return None
+        few = max(1, self._num_losses // 3)
+        rise = sum(self._losses[-few:]) / sum(self._losses[:few])
+        return rise if rise > RISE else None
 
 
 class DeadWeightCheck:

@@ -24,7 +24,9 @@ from mohawkify.files.lock import run_lock
 from mohawkify.planning.planning import plan
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import Recipe
-from mohawkify.teacher.resolve import ResolvedTeacher
+from mohawkify.student.save import load_student
+from mohawkify.teacher.load import load_teacher
+from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.train import preparation
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.prepare_text import prepare_text
@@ -340,3 +342,25 @@ def test_text_shorter_than_a_sequence_is_refused_before_anything_is_measured(tea
     with pytest.raises(DataError, match="expected at least one sequence of 16"):
         convert(str(teacher_folder), short, ConvertOptions(output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("final", ["best", "last"])
+def test_a_rate_far_too_high_is_said_and_the_better_student_kept(teacher_folder, recipe, tmp_path, seed, final):
+    lines: list[str] = []
+    overrides = ["stages.distill.learning_rate=3.0", f"checkpoint.final={final}", "checkpoint.keep=1", f"seed={seed}"]
+    options = ConvertOptions(output=tmp_path / "run", report=lines.append)
+    run = convert(str(teacher_folder), apply_overrides(recipe, overrides), options)
+    results = run.results()
+    align, distill = (results["stages"][name]["kl"] for name in ("align", "distill"))
+    assert distill > align
+    assert any("stage distill made the student worse" in line for line in lines)
+    assert any("in the first tenth of stage distill the loss rose" in line for line in lines)
+    assert results["student"]["kl"] == (align if final == "best" else distill)
+    resolved, student = resolve_teacher(str(teacher_folder)), load_student(run.final)
+    teacher = load_teacher(resolved, dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(4, 12).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits.log_softmax(-1) for model in (student, teacher))
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert (kl < (align + distill) / 2) == (final == "best")

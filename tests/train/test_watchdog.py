@@ -15,7 +15,7 @@ from mohawkify.distributed.process_group import World
 from mohawkify.errors import HANG, NumericsError
 from mohawkify.recipe.schema import OptimizerRecipe
 from mohawkify.train.engines.engine import LocalEngine
-from mohawkify.train.watchdog import FEWEST_LOSSES, SPIKE, DeadWeightCheck, SpikeDetector
+from mohawkify.train.watchdog import FEWEST_LOSSES, SPIKE, DeadWeightCheck, RiseCheck, SpikeDetector
 
 
 def losses(seed: int = 0, count: int = 200) -> list[float]:
@@ -193,3 +193,14 @@ def test_progress_is_left_alone(hang_timeout):
 def test_a_process_that_waits_for_a_library_or_was_stopped_is_left_alone():
     done = hang(script=WAITING)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("losses", "rise"),
+    [([1.0, 1.1, 0.9, 1.0], None), ([1.0, 1.0, 1.5, 3.0], 3.0), ([3.0, 2.0, 1.0, 3.3], None)],
+    ids=["level", "rising", "noise"],
+)
+def test_a_loss_that_rises_in_the_first_tenth_is_found_once(losses, rise):
+    check = RiseCheck(num_steps=40)
+    found = [check.add(loss) for loss in [*losses, 50.0, 60.0]]
+    assert found == [None, None, None, rise, None, None]
