@@ -60,7 +60,7 @@ def test_the_order_of_the_stages_is_that_of_the_recipe():
     [
         ("stages.toy.scala=1", "stages.toy.scala: unknown key, did you mean stages.toy.scale?"),
         ("stages.toy.scale=0", r"stages.toy.scale: found 0, expected a number \(above 0\)"),
-        ("stages.toy.objective=tye", 'found "tye", expected matrix, hidden_state, logits or toy'),
+        ("stages.toy.objective=tye", 'found "tye", expected closed_form, matrix, hidden_state, logits or toy'),
         ("stages.init={objective: toy}", "stages.init: unknown key"),
         ("stages.distil.tokens=5B", "stages.distil: unknown key, did you mean stages.distill"),
     ],

@@ -108,7 +108,8 @@ def test_p3_chains_of_six_segments(workshop, tmp_path):
 
 def test_p7_the_disk_is_bounded(workshop, tmp_path):
     keep, checkpoint = 2, size_of(next((workshop.whole / "checkpoints").iterdir()))
-    with Tally("P7", "at most keep + 1 checkpoints, counted and in bytes, before every operation on the disk") as tally:
+    promise = "at most keep + 2 checkpoints, counted and in bytes, before every operation on the disk"
+    with Tally("P7", promise) as tally:
         for trial in range(trials(2, 20)):
             draw, run = chooser("P7", trial), tmp_path / f"bound-{trial}"
             with tally.trial(f"trial {trial} of seed {SEED}", run):
@@ -124,8 +125,8 @@ def test_p7_the_disk_is_bounded(workshop, tmp_path):
                 ended = workshop.convert(run, fault="bounded", output=str(run), say_to=str(said))
                 assert ended.code == 0, ended.output
                 most = json.loads(said.read_text())
-                assert most["checkpoints"] <= keep + 1
-                assert most["bytes"] <= size_of(workshop.whole) + 1.05 * checkpoint  # the finished run holds `keep`
+                assert most["checkpoints"] <= keep + 2  # the best student's may be older than those that are kept
+                assert most["bytes"] <= size_of(workshop.whole) + 2.1 * checkpoint  # the finished run holds `keep`
                 compare_runs(run, workshop.whole)
 
 

@@ -80,10 +80,10 @@ def test_figures_of_a_stage_whose_checkpoints_are_lost_are_measured_again(folder
 
 def test_a_run_without_a_valid_checkpoint_says_that_it_begins_again(folder, stopped, tmp_path):
     output = shutil.copytree(stopped, tmp_path / "run")
-    damage(output, 3, 4, 5)
+    damage(output, 2, 3, 4, 5)  # step 2 is that of the best stage
     result = convert(folder, output)
     assert result.exit_code == 0, result.stderr
-    assert "none of 3 checkpoints is valid: beginning again" in result.stderr
+    assert "none of 4 checkpoints is valid: beginning again" in result.stderr
     assert measured_again(output) == ["orient", "align", "distill"]
 
 
