@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
-from mohawkify.distributed.process_group import World
 from mohawkify.errors import UnknownFamilyError
 from mohawkify.families.adapter import Logits
 from mohawkify.families.decoder_layers import find_layers
@@ -30,7 +29,6 @@ from mohawkify.recipe.schema import AlignRecipe, DistillRecipe, OptimizerRecipe,
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.teacher.lm_head import run_to_lm_head, verify_head
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
-from mohawkify.train.calibrate import CalibrationText, calibrate, calibrations_of
 from mohawkify.train.engines.engine import LocalEngine
 from tests.close import assert_close
 from tests.conftest import ROOT
@@ -341,27 +339,3 @@ def test_real_configurations_are_planned_with_transformers_own_parameter_count(t
 def test_the_readme_counts_the_families_right():
     num_files = len([path for path in (ROOT / "adapters").glob("*.py") if path.stem != "__init__"])
     assert f"\n- {num_files} families of teachers have a file" in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
-def test_a_calibrated_start_is_nearer_to_the_teacher_than_mixers_that_add_nothing(case, tmp_path, seed):
-    """With documents in one sequence, on text that the fit did not read."""
-    torch.manual_seed(seed)
-    pair = tiny_pair(case.name, tmp_path, init="calibrated", num_hidden_layers=LAYERS)
-    vocabulary = pair.teacher.get_input_embeddings().num_embeddings
-    ids = torch.randint(3, vocabulary, (17, 2, 32), generator=torch.Generator().manual_seed(seed))
-    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, -1).clone()
-    batches = [Batch(row, positions, torch.ones_like(row, dtype=torch.bool)) for row in ids]
-    held_out = batches.pop()
-
-    def distance() -> float:
-        with torch.no_grad():
-            ours, theirs = (model(**model_inputs(model, held_out, pair.spec)).logits.log_softmax(-1)
-                            for model in (pair.student, pair.teacher))  # fmt: skip
-        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-
-    before = distance()
-    text = CalibrationText(len(batches), 32, lambda number: (batch for batch in batches[:number]))
-    relative = calibrate(pair, calibrations_of(pair), text, World())
-    assert relative < 1.0  # of mixers that add nothing
-    assert distance() < before

@@ -261,6 +261,7 @@ def test_a_folder_that_transformers_made_of_a_gguf_file_says_what_to_do(tmp_path
     assert "name the .gguf file itself" in str(caught.value.hint)
 
 
+@pytest.mark.full
 def test_the_commands_take_a_gguf_file(tmp_path):
     model: Any = tiny_model("llama")
     file = write_gguf(tmp_path / "tiny.gguf", model=model, kind="Q8_0")

@@ -132,7 +132,7 @@ def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_
         assert run.results()["stages"][name]["kl"] == row["kl"]
 
 
-@pytest.mark.parametrize("stops", [(1,), (6, 7), (8,)], ids=str)
+@pytest.mark.parametrize("stops", [(1, 7, 8), pytest.param((6, 9), marks=pytest.mark.full)], ids=str)
 def test_a_calibrated_run_continues_to_the_same_bits(teacher_folder, recipe, tmp_path, monkeypatch, stops):
     """Stopped in the first pass, at the end of the last one, and in the first step of the next stage."""
     calibrated = apply_overrides(
@@ -344,7 +344,7 @@ def test_text_shorter_than_a_sequence_is_refused_before_anything_is_measured(tea
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("final", ["best", "last"])
 def test_a_rate_far_too_high_is_said_and_the_better_student_kept(teacher_folder, recipe, tmp_path, seed, final):
     lines: list[str] = []
