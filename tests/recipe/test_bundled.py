@@ -17,7 +17,9 @@ def test_shipped_recipe_loads_and_survives_the_way_to_yaml_and_back(name: str) -
     assert recipe.name == name
     assert recipe.data.train
     assert parse_recipe(dump_recipe(recipe), "dumped.yaml") == recipe
-    assert all(getattr(recipe.stages, stage).num_steps > 0 for stage in STAGES)
+    # Behind a calibrated start the stages that would undo it or gain nothing are left out.
+    needed = STAGES[-1:] if recipe.student.init == "calibrated" else STAGES
+    assert all(getattr(recipe.stages, stage).num_steps > 0 for stage in needed)
 
 
 @pytest.mark.parametrize("name", recipe_names())
