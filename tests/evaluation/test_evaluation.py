@@ -121,6 +121,7 @@ def test_a_stopped_evaluation_does_not_ask_again(inside: Path, monkeypatch: pyte
     assert not Path("run/responses").exists()
 
 
+@pytest.mark.full
 def test_a_terminated_evaluation_goes_on(inside: Path) -> None:
     write_questions(inside, 600)
     command = [sys.executable, "-m", "mohawkify", *map(str, ASK)]

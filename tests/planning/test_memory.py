@@ -212,7 +212,9 @@ def test_a_router_of_experts_leaves_the_rule_of_thumb(tmp_path):
     assert planned["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize("name", ["activations in bf16", "activations of another family"])
+@pytest.mark.parametrize(
+    "name", ["activations in bf16", pytest.param("activations of another family", marks=pytest.mark.full)]
+)
 def test_a_shortened_scan_takes_what_the_whole_one_takes(name, monkeypatch):
     case, (pair, teacher) = CASES[name], built(name)
     heads = pair.spec.num_heads

@@ -45,6 +45,7 @@ def all_ended(children: list[Child]) -> list[Ended]:
     return [child.wait() for child in children]
 
 
+@pytest.mark.full
 def test_p24_a_hang_in_one_of_two_processes_ends_both(workshop, tmp_path):
     with Tally("P24", f"one of two processes hangs or is stopped, with --hang-timeout {PATIENCE}") as tally:
         for number, (name, (rank, *event)) in enumerate(list(HANGS.items())[: len(HANGS) if IS_SOAK else 1]):

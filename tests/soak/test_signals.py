@@ -41,7 +41,7 @@ def test_p9_a_request_to_stop_at_any_moment(workshop, tmp_path):
     assert TIMES.keys() == EVENTS.keys()
     order = chooser("P9 order", 0).sample(sorted(EVENTS), len(EVENTS))
     with Tally("P9", "SIGTERM or SIGINT at a random moment, then the same call") as tally:
-        for trial in range(trials(8, 40)):
+        for trial in range(trials(4, 40)):
             draw, run = chooser("P9", trial), tmp_path / f"signal-{trial}"
             event = order[trial % len(order)]
             number, which = draw.randint(1, TIMES[event]), draw.choice(list(CODES))

@@ -60,7 +60,7 @@ def found(folders) -> Callable[[str], dict[str, list[Any]]]:
     return find
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.full)])
 @each_engine
 def test_two_processes_train_as_one_does(kind, family, found, alone):
     for rank in found(kind)[f"stages {family}"]:
