@@ -132,6 +132,8 @@ class Trainer:
         drop_lost_measurements(conversion, state)
         if self._saved is None:
             self._measure(START)
+        else:
+            conversion.calibrations.clear()  # the first checkpoint comes after them; they hold copies of weights
         blocks = conversion.recipe.stages.blocks()
         ranges = stage_ranges(conversion.recipe, conversion.corpora)
         names = list(blocks)

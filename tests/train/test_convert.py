@@ -102,13 +102,11 @@ def test_training_brings_the_student_nearer(whole_run):
     assert stages["distill"]["kl"] < stages["init"]["kl"]
 
 
-@pytest.mark.parametrize("stops", [(1,), (3, 4), (4, 9), (6, 7, 8), (14,)], ids=str)
-def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_run, tmp_path, monkeypatch, stops):
-    remaining = list(stops)
-    count = 0
-    update = StageProgress.update
+def stop_at_updates(monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]) -> None:
+    """Send SIGTERM at these updates of progress, counted over all runs."""
+    remaining, count, update = list(stops), 0, StageProgress.update
 
-    def update_and_stop(self, report):
+    def update_and_stop(self: StageProgress, report: Any) -> None:
         nonlocal count
         count += 1
         update(self, report)
@@ -117,6 +115,11 @@ def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StageProgress, "update", update_and_stop)
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 4), (4, 9), (6, 7, 8), (14,)], ids=str)
+def test_a_stopped_run_continues_to_the_same_bits(teacher_folder, recipe, whole_run, tmp_path, monkeypatch, stops):
+    stop_at_updates(monkeypatch, stops)
     for _ in stops:
         with pytest.raises(Interrupted) as stopped:
             convert(str(teacher_folder), recipe, ConvertOptions(output=tmp_path / "run"))
@@ -143,17 +146,7 @@ def test_a_calibrated_run_continues_to_the_same_bits(teacher_folder, recipe, tmp
     stages = whole.results()["stages"]
     assert list(stages) == ["init", "calibrate", "orient", "distill"]
     assert stages["calibrate"]["kl"] < stages["init"]["kl"]
-    remaining, count, update = list(stops), 0, StageProgress.update
-
-    def update_and_stop(self, report):
-        nonlocal count
-        count += 1
-        update(self, report)
-        if remaining and count == remaining[0]:
-            remaining.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(StageProgress, "update", update_and_stop)
+    stop_at_updates(monkeypatch, stops)
     for _ in stops:
         with pytest.raises(Interrupted):
             convert(str(teacher_folder), calibrated, ConvertOptions(output=tmp_path / "run"))

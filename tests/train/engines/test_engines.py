@@ -149,11 +149,12 @@ def test_a_function_may_use_the_heads_weight_directly(kind, family, folders, fou
 def test_bf16_is_autocast_in_every_engine(kind, folders, found):
     expected = cases.in_half(World(), "single", "llama", folders["llama"])
     losses, norms = np.array(expected).T
+    # FSDP casts weights, the others cast products: norms of a model this small then differ by up to 7 %, measured.
+    tolerance = 1e-1 if kind == "fsdp" else 2e-2
     for rank in found(kind)["bf16"]:
         ours = np.array(rank).T
         assert ours[0] == pytest.approx(losses, rel=5e-3)
-        # FSDP casts the weights, autocast the products: gradients of a model this small differ by up to 7 %, measured.
-        assert ours[1] == pytest.approx(norms, rel=1e-1)
+        assert ours[1] == pytest.approx(norms, rel=tolerance)
 
 
 @pytest.mark.full
