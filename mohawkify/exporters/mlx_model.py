@@ -98,7 +98,7 @@ class DiscreteMamba2(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, config: dict[str, Any]) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.state_size = num_heads, config["head_dim"], config["state_size"]
-        self.num_lags, self.time_step = config["conv_kernel"] - 1, config["time_step"]
+        self.num_lags, self.write_by_decay = config["conv_kernel"] - 1, config["write"] == "decay"
         conv = (config["conv_kernel"], config["conv_activation"])
         inner, state = self.num_heads * self.head_dim, self.num_heads * self.state_size
         self.x_proj = nn.Linear(hidden_size, inner, bias=False)
@@ -144,7 +144,7 @@ class DiscreteMamba2(nn.Module):
             x_blhp = mx.where(keep_bl[..., None, None], x_blhp, 0)
             log_decay_blh = mx.where(keep_bl[..., None], log_decay_blh, 0)
 
-        if self.time_step:
+        if self.write_by_decay:
             b_blhn = b_blhn * -log_decay_blh[..., None]
         state_bhpn = memory[1]
         if state_bhpn is None:

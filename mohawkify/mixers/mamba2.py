@@ -34,7 +34,8 @@ class DiscreteMamba2Config(MixerConfig):
         state_size: width n of B and C per head.
         conv_kernel: taps k of the convolutions of x, B and C.
         decay_bias: whether a_log has a learned bias.
-        time_step: whether what a token writes to the state is multiplied by its time step, softplus(a_log).
+        write: what a token writes to the state is multiplied by nothing (``plain``) or by -log decay (``decay``), the
+            time step of Mamba-2.
         conv_activation: what follows the convolutions.
         gated_norm: whether the gated output is normalised before the output projection.
     """
@@ -42,16 +43,16 @@ class DiscreteMamba2Config(MixerConfig):
     state_size: int = 64
     conv_kernel: int = 4
     decay_bias: bool = True
-    time_step: bool = False
+    write: Literal["plain", "decay"] = "plain"
     conv_activation: Literal["none", "silu"] = "none"
     gated_norm: bool = False
 
 
 @dataclass(frozen=True)
 class Mamba2Config(DiscreteMamba2Config):
-    """The same with the ingredients of Mamba-2 switched on."""
+    """The same with the ingredients of Mamba-2 switched on; that writes by decay by nature."""
 
-    time_step: bool = True
+    write: Literal["plain", "decay"] = "decay"
     conv_activation: Literal["none", "silu"] = "silu"
     gated_norm: bool = True
 
@@ -203,7 +204,7 @@ class DiscreteMamba2(Mixer):
         gated_bf = self.step(
             x_bf, b_bf, c_bf, self.z_proj(hidden_bd), self._a_log(hidden_bd), (weight_fk, bias_f), self.z_bias, self.d,
             states["conv_states"], states["recurrent_states"], keep_b,
-            conv_silu=self.config.conv_activation == "silu", time_step=self.config.time_step,
+            conv_silu=self.config.conv_activation == "silu", write_by_decay=self.config.write == "decay",
         )  # fmt: skip
         memory.advance(1)
         return self.out_proj(self.norm(gated_bf).to(hidden_bd.dtype))
@@ -241,9 +242,9 @@ class DiscreteMamba2(Mixer):
         return out_bld, {"conv_states": tail_bkf, "recurrent_states": state_bhpn}
 
     def _written(self, b_blf: Tensor, log_decay_blh: Tensor) -> Tensor:
-        """B by heads (b, l, h, n), times the time step where the variant has one."""
+        """B by heads (b, l, h, n), times -log decay where it is written by it."""
         b_blhn = self._heads(b_blf, self.config.state_size)
-        return (b_blhn * -log_decay_blh.unsqueeze(-1)).to(b_blhn.dtype) if self.config.time_step else b_blhn
+        return (b_blhn * -log_decay_blh.unsqueeze(-1)).to(b_blhn.dtype) if self.config.write == "decay" else b_blhn
 
     def _log_decay(self, hidden_bld: Tensor) -> Tensor:
         """-softplus(a_log), in at least float32: errors of the decay compound along the sequence."""

@@ -23,7 +23,7 @@ def start_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights, num_l
     Biases become biases of the convolutions, which start as the identity. The skip starts at 0, since attention has
     none. With a decay bias the heads' half-lives are spread from 1 token to LONGEST_HALF_LIFE. C is scaled by
     1 - decay: a sum over the past with weights decay^k is 1 / (1 - decay) times too large for an average, which is
-    what attention computes. With a time step the weights are softplus(a_log) times that, and C is divided by it. SiLU
+    what attention computes. Written by decay the weights are softplus(a_log) times that, and C is divided by it. SiLU
     after a convolution is compensated in its last tap, and a gated norm starts with the size that V gives to an input
     of variance 1 (docs/math.md, variants).
     """
@@ -40,7 +40,7 @@ def start_from_attention(mixer: DiscreteMamba2, weights: AttentionWeights, num_l
     v_hpd = weights.v_gpd.repeat_interleave(repeats, dim=0)
     scaling = 1.0 / math.sqrt(q_hpd.shape[1]) if weights.scaling is None else weights.scaling
     scale_h = (1.0 - decay_h) * scaling
-    if config.time_step:
+    if config.write == "decay":
         scale_h = scale_h / -decay_h.log()
 
     c_hnd, b_hnd = _fit_state_width(

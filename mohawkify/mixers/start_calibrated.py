@@ -187,7 +187,7 @@ class CalibratedStart(Calibration):
         c_moment = map_mm @ self.q_moment_hmm[head].double() @ map_mm.T
         c_nm, b_nm = balanced(c_moment, self.k_moment_gmm[group].double(), min(state, width + 1))
         c_nm = c_nm @ map_mm
-        if not mixer.config.time_step:
+        if mixer.config.write == "plain":
             c_nm = c_nm * log_decay  # of a plain sum, which is so much larger than the mean
         rows = slice(head * state, head * state + len(c_nm))
         for projection, conv, map_nm, weight_pd, bias_p in (

@@ -25,7 +25,7 @@ def decode_step(
     keep_b: Tensor | None = None,
     *,
     conv_silu: bool = False,
-    time_step: bool = False,
+    write_by_decay: bool = False,
 ) -> Tensor:
     """Move the memory on by one token and give the mixer's output before its last projection.
 
@@ -45,7 +45,7 @@ def decode_step(
         state_bhpn: the state in at least float32; overwritten.
         keep_b: 0 where the token is padding, which changes neither the tail nor the state; None where none is.
         conv_silu: whether SiLU follows the convolutions.
-        time_step: whether B is multiplied by the time step, softplus(a_log).
+        write_by_decay: whether B is multiplied by -log decay, softplus(a_log).
 
     Returns:
         The gated outputs (b, h * p), in the precision that the inputs and the skip promote to.
@@ -70,7 +70,7 @@ def decode_step(
         for feature, width in ((x_bf, head_dim), (b_bf, state_size), (c_bf, state_size))
     )
     dtype = state_bhpn.dtype
-    if time_step:
+    if write_by_decay:
         b_bhn = (b_bhn * F.softplus(a_log_bh.to(dtype)).unsqueeze(-1)).to(b_bhn.dtype)
     decay_bh = torch.sigmoid(-a_log_bh.to(dtype))
     if keep_b1 is not None:

@@ -161,14 +161,14 @@ def step(
     kernels: str = "auto",
     *,
     conv_silu: bool = False,
-    time_step: bool = False,
+    write_by_decay: bool = False,
 ) -> Tensor:
     """The step of `decode.decode_step` by the implementation that `backend` names."""
     inputs = (x_bf, b_bf, c_bf, z_bf, a_log_bh, convs, z_bias_f, d_h, tail_bkf, state_bhpn, keep_b)
     if _chosen("step", x_bf.device, x_bf.dtype, kernels, 0) == "triton":
         elements = state_bhpn.shape[2] * state_bhpn.shape[3]
-        if conv_silu or time_step:
-            reason = "the Triton step has neither SiLU nor time step"
+        if conv_silu or write_by_decay:
+            reason = "the Triton step has neither SiLU nor writes by decay"
         elif elements > LARGEST_STATE:
             reason = f"a head's state of {elements:,} elements is over {LARGEST_STATE:,}"
         else:
@@ -176,7 +176,7 @@ def step(
 
             return triton_decode.decode_step(*inputs)
         _say_once(f"step: torch on {x_bf.device}: {reason}")
-    return decode_step(*inputs, conv_silu=conv_silu, time_step=time_step)
+    return decode_step(*inputs, conv_silu=conv_silu, write_by_decay=write_by_decay)
 
 
 def _chosen(operator: Operator, device: torch.device, dtype: torch.dtype, kernels: str, width: int) -> str:

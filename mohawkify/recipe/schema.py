@@ -58,9 +58,10 @@ class StudentRecipe(Section):
         default=True,
         description="learned bias on the decay, half-lives spread over the heads; not representable in Llamba's layout",
     )
-    time_step: bool | None = Field(
+    write: Literal["plain", "decay"] | None = Field(
         default=None,
-        description="multiply what a token writes to the state by its time step; null: as the mixer's kind has it",
+        description="what a token writes to the state: as published (plain), or multiplied by -log of its decay, as"
+        " Mamba-2 does by nature (decay); null: as the mixer's kind has it",
     )
     conv_activation: Literal["none", "silu"] | None = Field(
         default=None, description="what follows the convolution; null: as the mixer's kind has it"

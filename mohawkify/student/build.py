@@ -30,7 +30,7 @@ NOISE = re.compile(r"dropout|drop$")  # keys of what training drops at random
 NOT_INHERITED = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "mixer")
 
 # Keys under `student` that are options of mixers, for those whose configuration has a field of that name.
-MIXER_OPTIONS = ("state_size", "conv_kernel", "decay_bias", "time_step", "conv_activation", "gated_norm")
+MIXER_OPTIONS = ("state_size", "conv_kernel", "decay_bias", "write", "conv_activation", "gated_norm")
 
 
 def classes_for(adapter: Adapter) -> tuple[Any, Any]:

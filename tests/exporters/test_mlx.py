@@ -106,7 +106,7 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
             "attention": "self_attn", "layer_specs": [{"mixer_heads": heads} for heads in (4, 4, 0, 0)],
             "config": {
                 "head_dim": 8, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": False,
-                "time_step": False, "conv_activation": "none", "gated_norm": False,
+                "write": "plain", "conv_activation": "none", "gated_norm": False,
             },
         },
     }  # fmt: skip

@@ -19,10 +19,10 @@ from tests.close import assert_close
 HEADS, HEAD_DIM, STATE, HIDDEN = 4, 8, 6, 32
 VARIANTS: dict[str, dict[str, Any]] = {
     "discrete_mamba2": {},
-    "time_step": {"time_step": True},
+    "write": {"write": "decay"},
     "conv_activation": {"conv_activation": "silu"},
     "gated_norm": {"gated_norm": True},
-    "mamba2": {"time_step": True, "conv_activation": "silu", "gated_norm": True},
+    "mamba2": {"write": "decay", "conv_activation": "silu", "gated_norm": True},
 }
 
 
@@ -159,11 +159,11 @@ def started(**changes: Any) -> DiscreteMamba2:
     return made
 
 
-def test_with_a_time_step_the_start_weighs_the_past_as_without() -> None:
+def test_with_writes_by_decay_the_start_weighs_the_past_as_without() -> None:
     """A head whose decay is constant averages: its weights over the past add up to q.k / sqrt(p)."""
     ratios = []
-    for time_step in (False, True):
-        made = started(time_step=time_step)
+    for write in ("plain", "decay"):
+        made = started(write=write)
         with torch.no_grad():
             made.decay_proj.weight.zero_()
             matrix = mixing_matrix(*made.matrix_parts(hidden(1).float().expand(-1, 600, -1)))

@@ -84,12 +84,12 @@ def calibrated(weights: AttentionWeights, **options: Any) -> tuple[DiscreteMamba
     return mixer, error
 
 
-@pytest.mark.parametrize("time_step", [True, False])
+@pytest.mark.parametrize("write", ["decay", "plain"])
 @pytest.mark.parametrize("with_biases", [True, False])
 @pytest.mark.parametrize("state_size", [WIDTH + 1, 2 * WIDTH])
-def test_attention_that_a_mixer_can_do_is_found(time_step: bool, with_biases: bool, state_size: int) -> None:
+def test_attention_that_a_mixer_can_do_is_found(write: str, with_biases: bool, state_size: int) -> None:
     weights = attention_weights(with_biases=with_biases)
-    mixer, error = calibrated(weights, time_step=time_step, state_size=state_size)
+    mixer, error = calibrated(weights, write=write, state_size=state_size)
     assert error is not None
     assert error < 0.02  # what the ridge leaves
     call = mixer_like_call(weights, mixer, seed=100)  # not among the text
