@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mohawkify.errors import require_docstrings
+from mohawkify.errors import UsageError, require_docstrings
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder, finished_run
@@ -171,19 +171,31 @@ def generate(
     """
     from mohawkify.distributed.device import choose_device
     from mohawkify.evaluation.evaluation import load_run_models, run_teacher
-    from mohawkify.evaluation.generation import GenerateOptions, generate_text
+    from mohawkify.evaluation.generation import GenerateOptions, read_on, remember, write_on
+    from mohawkify.student.saved_state import ReadText, load_state, model_hash, require_new_file, save_state
 
-    chosen = resolve_run(run)
+    chosen, options = resolve_run(run), options or GenerateOptions()
+    if with_teacher and (options.save_state or options.load_state):
+        raise UsageError("found a saved state and the teacher, which has no state", hint="leave the teacher out")
+    if options.save_state is not None:
+        require_new_file(options.save_state)
     teacher = run_teacher(chosen) if with_teacher else None
     models, tokenizer = load_run_models(chosen, teacher, choose_device(chosen.recipe().compute.device))
     texts = {}
     for name, model in models.items():
+        read = ReadText()
+        if options.load_state is not None:
+            read = load_state(options.load_state, model, model_hash(chosen.final))
+        read = read_on(model, tokenizer, read, prompt)
+        if options.save_state is not None:
+            remember(model, read)
+            save_state(options.save_state, read, model_hash(chosen.final))
         on_text(name, prompt)
-        texts[name] = generate_text(
+        texts[name] = write_on(
             model,
             tokenizer,
-            prompt,
-            options or GenerateOptions(),
+            read,
+            options,
             lambda text, name=name: on_text(name, text),  # type: ignore[misc]
         )
     return texts

@@ -315,6 +315,8 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
     "--temperature", type=FiniteRange(min=0), default=0.0, show_default=True, help="0: always the most probable token."
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the sampling.")
+@click.option("--save-state", type=FOLDER, metavar="FILE", help="Keep what the student remembers of the prompt.")
+@click.option("--load-state", type=FOLDER, metavar="FILE", help="Go on with a text that was kept, by the same run.")
 def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None:
     """Continue PROMPT with a run's student.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from mohawkify.data.tokenize import require_rows
 from mohawkify.errors import UsageError
 from mohawkify.families.positions import longest_sequence
+from mohawkify.student.cache import StudentCache
+from mohawkify.student.saved_state import ReadText
 
 # Settings that a teacher's published generation_config.json may hold, and that make other tokens likely.
 CHANGES_PROBABILITIES = (
@@ -29,11 +33,15 @@ class GenerateOptions:
         max_tokens: the most tokens to write; the model may end sooner, and does at the last of learned positions.
         temperature: 0 takes the most probable token every time; above 0, tokens are sampled.
         seed: of the sampling.
+        save_state: a new file for what the student remembers of the prompt.
+        load_state: such a file, whose text the prompt goes on with.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
+    save_state: Path | None = None
+    load_state: Path | None = None
 
 
 def generate_text(
@@ -56,22 +64,77 @@ def generate_text(
         All of the new text.
 
     Raises:
-        UsageError: the prompt is no text, gives no token to begin with, or as many as the model has learned positions.
+        UsageError: see `read_on`.
+        DataError: likewise.
+    """
+    return write_on(model, tokenizer, read_on(model, tokenizer, ReadText(), prompt), options, on_text)
+
+
+def read_on(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: ReadText, text: str, *, special: bool = True
+) -> ReadText:
+    """Put more text behind one that is read already.
+
+    The tokens are those of the whole text, unless they cut what is read in another way: a state cannot be taken back,
+    so then a token ends where the new text begins.
+
+    Args:
+        read: the text so far, and its memory, which goes over to the result.
+        text: what follows.
+        special: whether the tokenizer puts its special tokens around the whole.
+
+    Raises:
+        UsageError: the text is no text, gives no token to go on with, or more than the model has learned positions.
         DataError: it has a token for which the model has no row.
     """
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
             f"the prompt holds half of a surrogate pair at position {error.start}, expected text"
         ) from error
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].numel() == 0:
+    tokens: Any = tokenizer(read.text + text, add_special_tokens=special)
+    ids: list[int] = tokens["input_ids"]
+    if ids[: read.num_read] != read.ids[: read.num_read]:
+        ids = read.ids + tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= read.num_read:
         raise UsageError("the prompt is empty, expected some text", hint="this tokenizer adds no token of its own")
-    require_rows(inputs["input_ids"], tokenizer, model.config.vocab_size)
-    length, window = inputs["input_ids"].shape[1], longest_sequence(model)
-    if window is not None and length >= window:
-        raise UsageError(f"the prompt has {length:,} tokens, expected fewer than the model's {window:,} positions")
+    require_rows(ids, tokenizer, model.config.vocab_size)
+    window = longest_sequence(model)
+    if window is not None and len(ids) >= window:
+        raise UsageError(f"the prompt has {len(ids):,} tokens, expected fewer than the model's {window:,} positions")
+    return ReadText(read.text + text, ids, read.cache, read.messages)
+
+
+@torch.inference_mode()
+def remember(student: PreTrainedModel, read: ReadText) -> None:
+    """Let a student read all tokens but the last one, from which it goes on."""
+    model: Any = student
+    read.cache = read.cache or StudentCache(student.config)
+    ids = read.ids[read.num_read : -1]
+    if ids:
+        model(torch.tensor([ids], device=student.device), past_key_values=read.cache, **_one_logit(model))
+
+
+def _one_logit(model: Any) -> dict[str, int]:
+    """Spares the logits of a long text, where the family's model can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def write_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    read: ReadText,
+    options: GenerateOptions,
+    on_text: Callable[[str], None] = lambda text: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> str:
+    """Continue a text, whose tokens and memory are moved on; see `generate_text`.
+
+    Args:
+        read: the text; a student's memory is used if there is one.
+        is_stopped: asked after every token; True ends the text there.
+    """
     pieces: list[str] = []
 
     def keep(text: str) -> None:
@@ -84,16 +147,20 @@ def generate_text(
     drawing |= dict.fromkeys(CHANGES_PROBABILITIES)
     torch.manual_seed(options.seed)
     writer: Any = model.eval()  # `generate` is missing from transformers' types
+    ids_bl, window = torch.tensor([read.ids], device=model.device), longest_sequence(model)
     with torch.inference_mode():
-        writer.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=options.max_tokens if window is None else min(options.max_tokens, window - length),
+        written = writer.generate(
+            input_ids=ids_bl,
+            attention_mask=torch.ones_like(ids_bl),
+            past_key_values=read.cache,
+            max_new_tokens=options.max_tokens if window is None else min(options.max_tokens, window - len(read.ids)),
             num_beams=1,
             pad_token_id=0,  # one row needs no padding; without an id, generate warns
             streamer=_Pieces(tokenizer, keep),
+            stopping_criteria=[lambda ids_bl, scores: torch.tensor([is_stopped()], device=ids_bl.device)],
             **drawing,
         )
+    read.ids, read.text = written[0].tolist(), read.text + "".join(pieces)
     return "".join(pieces)
 
 
