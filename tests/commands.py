@@ -15,7 +15,7 @@ from tests.tiny import save_teacher, tiny_teacher
 RECIPE = """
 name: tiny
 description: a few steps of every stage
-student: {state_size: 8}
+student: {init: attention, state_size: 8}
 data:
   train: [{path: "teacher:text.txt"}]
 stages:

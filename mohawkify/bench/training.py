@@ -70,7 +70,7 @@ class Workload:
         recipe = apply_overrides(load_recipe("demo"), tuple(sizes))
         spec = design_student("bench", resolved.spec, resolved.config, resolved.adapter, recipe.student)
         loaded = load_teacher(resolved, dtype=torch.float32, device=device)
-        student = build_student(loaded, resolved.adapter, spec, recipe.student.init, seed=0)
+        student = build_student(loaded, resolved.adapter, spec, recipe.student.start, seed=0)
         generator = torch.Generator().manual_seed(0)
         ids_bl = torch.randint(resolved.spec.vocab_size, (batch, length), generator=generator)
         positions_bl = (torch.arange(length) % max(length // 2, 1)).expand(batch, -1).clone()

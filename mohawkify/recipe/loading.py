@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from mohawkify.errors import RecipeError
 from mohawkify.recipe.bundled import recipe_text
 from mohawkify.recipe.messages import explain, show, show_key
-from mohawkify.recipe.schema import ComputeRecipe, Recipe, recipe_model
-from mohawkify.recipe.stages import stages_model
+from mohawkify.recipe.schema import CalibrateRecipe, ComputeRecipe, Recipe, StudentRecipe, recipe_model
+from mohawkify.recipe.stages import objective_of, stages_model
 from mohawkify.recipe.strict_yaml import (
     MAX_DEPTH,
     KeyPath,
@@ -124,7 +124,45 @@ def _set(data: dict[str, Any], path: KeyPath, value: Any) -> None:
         container = container[part]
 
 
+def _follow_start(data: Any, set_keys: tuple[KeyPath, ...]) -> Any:
+    """Add the stage of a calibrated start to a recipe that has none, and drop it where overrides chose another start.
+
+    What is wrong with the data is left to the schema.
+    """
+    stages = data.get("stages") if isinstance(data, dict) else None
+    if not isinstance(stages, dict):
+        return data
+    try:
+        start = StudentRecipe.model_validate(data.get("student", {})).start
+    except ValidationError:
+        return data
+    found = {name for name, block in stages.items() if objective_of(name, block) == "closed_form"}
+    if start == "calibrated" and not found:
+        return {**data, "stages": {"calibrate": _default_calibration(stages), **stages}}
+    is_chosen = any(key[0] == "student" for key in set_keys)
+    if (
+        start != "calibrated"
+        and is_chosen
+        and not any(set(key[:2]) == {"stages", name} for key in set_keys for name in found)
+    ):
+        return {**data, "stages": {name: block for name, block in stages.items() if name not in found}}
+    return data
+
+
+def _default_calibration(stages: dict[Any, Any]) -> dict[str, Any]:
+    """Sequences that can be cut out of the longest of the other stages, as many at a time as the last stage has."""
+    blocks = [block for block in stages.values() if isinstance(block, dict)]
+    lengths = [length for block in blocks if isinstance(length := block.get("sequence_length"), int) and length > 1]
+    if not lengths:
+        return {}
+    longest, usual = max(lengths), CalibrateRecipe().sequence_length
+    length = next((short for short in range(usual, 1, -1) if longest % short == 0), longest)
+    batch = blocks[-1].get("batch_sequences")
+    return {"sequence_length": length} | ({"batch_sequences": batch} if isinstance(batch, int) and batch > 0 else {})
+
+
 def _validate(data: Any, source: str, lines: Lines, set_keys: tuple[KeyPath, ...] = ()) -> Recipe:
+    data = _follow_start(data, set_keys)
     model = recipe_model(stages_model(data.get("stages") if isinstance(data, dict) else None))
     try:
         return model.model_validate(data)

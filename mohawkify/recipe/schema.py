@@ -47,10 +47,11 @@ class StudentRecipe(Section):
         default="discrete_mamba2",
         description="kind of the mixers: discrete_mamba2, mamba2, or one that an installed package registers",
     )
-    init: Literal["calibrated", "attention", "identity"] = Field(
-        default="attention",
+    init: Literal["calibrated", "attention", "identity"] | None = Field(
+        default=None,
         description="start of the mixers: fitted to the teacher's attention on text by the stage calibrate, from the"
-        " teacher's attention weights, or as published (identity)",
+        " teacher's attention weights, or as published (identity); null: calibrated, or attention where the mixer has"
+        " no calibrated start",
     )
     state_size: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
     conv_kernel: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
@@ -73,6 +74,13 @@ class StudentRecipe(Section):
     keep_attention: Layers = Field(
         default=(), description="numbers of the layers that keep the teacher's attention: a hybrid"
     )
+
+    @property
+    def start(self) -> str:
+        """The start of the mixers: ``init``, or the best one that the mixer has."""
+        is_plain = self.conv_activation != "silu" and not self.gated_norm and self.decay_bias
+        best = "calibrated" if self.mixer == "discrete_mamba2" and is_plain else "attention"
+        return self.init or best
 
 
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)] | None
@@ -318,7 +326,7 @@ class Recipe(Section):
                     ("stages", name, "final_phase"),
                     "found without sources in data.final_phase, expected both or neither",
                 )
-            if isinstance(micro, int) and stage.batch_sequences % micro:
+            if isinstance(micro, int) and stage.learning_rate is not None and stage.batch_sequences % micro:
                 message = f"found {micro}, expected a divisor of stages.{name}.batch_sequences, {stage.batch_sequences}"
                 conflict(("compute", "micro_batch_sequences"), message)
             self._require_one_order(name, stage)
@@ -329,9 +337,9 @@ class Recipe(Section):
         names = [name for name, block in blocks.items() if isinstance(block, CalibrateRecipe)]
         if len(names) > 1:
             conflict(("stages", names[1]), f"found beside {names[0]}, expected one calibration at most")
-        if names and self.student.init != "calibrated":
-            conflict(("stages", names[0]), f"found beside student.init: {self.student.init}, expected calibrated")
-        if not names and self.student.init == "calibrated":
+        if names and self.student.start != "calibrated":
+            conflict(("stages", names[0]), f"found beside student.init: {self.student.start}, expected calibrated")
+        if not names and self.student.start == "calibrated":
             conflict(("student", "init"), "found calibrated without stages.calibrate, expected both or neither")
 
     def longest_sequence(self, data: str) -> int:

@@ -257,8 +257,7 @@ def stages_model(stages: Any) -> type[StagesRecipe]:
         return StagesRecipe
     blocks: dict[str, type[StageRecipe]] = {}
     for name, block in list(stages.items())[:_MOST_STAGES]:
-        objective = block.get("objective") if isinstance(block, dict) else None
-        objective = OBJECTIVE_OF_NAME.get(name) if objective is None else objective
+        objective = objective_of(name, block)
         if objective is not None and _is_stage_name(name):
             blocks[name] = (stage_block(objective) if isinstance(objective, str) else None) or _unknown_block()
     for name, objective in STANDARD_OBJECTIVES.items():
@@ -266,6 +265,12 @@ def stages_model(stages: Any) -> type[StagesRecipe]:
     # A calibration is of the start, wherever its key stands: an override adds it behind the others.
     ordered = sorted(blocks.items(), key=lambda item: item[1] is not CalibrateRecipe)
     return _stages_model(tuple(ordered))
+
+
+def objective_of(name: Any, block: Any) -> Any:
+    """The objective of an unchecked block: its own, or the one that its name stands for."""
+    objective = block.get("objective") if isinstance(block, dict) else None
+    return OBJECTIVE_OF_NAME.get(name) if objective is None else objective
 
 
 def _is_stage_name(name: Any) -> bool:

@@ -125,9 +125,9 @@ def _mixer_config(teacher: TeacherSpec, adapter: Adapter, recipe: StudentRecipe)
     except ValueError as error:
         guess = did_you_mean(recipe.mixer, mixer_kinds())
         raise RecipeError(f"student.mixer: {error}{guess}") from error
-    if recipe.init not in kind.starts:
+    if recipe.start not in kind.starts:
         raise RecipeError(
-            f"student.init: found {recipe.init}, expected one of {', '.join(kind.starts)} for {kind.title}"
+            f"student.init: found {recipe.start}, expected one of {', '.join(kind.starts)} for {kind.title}"
         )
     values: dict[str, Any] = {
         "num_heads": teacher.num_attention_heads,
@@ -143,7 +143,7 @@ def _mixer_config(teacher: TeacherSpec, adapter: Adapter, recipe: StudentRecipe)
         elif key not in options and value != StudentRecipe.model_fields[key].default:
             raise RecipeError(f"student.{key}: found {value}, but {kind.title} has no such option")
     built = kind.config_class(**values)
-    reason = kind.calibration.refuse(built) if recipe.init == "calibrated" and kind.calibration else None
+    reason = kind.calibration.refuse(built) if recipe.start == "calibrated" and kind.calibration else None
     if reason:
         raise RecipeError(f"student.init: found calibrated, which {reason}", hint="student.init: attention")
     config = asdict(built)

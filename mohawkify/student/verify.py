@@ -33,10 +33,10 @@ def require_true_family(resolved: ResolvedTeacher) -> None:
     Raises:
         TeacherError: see `verify_family`.
     """
-    recipe, adapter = StudentRecipe(), resolved.adapter
+    recipe, adapter = StudentRecipe(init="attention"), resolved.adapter
     teacher = load_teacher(resolved, dtype=torch.float32, device=torch.device("cpu"))
     spec = design_student(resolved.name, resolved.spec, resolved.config, adapter, recipe)
-    student = build_student(teacher, adapter, spec, recipe.init, seed=0)
+    student = build_student(teacher, adapter, spec, recipe.start, seed=0)
     verify_family(teacher, student, adapter, resolved.spec.vocab_size)
 
 

@@ -252,9 +252,9 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
         return second
 
     teacher = load_teacher(resolved, dtype=dtype, device=load_device)
-    student = build_student(teacher, adapter, spec, recipe.student.init, recipe.seed)
+    student = build_student(teacher, adapter, spec, recipe.student.start, recipe.seed)
     models = TeacherStudent(teacher, student, spec, adapter, recipe.compute.kernels)
-    calibrations = calibrations_of(models) if recipe.student.init == "calibrated" else {}
+    calibrations = calibrations_of(models) if recipe.student.start == "calibrated" else {}
     verify_head(teacher, adapter, vocab_size)
     if adapter.autodetected:
         options.report(f"no file in adapters/ for {spec.teacher_type}: proving what its modules say on the weights")

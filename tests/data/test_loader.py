@@ -24,6 +24,7 @@ from mohawkify.recipe.schema import Recipe
 RECIPE = """
 name: tiny
 description: two lengths, two corpora, several epochs
+student: {init: attention}
 data:
   train: [{path: a.txt}]
   final_phase: [{path: b.jsonl, chat: talk}]

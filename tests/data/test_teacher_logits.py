@@ -27,7 +27,7 @@ VOCABULARY = {"a": 0, "b": 1}
 RECIPE = """
 name: final_teacher
 description: a recipe whose stage 3 ends on other text
-student: {state_size: 8}
+student: {init: attention, state_size: 8}
 data:
   train: [{path: "teacher:text.txt"}]
   final_phase: [{path: "teacher:text.txt"}]

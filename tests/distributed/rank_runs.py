@@ -20,7 +20,7 @@ from tests.commands import make_teacher, run_well
 RECIPE = """
 name: ranks
 description: a few steps of every stage
-student: {state_size: 8}
+student: {init: attention, state_size: 8}
 data:
   train: [{path: "teacher:text.txt"}]
 stages:

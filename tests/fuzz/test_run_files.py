@@ -46,6 +46,7 @@ FACTS = {"source": "demo", "folder": "/nowhere/teacher", "files": {"config.json"
 RECIPE = """\
 name: tiny
 description: a few steps of every stage
+student: {init: attention}
 stages:
   orient: {tokens: 128, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   align: {tokens: 128, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}

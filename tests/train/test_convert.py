@@ -22,7 +22,7 @@ from mohawkify.files import disk
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.files.lock import run_lock
 from mohawkify.planning.planning import plan
-from mohawkify.recipe.loading import apply_overrides, parse_recipe
+from mohawkify.recipe.loading import apply_overrides, dump_recipe, parse_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.save import load_student
 from mohawkify.teacher.load import load_teacher
@@ -38,7 +38,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 RECIPE = """
 name: tiny
 description: a few steps of every stage
-student: {state_size: 8}
+student: {init: attention, state_size: 8}
 data:
   train: [{path: "teacher:text.jsonl"}]
 stages:
@@ -160,7 +160,6 @@ def test_a_calibrated_run_continues_to_the_same_bits(teacher_folder, recipe, tmp
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        (["student.init=calibrated"], "student.init: found calibrated without stages.calibrate"),
         (["stages.calibrate={tokens: 256}"], "stages.calibrate: found beside student.init: attention"),
         (["student.init=calibrated", "stages.calibrate={tokens: 0}"], "stages.calibrate.tokens: found 0"),
     ],
@@ -168,6 +167,35 @@ def test_a_calibrated_run_continues_to_the_same_bits(teacher_folder, recipe, tmp
 def test_a_calibrated_start_and_its_stage_belong_together(recipe, overrides, found):
     with pytest.raises(RecipeError, match=found):
         apply_overrides(recipe, overrides)
+
+
+NO_INIT = RECIPE.replace("init: attention, ", "")
+
+
+def test_a_recipe_begins_calibrated_unless_it_says_otherwise():
+    recipe = parse_recipe(NO_INIT, "tiny.yaml")
+    blocks = recipe.stages.blocks()
+    assert (recipe.student.start, list(blocks)) == ("calibrated", ["calibrate", *STEPS])
+    # Sequences that can be cut out of those of the other stages, in batches that as many processes can share.
+    assert (blocks["calibrate"].sequence_length, blocks["calibrate"].batch_sequences) == (16, 4)
+    assert parse_recipe(dump_recipe(recipe), "dumped.yaml") == recipe
+    assert list(parse_recipe(RECIPE, "tiny.yaml").stages.blocks()) == [*STEPS]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("mixer=mamba2", "mixer=discrete_mamba2 conv_activation=silu", "gated_norm=true", "decay_bias=false"),
+        *("init=attention", "init=identity"),
+    ],
+)
+def test_another_start_or_a_mixer_without_a_calibrated_one_needs_no_stage(option: str) -> None:
+    overrides = [f"student.{each}" for each in option.split()]
+    chosen = apply_overrides(parse_recipe(NO_INIT, "tiny.yaml"), overrides)
+    assert chosen.student.start == ("identity" if "identity" in option else "attention")
+    assert list(chosen.stages.blocks()) == [*STEPS]
+    again = apply_overrides(chosen, ["student.init=calibrated"])
+    assert list(again.stages.blocks()) == ["calibrate", *STEPS]
 
 
 def test_mixers_that_cannot_be_calibrated_are_refused(teacher_folder, recipe, tmp_path):
