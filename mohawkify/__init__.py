@@ -7,7 +7,7 @@ use, so that `import mohawkify` stays light.
 from typing import Any
 
 __version__ = "0.1.0"
-_FUNCTIONS = ("inspect", "plan", "convert", "evaluate", "export", "generate")
+_FUNCTIONS = ("inspect", "plan", "convert", "evaluate", "export", "generate", "chat")
 _OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions")
 
 

@@ -18,6 +18,7 @@ from mohawkify.run.folder import RunFolder, finished_run
 
 if TYPE_CHECKING:
     from mohawkify.distributed.process_group import World
+    from mohawkify.evaluation.dialogue import Dialogue
     from mohawkify.evaluation.evaluation import EvaluateOptions
     from mohawkify.evaluation.generation import GenerateOptions
     from mohawkify.planning.planning import PlanOptions
@@ -199,6 +200,30 @@ def generate(
             lambda text, name=name: on_text(name, text),  # type: ignore[misc]
         )
     return texts
+
+
+def chat(
+    run: str | Path | RunFolder | None = None, options: GenerateOptions | None = None, system: str | None = None
+) -> Dialogue:
+    """Begin a conversation with a run's student, or go on with a saved one.
+
+    Args:
+        options: length and sampling of every answer; ``load_state`` is the saved conversation.
+        system: instructions in front of the conversation.
+
+    Returns:
+        A `Dialogue`: ``reply(text)`` returns an answer, ``save(path)`` keeps the conversation, ``reset()`` forgets it.
+    """
+    from mohawkify.distributed.device import choose_device
+    from mohawkify.evaluation.dialogue import Dialogue
+    from mohawkify.evaluation.evaluation import load_run_models
+    from mohawkify.evaluation.generation import GenerateOptions
+    from mohawkify.student.saved_state import model_hash
+
+    chosen = resolve_run(run)
+    models, tokenizer = load_run_models(chosen, None, choose_device(chosen.recipe().compute.device))
+    options = options or GenerateOptions()
+    return Dialogue(models["student"], tokenizer, model_hash(chosen.final), options, system)
 
 
 def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:

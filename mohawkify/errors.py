@@ -188,6 +188,17 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text)
 
 
+_JOINERS = "\u200c\u200d"  # between letters of Persian and the parts of an emoji
+
+
+def harmless(text: str) -> str:
+    """What a model wrote, for a terminal: control characters are shown as escapes and steer nothing."""
+    return "".join(
+        sign if sign.isprintable() or sign in f"\n\t{_JOINERS}" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+
+
 _LONGEST_NAME = 100  # Comparing names takes time that grows with their length, and names come from strangers' files.
 
 

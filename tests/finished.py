@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mohawkify.files.atomic import atomic_directory, write_json
+from mohawkify.files.atomic import atomic_directory, write_json, write_text
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.build import build_student, design_student
 from mohawkify.student.save import save_student
+from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.resolve import resolve_teacher
-from tests.bytes_tokenizer import bytes_tokenizer
+from tests.bytes_tokenizer import EOS, bytes_tokenizer
+from tests.commands import RECIPE
 from tests.tiny import save_teacher, tiny_teacher
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -50,17 +53,63 @@ def tiny_student(
     return student.eval(), spec
 
 
-def finished_run(folder: Path, family: str = "llama", keep: tuple[int, ...] = (), **changes: Any) -> PreTrainedModel:
+def finished_run(
+    folder: Path,
+    family: str = "llama",
+    keep: tuple[int, ...] = (),
+    template: str | None = TEMPLATE,
+    **changes: Any,
+) -> PreTrainedModel:
     """Write what a finished conversion leaves behind, of `tiny_student` with these arguments; returns the student."""
     student, spec = tiny_student(family, folder / "teacher-folder", keep, **changes)
+    write_run(folder, student, spec, template)
+    return student
+
+
+def write_run(folder: Path, student: PreTrainedModel, spec: StudentSpec, template: str | None) -> None:
+    """Write what a finished conversion of a student by the recipe of tests leaves behind."""
     with atomic_directory(folder / "final") as final:
-        save_student(student, bytes_tokenizer(chat_template=TEMPLATE), final)
+        save_student(student, bytes_tokenizer(chat_template=template), final)
     metrics = {"tokens": 1000, "perplexity": 12.5, "kl": 0.25, "top1": 0.75, "seconds": 1.0}
     write_json(folder / "results.json", {"name": "tiny", "teacher": {"perplexity": 10.0}, "stages": {"init": metrics}})
     write_json(folder / "student.json", spec.to_json())
     teacher = str((folder / "teacher-folder").resolve())
     write_json(folder / "teacher.json", {"source": teacher, "folder": teacher, "files": {}})
-    return student
+    write_text(folder / "recipe.yaml", RECIPE)
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@torch.no_grad()
+def scripted_run(folder: Path, text: str, template: str = CHATML) -> None:
+    """Write the run of a student that answers with ``text`` whatever it is told.
+
+    Args:
+        folder: of the run.
+        text: signs of one byte, none of them twice; if it ends with the line end that stands in front of an answer, the
+            answer begins anew and never ends.
+    """
+    student, spec = tiny_student("llama", folder / "teacher-folder", hidden_size=64, tie_word_embeddings=False)
+    for name, parameter in student.named_parameters():
+        if "out_proj." in name or "down_proj." in name:
+            parameter.zero_()  # the layers add nothing: the last token alone decides
+        elif name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+    embedding, head = student.model.embed_tokens.weight, student.lm_head.weight
+    embedding.zero_()
+    head.zero_()
+    tokens = bytes_tokenizer()("\n" + text).input_ids[-len(text) - 1 :]
+    places = {token: place for place, token in enumerate(dict.fromkeys(tokens), start=1)}
+    follows = dict(itertools.pairwise(tokens))
+    for token in range(len(embedding)):
+        place = places.get(token, 0)
+        embedding[token, place] = 1.0
+        head[follows.get(token, EOS), place] = 1.0
+    write_run(folder, student, spec, template)
 
 
 def run_python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,17 @@ def test_functions_of_the_package_are_those_of_the_api_also_after_submodules_are
     import mohawkify.exporters.card
     import mohawkify.planning.gpus
 
-    for name in ("inspect", "plan", "convert", "evaluate", "export", "generate", "PlanOptions", "GenerateOptions"):
+    for name in (
+        "inspect",
+        "plan",
+        "convert",
+        "evaluate",
+        "export",
+        "generate",
+        "chat",
+        "PlanOptions",
+        "GenerateOptions",
+    ):
         assert getattr(mohawkify, name) is getattr(api, name)
     with pytest.raises(AttributeError, match="no attribute 'plans'"):
         mohawkify.plans  # noqa: B018

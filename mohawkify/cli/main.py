@@ -16,6 +16,7 @@ from click.shell_completion import get_completion_class
 from mohawkify import __version__
 from mohawkify.cli import tables
 from mohawkify.cli.bench_commands import bench
+from mohawkify.cli.chat_commands import chat
 from mohawkify.cli.data_commands import data as data_commands
 from mohawkify.cli.data_commands import prepared_option
 from mohawkify.cli.error_lines import CommandGroup
@@ -36,7 +37,7 @@ from mohawkify.cli.options import (
     setting,
 )
 from mohawkify.cli.quiet import quiet_libraries
-from mohawkify.errors import INPUT, UsageError, require_docstrings
+from mohawkify.errors import INPUT, UsageError, harmless, require_docstrings
 
 NAME = "mohawkify"
 COMPLETION_VARIABLE = "_MOHAWKIFY_COMPLETE"
@@ -333,10 +334,13 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
             if name not in started:
                 click.echo(("\n" if started else "") + (f"{name}: " if with_teacher else ""), file=output, nl=False)
                 started.append(name)
-            click.echo(text, file=output, nl=False)
+            click.echo(harmless(text) if output.isatty() else text, file=output, nl=False)
 
         api.generate(run, words[-1], api.GenerateOptions(**options), show, with_teacher)
         click.echo(file=output)
+
+
+main.add_command(chat)
 
 
 @main.command()

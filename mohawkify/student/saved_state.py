@@ -20,6 +20,7 @@ from mohawkify.files.atomic import write_bytes
 from mohawkify.files.disk import clear_errors
 from mohawkify.files.manifest import MANIFEST_NAME, read_manifest
 from mohawkify.files.safetensors_headers import read_header
+from mohawkify.files.strict_json import parse_json
 from mohawkify.student.cache import StudentCache
 
 FORMAT = "mohawkify-state-1"
@@ -143,7 +144,16 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             loaded = {name: file.get_tensor(name) for name in tensors}
     if texts.pop("sha256") != _digest(texts, loaded):
         raise _damaged(path, "its content does not have the hash that it carries")
+    messages = parse_json(texts["messages"].encode(), f"{path}, its messages")
+    if not texts["num_read"].isdecimal() or not all(_is_message(each) for each in messages):
+        raise _damaged(path, "its conversation is none")
     return texts, loaded
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and value.keys() == {"role", "content"} and all(type(v) is str for v in value.values())
+    )
 
 
 def _digest(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from mohawkify.evaluation.generation import GenerateOptions, generate_text, read
 from mohawkify.student.saved_state import ReadText, load_state, save_state
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.close import assert_close
-from tests.commands import RECIPE, run, run_well
+from tests.commands import run, run_well
 from tests.finished import finished_run, tiny_student
 
 LONG, MORE = "The cat sat on the mat, and the dog", " ran away."
@@ -29,7 +29,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, changes in (("one", {}), ("other", {"initializer_range": 0.2, "hidden_size": 64})):
         finished_run(folder / name, keep=(1,), **changes)
-        (folder / name / "recipe.yaml").write_text(RECIPE)
     run_well("generate", folder / "one", LONG, "--max-tokens", 1, "--save-state", folder / "state")
     return folder
 
