@@ -21,7 +21,7 @@ STAGES = ("orient", "align", "distill")
 FP32, BF16, FP64 = 4, 2, 8  # bytes
 MOMENTS = 2 * FP32  # of AdamW, bytes per parameter
 # The parts of a plan in the order they are printed.
-PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss", "update")
+PARTS = ("teacher", "weights", "gradients", "optimizer", "buffers", "activations", "loss")
 
 WHOLE_LOGITS = 7  # matrices of tokens by vocabulary in float32 without chunks
 CHUNKS = 3  # student's and teacher's log-probabilities, and probabilities
@@ -42,7 +42,6 @@ class Layout:
         micro_batch: b, sequences per forward pass on one GPU.
         checkpointing: whether layers keep their input only, and are computed again for their gradients.
         shard_teacher: whether the GPUs share the teacher's layers too.
-        on_gpu: whether the optimiser updates all weights at once, as it does on GPUs.
     """
 
     engine: str = "single"
@@ -53,7 +52,6 @@ class Layout:
     micro_batch: int = 1
     checkpointing: bool = False
     shard_teacher: bool = False
-    on_gpu: bool = True
 
     @property
     def number_bytes(self) -> int:
@@ -189,8 +187,7 @@ def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str
     """Bytes on one GPU at the fullest moment of a step, by part.
 
     Returns:
-        Bytes by the names in `PARTS`. ``update`` is what the optimiser's step needs beyond what forward and backward
-        passes had in use, which are over by then; the sum of all parts is the most that is in use.
+        Bytes by the names in `PARTS`; their sum is the most that is in use. The fused optimiser's step adds nothing.
     """
     parts = {**dict.fromkeys(PARTS, 0.0), "teacher": _teacher(sizes, layout), **_student(sizes, layout)}
     if sizes.stage == "align":
@@ -198,9 +195,6 @@ def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str
     else:
         moving = (_orient if sizes.stage == "orient" else _distill)(sizes, layout, footprint)
     parts["activations"], parts["loss"] = moving
-    # AdamW on a GPU updates all weights at once, with one more number for each of them on the way.
-    update = FP32 * sizes.trained / _shards(layout) if layout.on_gpu and layout.offload == "none" else 0
-    parts["update"] = max(0.0, update - sum(moving))
     return {name: ceil(parts[name]) for name in PARTS}
 
 

@@ -153,7 +153,7 @@ def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[st
     }
 
 
-def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, on_gpu: bool) -> Layout:
+def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int) -> Layout:
     """How a recipe is laid out over GPUs.
 
     Args:
@@ -197,7 +197,6 @@ def layout_of(recipe: Recipe, *, engine: str, zero: int | None, num_gpus: int, o
         micro_batch=micro,
         checkpointing=compute.activation_checkpointing,
         shard_teacher=compute.shard_teacher and num_gpus > 1,
-        on_gpu=on_gpu,
     )
 
 

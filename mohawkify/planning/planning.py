@@ -68,9 +68,7 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         device = "cuda"
     elif device == "auto":
         device = choose_device("auto").type  # type: ignore[assignment]
-    layout = layout_of(
-        recipe, engine=options.engine, zero=options.zero, num_gpus=options.num_gpus, on_gpu=device == "cuda"
-    )
+    layout = layout_of(recipe, engine=options.engine, zero=options.zero, num_gpus=options.num_gpus)
     if options.num_gpus > 1 and device != "cuda":
         raise UsageError(
             f"--gpus: found {options.num_gpus} on a plan for {device}, expected 1",
@@ -93,7 +91,7 @@ def plan_run(
 ) -> dict[str, Any]:
     """The plan that a run's folder keeps; activations are counted on a GPU only, because counting takes seconds."""
     machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
-    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes, on_gpu=device == "cuda")
+    layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes)
     return _make_plan(teacher, student, recipe, machine, layout, device == "cuda")
 
 

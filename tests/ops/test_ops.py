@@ -265,6 +265,16 @@ def test_conv_equals_its_definition(num_taps):
     assert torch.equal(end, tail)
 
 
+@pytest.mark.parametrize("num_taps", [1, 4])
+def test_conv_gradients_by_finite_differences(num_taps):
+    generator = torch.Generator().manual_seed(num_taps)
+    shapes = (2, 9, 3), (3, num_taps), (3,), (2, num_taps - 1, 3)
+    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    document_starts_bl = torch.rand(2, 9, generator=generator) < 0.3
+    for starts_bl in (None, document_starts_bl):
+        assert torch.autograd.gradcheck(lambda *args, starts=starts_bl: causal_conv(*args, starts), tensors)
+
+
 def test_align_loss_is_zero_at_the_teacher():
     hidden = torch.randn(2, 5, 8)
     loss, relative = align_loss(hidden, hidden.clone())

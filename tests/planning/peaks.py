@@ -89,7 +89,7 @@ def planned_parts(name: str, stage: str, checkpointing: bool = False) -> dict[st
     """What the plan says of a case."""
     case, (pair, inspection) = CASES[name], built(name)
     trained = trained_parameters(stage, getattr(case.recipe().stages, stage), inspection.spec, pair.spec)
-    layout = Layout(precision=case.precision, micro_batch=case.micro_batch, checkpointing=checkpointing, on_gpu=False)
+    layout = Layout(precision=case.precision, micro_batch=case.micro_batch, checkpointing=checkpointing)
     sizes = Sizes(stage, case.length, inspection.spec, pair.spec, trained)
     return memory_parts(sizes, layout, _footprint(name))
 

@@ -205,7 +205,7 @@ def test_passes_are_counted_as_training_takes_them_and_stages_left_out_do_not_ma
     recipe = apply_overrides(load_recipe("llamba-1b"), uneven)
     found = plan(str(teacher_configs / "Llama-3.2-1B-Instruct.json"), recipe, PlanOptions(gpu="h100", num_gpus=2))
     assert {(row["micro_batch_sequences"], row["accumulation"]) for row in found["phases"]} == {(4, 2)}
-    assert layout_of(recipe, engine="auto", zero=None, num_gpus=3, on_gpu=True).micro_batch == 4
+    assert layout_of(recipe, engine="auto", zero=None, num_gpus=3).micro_batch == 4
 
 
 def test_several_gpus_of_no_kind_are_refused_where_there_is_none(teacher_configs):

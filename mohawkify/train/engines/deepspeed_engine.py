@@ -244,7 +244,8 @@ class DeepSpeedEngine(Engine):
             return
         for partition in self._flat_partitions():
             self.adamw.state[partition] = {
-                "step": torch.stack([step.cpu() for step in steps]).max(),  # one count for all parameters in it
+                # One count for all parameters in it, where the fused update reads it.
+                "step": torch.stack([step.cpu() for step in steps]).max().to(partition.device),
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }
         self._link_moments()

@@ -56,7 +56,7 @@ class Engine(ABC):
         matrices = {"params": [p for p in self._trained.values() if p.dim() >= 2], "weight_decay": decay}
         vectors = {"params": [p for p in self._trained.values() if p.dim() < 2], "weight_decay": 0.0}
         groups = [group for group in (matrices, vectors) if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, betas=self.optimizer.betas, eps=self.optimizer.epsilon)
+        self.adamw = torch.optim.AdamW(groups, betas=self.optimizer.betas, eps=self.optimizer.epsilon, fused=True)
 
     def accumulating(self) -> AbstractContextManager[object]:
         """Encloses all forward and backward passes of one step, but not the step itself."""
@@ -148,7 +148,7 @@ class Engine(ABC):
             kind, _, name = key.partition("/")
             parameter = self._trained[name]
             self.adamw.state[parameter][kind] = (
-                value.to("cpu", copy=True) if kind == "step" else self._moment_like(parameter, value)
+                value.to(parameter.device, copy=True) if kind == "step" else self._moment_like(parameter, value)
             )
 
     def _moment_like(self, parameter: Any, whole: Tensor) -> Tensor:
