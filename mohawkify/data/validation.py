@@ -55,6 +55,18 @@ def evaluation_rows(corpus: Corpus, *, sequence_length: int, num_tokens: int) ->
     return rows
 
 
+def first_rows(rows: Sequence[np.ndarray], num_tokens: int) -> list[np.ndarray]:
+    """The first rows with that many tokens in all, and the first one in any case."""
+    kept: list[np.ndarray] = []
+    total = 0
+    for row in rows:
+        total += len(row)
+        if kept and total > num_tokens:
+            break
+        kept.append(row)
+    return kept
+
+
 def evaluation_batches(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[EvaluationBatch]:
     """Batch rows of similar length, the longest first, so that a batch too large for the memory fails at once.
 

@@ -81,6 +81,7 @@ def measure_fidelity(
     device: torch.device,
     progress: Callable[[int], None] | None = None,
     add_up: Callable[[dict[str, float]], dict[str, float]] = dict,
+    call: Callable[..., None] | None = None,
 ) -> Fidelity:
     """Compare a student with its teacher in one pass over held-out text.
 
@@ -93,6 +94,7 @@ def measure_fidelity(
         device: where the models are.
         progress: receives the number of predicted tokens so far, after every batch.
         add_up: where several processes measure a part of the batches each: adds up sums over them, by name.
+        call: calls a function that runs the student, whose parameters an engine may hold in parts.
 
     Raises:
         DataError: the batches hold no predicted token.
@@ -104,7 +106,8 @@ def measure_fidelity(
     with evaluating(student, teacher):
         for batch in batches:
             input_ids_bl = batch.input_ids.to(device)
-            _add_batch(sums, input_ids_bl, batch.valid.to(device), teacher_reader, student_reader)
+            parts = sums, input_ids_bl, batch.valid.to(device), teacher_reader, student_reader
+            _add_batch(*parts) if call is None else call(_add_batch, *parts)
             if progress is not None:
                 progress(int(sums.tokens))
     sums = _Sums(**add_up({name: float(value) for name, value in asdict(sums).items()}))

@@ -268,6 +268,11 @@ class EvaluationRecipe(Section):
     tokens: PositiveCount = Field(default=200_000, description="held-out tokens that are used, at most")
     sequence_length: int = Field(default=2048, ge=2, description="tokens per sequence")
     batch_sequences: int = Field(default=8, ge=1, description="sequences per forward pass")
+    every_tokens: PositiveCount | None = Field(
+        default=None,
+        description="training tokens between measurements within a stage, each on 4k of the held-out tokens at most;"
+        " null: after stages only",
+    )
 
 
 class CheckpointRecipe(Section):

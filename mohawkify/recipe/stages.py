@@ -154,6 +154,11 @@ class OrientRecipe(StageRecipe):
     plans_as = "orient"
 
     objective: Literal["matrix"] = Field(default="matrix", description="loss: distance of mixing matrices")
+    weighting: Literal["none", "values"] = Field(
+        default="none",
+        description="weight of the matrices' columns; values: the length of each token's value, so that attention to"
+        " tokens without content counts little",
+    )
 
 
 class AlignRecipe(StageRecipe):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
-from mohawkify.data.validation import EvaluationBatch, evaluation_batches
+from mohawkify.data.validation import EvaluationBatch, evaluation_batches, first_rows
 from mohawkify.distributed.shutdown import Shutdown
-from mohawkify.evaluation.fidelity import measure_fidelity
+from mohawkify.evaluation.fidelity import Fidelity, measure_fidelity
 from mohawkify.train.conversion import Conversion
+from mohawkify.train.engines.engine import Engine
 from mohawkify.train.plateau import Phases
 from mohawkify.train.training_state import TrainingState
 from mohawkify.train.watchdog import Watchdog
 
 START = "init"  # the measurement before the first stage
+WITHIN_TOKENS = 4096  # held-out tokens of a measurement within a stage, at most
 
 
 def measured(conversion: Conversion) -> list[str]:
@@ -61,23 +65,13 @@ def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutd
         ``perplexity``, ``kl`` (nats per token) and ``top1``.
     """
     world, report = conversion.world, conversion.options.report
-    batches = list(evaluation_batches(conversion.held_out, conversion.recipe.evaluation.batch_sequences))
-    while len(batches) % world.size:  # all processes call a teacher that is spread over them equally often
-        batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
     with Watchdog(conversion.options.hang_timeout, f"measuring after {name}", world) as hang:
 
         def on_batch(num_tokens: int) -> None:
             hang.heartbeat()
             stop.check(f"while measuring after {name}")
 
-        agreement = measure_fidelity(
-            conversion.models.student,
-            conversion.models.teacher,
-            batches[world.rank :: world.size],
-            device=conversion.device,
-            progress=on_batch,
-            add_up=world.sum,
-        )
+        agreement = _compare(conversion, conversion.held_out, on_batch)
     metrics = {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
 
     def record() -> None:
@@ -103,6 +97,56 @@ def measure(conversion: Conversion, name: str, state: TrainingState, stop: Shutd
         f"perplexity {agreement.perplexity:.3f} (teacher {agreement.teacher_perplexity:.3f})"
     )
     return metrics
+
+
+def _compare(
+    conversion: Conversion, rows: list[np.ndarray], on_batch: Callable[[int], None], engine: Engine | None = None
+) -> Fidelity:
+    """Compare student and teacher; each process reads a part of the rows. An engine holds the student, if given."""
+    world = conversion.world
+    batches = list(evaluation_batches(rows, conversion.recipe.evaluation.batch_sequences))
+    while len(batches) % world.size:  # all processes call a teacher that is spread over them equally often
+        batches.append(EvaluationBatch(batches[-1].input_ids, torch.zeros_like(batches[-1].valid)))
+    with nullcontext() if engine is None else engine.autocast():
+        return measure_fidelity(
+            conversion.models.student,
+            conversion.models.teacher,
+            batches[world.rank :: world.size],
+            device=conversion.device,
+            progress=on_batch,
+            add_up=world.sum,
+            call=None if engine is None else engine.call,
+        )
+
+
+def measure_within(
+    conversion: Conversion, state: TrainingState, engine: Engine, on_batch: Callable[[int], None]
+) -> dict[str, float]:
+    """Compare student and teacher within a stage, on `WITHIN_TOKENS` held-out tokens at most.
+
+    Args:
+        conversion: the run; its teacher is the first one.
+        state: how far the run is; it keeps the KL of the stage's first measurement.
+        engine: holds the student.
+        on_batch: called after every batch.
+
+    Returns:
+        ``perplexity``, ``kl`` (nats per token) and ``top1``.
+    """
+    agreement = _compare(conversion, first_rows(conversion.held_out, WITHIN_TOKENS), on_batch, engine)
+    report = conversion.options.report
+    report(
+        f"{state.stage} after {state.stage_step:,} steps: KL {agreement.kl:.4f} nats/token, top-1 {agreement.top1:.4f}"
+        f" on {agreement.tokens:,} held-out predictions"
+    )
+    if state.first_kl is None:
+        state.first_kl = agreement.kl
+    elif agreement.kl > state.first_kl:
+        report(
+            f"stage {state.stage} has made the student worse so far: KL {state.first_kl:.4f} at its first measurement;"
+            f" a lower stages.{state.stage}.learning_rate may help"
+        )
+    return {"perplexity": agreement.perplexity, "kl": agreement.kl, "top1": agreement.top1}
 
 
 def _report_if_worse(conversion: Conversion, name: str, stages: Mapping[str, Mapping[str, float]]) -> None:

@@ -91,6 +91,13 @@ class StepLog:
         """Send the metrics on held-out text to the trackers."""
         self._track("held-out", metrics, state)
 
+    def add_measurement_within(self, metrics: Mapping[str, float], state: TrainingState) -> None:
+        """Write a line with the metrics on held-out text within a stage."""
+        if self._is_rank0:
+            step = {"stage": state.stage, "step": state.stage_step, "global_step": state.global_step}
+            self._metrics.append({**step, "tokens": state.tokens, "held_out": dict(metrics)})
+        self._track("held-out-within", metrics, state)
+
     def flush(self) -> None:
         """Force all lines to the disk."""
         self._metrics.flush()

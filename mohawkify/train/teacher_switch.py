@@ -45,6 +45,11 @@ class TeacherSwitch:
             conversion.world.barrier()  # loading takes longer in some processes, and is no hang of theirs
         self._has_second = True
 
+    @property
+    def has_first(self) -> bool:
+        """Whether the teacher in memory is the first one."""
+        return not self._has_second
+
     def restore_first(self) -> None:
         """Load the first teacher again: every measurement of a run compares with it."""
         if self._has_second:

@@ -22,7 +22,7 @@ from mohawkify.train.conversion import Conversion, ConvertOptions
 from mohawkify.train.engines.choice import build_engine
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.loop import Stage, StepReport, steps
-from mohawkify.train.measuring import START, drop_lost_measurements, measure, measured
+from mohawkify.train.measuring import START, drop_lost_measurements, measure, measure_within, measured
 from mohawkify.train.micro_batch import micro_batch_of, naming_what_to_try
 from mohawkify.train.plateau import Phases
 from mohawkify.train.preparation import prepare, read_request
@@ -230,6 +230,8 @@ class Trainer:
                     saved = f"after step {state.stage_step:,} of stage {stage.name}, which is saved"
                     self._stop.check(saved if state.global_step else "before the first step")
 
+            if state.stage_step == 0:
+                self._measure_within(engine, hang)
             while state.stage_step < phases.num_steps:  # a phase on a plateau ends early: then from a later step
                 self._teachers.choose(stage, phases.segment_at(state.stage_step).data, self._stop, hang)
                 try:
@@ -237,6 +239,8 @@ class Trainer:
                         for step in taken:
                             hang.heartbeat()
                             skipped_to = self._add_step(stage, phases, step, progress)
+                            if state.stage_step < phases.num_steps:
+                                self._measure_within(engine, hang, step.tokens)
                             self._save_and_stop(stage, phases, step.step, engine, hang)
                             if skipped_to is not None or state.stage_step == phases.num_steps:
                                 break
@@ -266,6 +270,16 @@ class Trainer:
             f" {skip.step:,}"
         )
         return skip.step
+
+    def _measure_within(self, engine: Engine, hang: Watchdog, tokens: int = 0) -> None:
+        """Measure at a stage's beginning, and where a step of so many tokens has crossed the recipe's interval."""
+        conversion, state = self._conversion, self._state
+        every = conversion.recipe.evaluation.every_tokens
+        if every is None or not self._teachers.has_first:  # all measurements of a run compare with the first one
+            return
+        if tokens == 0 or state.tokens // every > (state.tokens - tokens) // every:
+            metrics = measure_within(conversion, state, engine, lambda _: hang.heartbeat())
+            self._log.add_measurement_within(metrics, state)
 
     def _report_rise(self, stage: Stage, step: StepReport) -> None:
         """Say so where the loss rises from the stage's beginning; not after a resume, which did not see it."""

@@ -25,6 +25,7 @@ class TrainingState:
         plateau: the loss of the phase, window by window.
         skipped: planned steps of the stage that phases on a plateau did not take, by text.
         num_idle: steps of the stage in which no prediction counted.
+        first_kl: of the stage's first measurement within it, if there was one.
     """
 
     stage: str = ""
@@ -36,11 +37,12 @@ class TrainingState:
     plateau: PlateauDetector = field(default_factory=PlateauDetector)
     skipped: dict[str, int] = field(default_factory=dict)
     num_idle: int = 0
+    first_kl: float | None = None
 
     def begin(self, stage: str) -> None:
         """Begin a stage."""
         self.stage, self.stage_step, self.skipped, self.num_idle = stage, 0, {}, 0
-        self.losses, self.plateau = SpikeDetector(), PlateauDetector()
+        self.losses, self.plateau, self.first_kl = SpikeDetector(), PlateauDetector(), None
 
     def add_step(self, step: int, tokens: int, seconds: float) -> None:
         """Count a step of the stage, of this number from 1."""
@@ -73,7 +75,7 @@ def read_training_state(saved: Checkpoint, stages: Sequence[str]) -> TrainingSta
         steps = (state.stage_step, state.global_step, state.tokens, state.num_idle)
         counts = (*steps, state.losses.num_losses, plateau.num_losses, *state.skipped.values())
         metrics = (*state.seconds.values(), state.losses.mean, state.losses.variance, plateau.total)
-        metrics += () if plateau.before is None else (plateau.before,)
+        metrics += tuple(value for value in (plateau.before, state.first_kl) if value is not None)
         is_sound = (
             state.stage in stages
             and all(type(count) is int and count >= 0 for count in counts)

@@ -28,7 +28,7 @@ stages:
   align: {tokens: 256, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-3}
   distill: {tokens: 768, sequence_length: 16, batch_sequences: 4, learning_rate: 1e-4}
 compute: {precision: fp32, device: cpu, micro_batch_sequences: 1}
-evaluation: {tokens: 400, sequence_length: 32, batch_sequences: 2}
+evaluation: {tokens: 400, sequence_length: 32, batch_sequences: 2, every_tokens: 128}
 checkpoint: {every_steps: 1, keep: 2}
 """
 ENVIRONMENT = {
@@ -70,7 +70,13 @@ class Workshop:
 
 def curve(run_folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     """The metrics of every step; of one that was taken again, the last ones."""
-    return {(line["stage"], line["step"]): line for line in read_lines(run_folder / "metrics.jsonl")}
+    return {(line["stage"], line["step"]): line for line in read_lines(run_folder / "metrics.jsonl") if "loss" in line}
+
+
+def measured_within(run_folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """What was measured within stages, on held-out text."""
+    lines = read_lines(run_folder / "metrics.jsonl")
+    return {(line["stage"], line["step"]): line["held_out"] for line in lines if "held_out" in line}
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -88,7 +94,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def when_logged(process: subprocess.Popen[str], run_folder: Path, lines: int, act: Callable[[], None]) -> None:
     """Act as soon as a run has logged so many steps in all."""
     deadline = time.monotonic() + SECONDS
-    while len(read_lines(run_folder / "metrics.jsonl")) < lines:
+    while len(curve(run_folder)) < lines:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "it takes no steps"
         time.sleep(0.01)
@@ -118,6 +124,11 @@ def require_same_curve(run_folder: Path, single: dict[tuple[str, int], dict[str,
         assert ours[place]["loss"] == pytest.approx(line["loss"], rel=1e-5), place
         assert ours[place]["gradient_norm"] == pytest.approx(line["gradient_norm"], rel=1e-4), place
     results, theirs = (read(folder / "results.json") for folder in (run_folder, run_folder.parent / "single"))
+    within, expected = measured_within(run_folder), measured_within(run_folder.parent / "single")
+    assert within.keys() == expected.keys()
+    assert {("orient", 0), ("orient", 2), ("distill", 10)} <= within.keys()
+    for place, row in expected.items():
+        assert within[place]["kl"] == pytest.approx(row["kl"], rel=1e-5), place
     for name, row in theirs["stages"].items():
         assert results["stages"][name]["kl"] == pytest.approx(row["kl"], rel=1e-5)
         assert results["stages"][name]["top1"] == row["top1"]

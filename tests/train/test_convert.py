@@ -97,6 +97,33 @@ def test_a_run_holds_what_it_promises(whole_run):
     assert whole_run.recipe() == parse_recipe(RECIPE, "tiny.yaml")
 
 
+def test_measuring_within_stages_changes_nothing_else(teacher_folder, recipe, whole_run, tmp_path, monkeypatch):
+    """Stopped and continued, a stage is measured at its beginning and every other step; its training stays the same."""
+    watched = apply_overrides(recipe, ["evaluation.every_tokens=128"])
+    stop_at_updates(monkeypatch, (7,))
+    said: list[str] = []
+    with pytest.raises(Interrupted):
+        convert(str(teacher_folder), watched, ConvertOptions(output=tmp_path / "run", report=said.append))
+    run = convert(str(teacher_folder), watched, ConvertOptions(output=tmp_path / "run", report=said.append))
+    ours, theirs = load_file(run.final / "model.safetensors"), load_file(whole_run.final / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    within = [line for line in read_lines(run.metrics_file) if "held_out" in line]
+    places = [("orient", 0), ("orient", 2), ("align", 0), ("align", 2), ("align", 4), ("distill", 0)]
+    places += [("distill", 1), ("distill", 3), ("distill", 5)]  # steps at multiples of 128 tokens of the run
+    assert [(line["stage"], line["step"]) for line in within] == places
+    # Tokens are fewer than 4k: at a stage's beginning it is the measurement after the stage before.
+    kl = {name: row["kl"] for name, row in whole_run.results()["stages"].items()}
+    begins = {line["stage"]: line["held_out"]["kl"] for line in within if line["step"] == 0}
+    assert begins == {"orient": kl["init"], "align": kl["orient"], "distill": kl["align"]}
+
+
+def test_a_stage_that_makes_the_student_worse_is_reported_while_it_runs(teacher_folder, recipe, tmp_path):
+    said: list[str] = []
+    wild = apply_overrides(recipe, ["evaluation.every_tokens=64", "stages.distill.learning_rate=1.0"])
+    convert(str(teacher_folder), wild, ConvertOptions(output=tmp_path / "run", report=said.append))
+    assert any(line.startswith("stage distill has made the student worse so far: KL") for line in said)
+
+
 def test_training_brings_the_student_nearer(whole_run):
     stages = whole_run.results()["stages"]
     assert stages["distill"]["kl"] < stages["init"]["kl"]
