@@ -32,11 +32,14 @@ def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> An
 
     from mohawkify.ops.mixing_matrices import AttentionMatrix
 
-    q_blhp, k_blhp, _ = attention._split_heads(attention.query_key_value(hidden_bld))
+    q_blhp, k_blhp, v_blhp = attention._split_heads(attention.query_key_value(hidden_bld))
     q_bhlp, k_bhlp = apply_rotary_pos_emb(
         q_blhp.transpose(1, 2), k_blhp.transpose(1, 2), *arguments["position_embeddings"]
     )
-    return AttentionMatrix(q_bhlp, k_bhlp, attention.head_dim**-0.5, arguments["attention_mask"])
+    return AttentionMatrix(
+        q_bhlp, k_bhlp, attention.head_dim**-0.5, arguments["attention_mask"],
+        value_norms_bgs=v_blhp.norm(dim=-1).transpose(1, 2),
+    )  # fmt: skip
 
 
 ADAPTER = Adapter(

@@ -23,14 +23,15 @@ def capture(attention: Any, hidden_bld: Any, arguments: Mapping[str, Any]) -> An
     qkv_blf = attention.Wqkv(hidden_bld)
     if attention.clip_qkv:
         qkv_blf = qkv_blf.clamp(min=-attention.clip_qkv, max=attention.clip_qkv)
-    q_bhlp, k_bhlp, _ = (
+    q_bhlp, k_bhlp, v_bhlp = (
         part.unflatten(-1, (attention.n_heads, attention.head_dim)).transpose(1, 2) for part in qkv_blf.chunk(3, dim=-1)
     )
     length = hidden_bld.shape[1]
     bias_hls = arguments["position_bias"][:, -length:, -length:]
     return AttentionMatrix(
-        q_bhlp, k_bhlp, attention.softmax_scale, ~arguments["attention_mask"], bias_bhls=bias_hls.unsqueeze(0)
-    )
+        q_bhlp, k_bhlp, attention.softmax_scale, ~arguments["attention_mask"], bias_bhls=bias_hls.unsqueeze(0),
+        value_norms_bgs=v_bhlp.norm(dim=-1),
+    )  # fmt: skip
 
 
 ADAPTER = Adapter(

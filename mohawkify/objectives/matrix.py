@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from mohawkify.data.packing import Batch
 from mohawkify.mixers.kinds import matrix_parameters
-from mohawkify.objectives.objective import Objective, Runner, register_objective, run_trunk
+from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, register_objective, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer
 from mohawkify.ops.dispatch import orient_loss
 from mohawkify.ops.scan import MixingMatrix
+from mohawkify.recipe.schema import OrientRecipe
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
@@ -21,8 +22,16 @@ class MatrixObjective(Objective):
     One teacher forward without gradients; a hook on each attention module runs and differentiates that layer's mixer
     at once, band by band, so that no matrix ever exists. Scan, gate, output projection and MLP are not computed.
 
+    Args:
+        models: teacher and student.
+        block: how the matrices' columns are weighted.
+
     Source: MOHAWK (arXiv 2408.10189), section 4.1; Llamba (arXiv 2502.14458), section 4.1.
     """
+
+    def __init__(self, models: TeacherStudent, block: OrientRecipe) -> None:
+        super().__init__(models, block)
+        self.weighting = block.weighting
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the mixers' matrices are made of."""
@@ -39,7 +48,10 @@ class MatrixObjective(Objective):
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
             parts = runner.call(mixers[call.layer].matrix_parts, call.hidden_bld, document_starts_bl)
-            loss, relative = orient_loss(MixingMatrix(*parts), call.attention, document_starts_bl, models.kernels)
+            weights_bhs = call.attention.column_weights() if self.weighting == "values" else None
+            loss, relative = orient_loss(
+                MixingMatrix(*parts), call.attention, document_starts_bl, weights_bhs, models.kernels
+            )
             runner.backward(loss)
             losses.append(loss.detach())
             relatives.append(relative)

@@ -135,9 +135,15 @@ def scan(
 
 
 def orient_loss(
-    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None, kernels: str = "auto"
+    mixing: MixingMatrix,
+    attention: AttentionMatrix,
+    document_starts_bl: Tensor | None,
+    weights_bhs: Tensor | None = None,
+    kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `matrix_distance.orient_loss` by the implementation that `backend` names."""
+    """The loss of `matrix_distance.orient_loss` by the implementation that `backend` names; plain torch if weighted."""
+    if weights_bhs is not None:
+        return matrix_distance.orient_loss(mixing, attention, document_starts_bl, weights_bhs)
     width = max(mixing.b_blhn.shape[-1], attention.q_bhlp.shape[-1])
     if _chosen("orient_loss", mixing.b_blhn.device, mixing.b_blhn.dtype, kernels, width) == "triton":
         from mohawkify.ops.triton_matrix_distance import orient_loss_triton

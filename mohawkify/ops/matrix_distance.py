@@ -26,7 +26,10 @@ from mohawkify.ops.scan import LOWEST_LOG_DECAY
 
 
 def orient_loss(
-    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
+    mixing: MixingMatrix,
+    attention: AttentionMatrix,
+    document_starts_bl: Tensor | None,
+    weights_bhs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean over batch and heads of the Frobenius distance between mixing and attention matrices.
 
@@ -34,7 +37,9 @@ def orient_loss(
     reach what the mixing matrix is made of, the attention's side is taken as given.
     """
     with torch.autocast(mixing.b_blhn.device.type, enabled=False):
-        loss, relative = _OrientLoss.apply(*mixing, attention, document_starts_bl)
+        if weights_bhs is not None:  # of the columns of C B^T: those of B
+            mixing = mixing._replace(b_blhn=mixing.b_blhn * weights_bhs.transpose(1, 2).unsqueeze(-1))
+        loss, relative = _OrientLoss.apply(*mixing, attention, document_starts_bl, weights_bhs)
     return loss, relative
 
 
@@ -48,9 +53,10 @@ class _OrientLoss(torch.autograd.Function):
         d_h: Tensor,
         attention: AttentionMatrix,
         document_starts_bl: Tensor | None,
+        weights_bhs: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         mixing = MixingMatrix(b_blhn, c_blhn, log_decay_blh, d_h)
-        sums = _Sums(mixing, attention, document_starts_bl)
+        sums = _Sums(mixing, attention, document_starts_bl, weights_bhs)
         norm_bh = sums.squared_bh.sqrt()
         share_bh = torch.where(norm_bh > 0, 1.0 / norm_bh, 0.0) / norm_bh.numel()
         sums.db_bhln.mul_(share_bh[..., None, None])
@@ -70,19 +76,26 @@ class _OrientLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *(saved * gradients[0] for saved in ctx.saved_tensors), None, None
+        return *(saved * gradients[0] for saved in ctx.saved_tensors), None, None, None
 
 
 class _Sums:
     """Sums over the bands, before the division by the norm: of R^2 and P^2, and all that the gradients are made of."""
 
-    def __init__(self, mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None) -> None:
+    def __init__(
+        self,
+        mixing: MixingMatrix,
+        attention: AttentionMatrix,
+        document_starts_bl: Tensor | None,
+        weights_bhs: Tensor | None,
+    ) -> None:
         dtype, device = torch.promote_types(mixing.b_blhn.dtype, torch.float32), mixing.b_blhn.device
         self.b_bhln, self.c_bhln = (t.to(dtype).transpose(1, 2) for t in (mixing.b_blhn, mixing.c_blhn))
         batch, heads, length, _ = self.b_bhln.shape
         exact = dtype if device.type == "mps" else torch.float64
         log_decay_bhl = mixing.log_decay_blh.transpose(1, 2).to(exact)
         self.cumulative_bhl = log_decay_bhl.clamp(min=LOWEST_LOG_DECAY).cumsum(-1)
+        self.weights_bhs = torch.ones_like(self.b_bhln[..., 0]) if weights_bhs is None else weights_bhs.to(dtype)
         self.d_h = mixing.d_h.to(dtype)
         self.document_bl = torch.zeros(batch, length, dtype=torch.long, device=device)
         if document_starts_bl is not None:
@@ -97,6 +110,8 @@ class _Sums:
         for begin in range(0, length, num_rows):
             end = min(begin + num_rows, length)
             p_bhrs = attention.band(begin, end, dtype)
+            if weights_bhs is not None:
+                p_bhrs.mul_(self.weights_bhs[..., None, :end])
             self.attention_squared_bh.add_(p_bhrs.square().sum((-2, -1)))
             self._add_tile(slice(begin, end), p_bhrs[..., begin:])
             if begin:
@@ -111,9 +126,10 @@ class _Sums:
         decay_bhrr = difference.to(b.dtype).masked_fill_(~same_brr, -torch.inf).exp_()
         matrix_bhrr = (c @ b.transpose(-1, -2)).mul_(decay_bhrr)
         rest_bhrr = matrix_bhrr - p_bhrr
-        rest_bhrr.diagonal(dim1=-2, dim2=-1).add_(self.d_h[:, None])
+        weights_bhr = self.weights_bhs[:, :, band]
+        rest_bhrr.diagonal(dim1=-2, dim2=-1).add_(self.d_h[:, None] * weights_bhr)
         self.squared_bh.add_(rest_bhrr.square().sum((-2, -1)))
-        self.diagonal_bh.add_(rest_bhrr.diagonal(dim1=-2, dim2=-1).sum(-1))
+        self.diagonal_bh.add_((rest_bhrr.diagonal(dim1=-2, dim2=-1) * weights_bhr).sum(-1))
         weighted_bhrr = matrix_bhrr.mul_(rest_bhrr)
         self.difference_bhl[:, :, band] += (weighted_bhrr.sum(-1) - weighted_bhrr.sum(-2)).to(self.difference_bhl.dtype)
         rest_bhrr.mul_(decay_bhrr)

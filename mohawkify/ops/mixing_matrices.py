@@ -26,6 +26,7 @@ class AttentionMatrix(NamedTuple):
         mask_bhls: true where attention is allowed (broadcastable): causal, windowed, within documents.
         softcap: products are bounded to ``softcap * tanh(product / softcap)`` when given.
         bias_bhls: added to the scaled products (broadcastable): ALiBi.
+        value_norms_bgs: lengths of the values, which say what each column can do to the output.
     """
 
     q_bhlp: Tensor
@@ -34,6 +35,15 @@ class AttentionMatrix(NamedTuple):
     mask_bhls: Tensor
     softcap: float | None = None
     bias_bhls: Tensor | None = None
+    value_norms_bgs: Tensor | None = None
+
+    def column_weights(self) -> Tensor:
+        """The lengths of the values over their mean by head, in at least float32: (b, h, s)."""
+        assert self.value_norms_bgs is not None
+        norms_bgs = self.value_norms_bgs.to(torch.promote_types(self.value_norms_bgs.dtype, torch.float32))
+        tiny = torch.finfo(norms_bgs.dtype).tiny
+        weights_bgs = norms_bgs / norms_bgs.mean(-1, keepdim=True).clamp(min=tiny)
+        return weights_bgs.repeat_interleave(self.q_bhlp.shape[1] // norms_bgs.shape[1], dim=1)
 
     def probabilities(self) -> Tensor:
         """The attention matrices (b, h, l, s) in at least float32."""
@@ -62,7 +72,10 @@ def _rows(bias_bhls: Tensor, begin: int, end: int) -> slice:
 
 
 def orient_loss_direct(
-    mixing: MixingMatrix, attention: AttentionMatrix, document_starts_bl: Tensor | None
+    mixing: MixingMatrix,
+    attention: AttentionMatrix,
+    document_starts_bl: Tensor | None,
+    weights_bhs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean over batch and heads of the Frobenius distance between the two matrices (not squared, not divided by l).
 
@@ -72,6 +85,7 @@ def orient_loss_direct(
         mixing: the student's side.
         attention: the teacher's side.
         document_starts_bl: true where a new document begins.
+        weights_bhs: what the columns of both matrices are multiplied by; nothing when absent.
 
     Returns:
         The loss, and the relative distance ``|M - P| / |P|`` (detached), which does not depend on the length.
@@ -79,6 +93,9 @@ def orient_loss_direct(
     Source: MOHAWK (arXiv 2408.10189), equation 8 (stage 1).
     """
     matrix_bhls, probabilities_bhls = mixing_matrix(*mixing, document_starts_bl), attention.probabilities()
+    if weights_bhs is not None:
+        matrix_bhls = matrix_bhls * weights_bhs.unsqueeze(-2)
+        probabilities_bhls = probabilities_bhls * weights_bhs.unsqueeze(-2)
     # Summed in float64: over the 4 million elements of a matrix torch's float32 norm was off by 2e-4 (measured).
     distance_bh = _norm(matrix_bhls - probabilities_bhls)
     relative_bh = distance_bh.detach() / _norm(probabilities_bhls)

@@ -51,7 +51,9 @@ def capturing_attention(
     if unknown:
         raise TeacherError(f"{type(module).__name__} attends with {unknown[0]}, which stage 1 does not know yet")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    captured = AttentionMatrix(query, key, scaling, attention_mask, softcap)
+    captured = AttentionMatrix(
+        query, key, scaling, attention_mask, softcap, value_norms_bgs=torch.linalg.vector_norm(value, dim=-1)
+    )
     module.captured_attention = captured  # type: ignore[assignment]
     repeats = query.shape[1] // key.shape[1]
     if softcap is None:

@@ -29,6 +29,7 @@ def stages(pair):
     """The stages in the variants that differ in what they train."""
     return {
         "orient": MatrixObjective(pair, OrientRecipe(**STAGE)),
+        "orient-values": MatrixObjective(pair, OrientRecipe(weighting="values", **STAGE)),
         "align-block": HiddenStateObjective(pair, AlignRecipe(**STAGE)),
         "align-mixer": HiddenStateObjective(pair, AlignRecipe(target="mixer", **STAGE)),
         "distill": LogitsObjective(pair, DistillRecipe(**STAGE)),
@@ -75,7 +76,7 @@ def test_every_parameter_has_a_part(family, tmp_path):
     assert "model.norm.weight" in by_part["norm"]
 
 
-@pytest.mark.parametrize("name", ["orient", "align-block", "align-mixer", "distill"])
+@pytest.mark.parametrize("name", ["orient", "orient-values", "align-block", "align-mixer", "distill"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage_lowers_its_loss(family, name, tmp_path):
     pair = tiny_pair(family, tmp_path)

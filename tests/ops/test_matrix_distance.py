@@ -23,6 +23,7 @@ def tensors(
     bias: bool = False,
     borders: tuple[int, ...] = (0,),
     strong: float = 1.0,
+    values: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[MixingMatrix, AttentionMatrix, Tensor | None]:
     """Random sides of one layer."""
@@ -54,6 +55,7 @@ def tensors(
         mask.unsqueeze(1),
         softcap,
         None if alibi is None else alibi.unsqueeze(0),
+        random(BATCH, groups, length).abs() if values else None,
     )
     return mixing, attention, None if borders == (0,) else document_starts_bl
 
@@ -63,7 +65,8 @@ def both(*arguments, **options):
     found = []
     for function in (matrix_distance.orient_loss, orient_loss_direct):
         mixing, attention, document_starts_bl = tensors(*arguments, **options)
-        loss, relative = function(mixing, attention, document_starts_bl)
+        weights_bhs = attention.column_weights() if options.get("values") else None
+        loss, relative = function(mixing, attention, document_starts_bl, weights_bhs)
         (2.5 * loss).backward()
         found.append([loss.detach(), relative, *(tensor.grad for tensor in mixing)])
     return found
@@ -80,6 +83,8 @@ CASES = {
     "all": {"groups": 1, "softcap": 2.0, "window": 6, "bias": True, "borders": (0, 16, 33)},
     "strong-decay": {"strong": 40.0},
     "weak-decay": {"strong": 1e-4},
+    "values": {"values": True, "borders": (0, 3, 17)},
+    "grouped-values": {"values": True, "groups": 1, "window": 6},
 }
 
 
@@ -150,11 +155,24 @@ def test_the_definition_is_the_distance_of_the_two_matrices():
     assert_close("loss", orient_loss_direct(mixing, attention, document_starts_bl)[0], expected)
 
 
-def test_gradients_by_finite_differences():
-    mixing, attention, document_starts_bl = tensors(20, **CASES["all"])
+def test_columns_count_by_the_lengths_of_their_values():
+    mixing, attention, _ = tensors(12, values=True)
+    weights = attention.column_weights()
+    assert_close("means", weights.mean(-1), torch.ones(BATCH, HEADS, dtype=torch.float64))
+    lengths = attention.value_norms_bgs.repeat_interleave(HEADS // 2, dim=1)
+    assert_close("ratios", weights / weights[..., :1], lengths / lengths[..., :1])
+    rest = (mixing_matrix(*mixing, None) - attention.probabilities()) * weights.unsqueeze(-2)
+    expected = rest.flatten(2).norm(dim=-1).mean()
+    assert_close("loss", orient_loss_direct(mixing, attention, None, weights)[0], expected)
+
+
+@pytest.mark.parametrize("case", ["all", "values"])
+def test_gradients_by_finite_differences(case):
+    mixing, attention, document_starts_bl = tensors(20, **CASES[case])
+    weights_bhs = attention.column_weights() if case == "values" else None
 
     def loss(*parts: Tensor) -> Tensor:
-        return matrix_distance.orient_loss(MixingMatrix(*parts), attention, document_starts_bl)[0]
+        return matrix_distance.orient_loss(MixingMatrix(*parts), attention, document_starts_bl, weights_bhs)[0]
 
     assert torch.autograd.gradcheck(loss, tuple(mixing))
 
