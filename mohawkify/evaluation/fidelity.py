@@ -48,6 +48,23 @@ class Fidelity:
     seconds: float
 
 
+def _call(function: Callable[..., None], *args: object) -> None:
+    function(*args)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How processes that hold a student together measure it, each a part of the batches.
+
+    Args:
+        add_up: adds up sums over them, by name.
+        call: calls a function that runs the student, whose parameters an engine may hold in parts.
+    """
+
+    add_up: Callable[[dict[str, float]], dict[str, float]] = dict
+    call: Callable[..., None] = _call
+
+
 @dataclass
 class _Sums:
     """Running sums over predicted tokens, in Python's float64."""
@@ -80,8 +97,7 @@ def measure_fidelity(
     *,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
-    add_up: Callable[[dict[str, float]], dict[str, float]] = dict,
-    call: Callable[..., None] | None = None,
+    processes: Processes = Processes(),
 ) -> Fidelity:
     """Compare a student with its teacher in one pass over held-out text.
 
@@ -93,8 +109,7 @@ def measure_fidelity(
         batches: right-padded rows; causal models need no attention mask for them.
         device: where the models are.
         progress: receives the number of predicted tokens so far, after every batch.
-        add_up: where several processes measure a part of the batches each: adds up sums over them, by name.
-        call: calls a function that runs the student, whose parameters an engine may hold in parts.
+        processes: how several of them measure together.
 
     Raises:
         DataError: the batches hold no predicted token.
@@ -107,10 +122,10 @@ def measure_fidelity(
         for batch in batches:
             input_ids_bl = batch.input_ids.to(device)
             parts = sums, input_ids_bl, batch.valid.to(device), teacher_reader, student_reader
-            _add_batch(*parts) if call is None else call(_add_batch, *parts)
+            processes.call(_add_batch, *parts)
             if progress is not None:
                 progress(int(sums.tokens))
-    sums = _Sums(**add_up({name: float(value) for name, value in asdict(sums).items()}))
+    sums = _Sums(**processes.add_up({name: float(value) for name, value in asdict(sums).items()}))
     _require_tokens(sums)
     return Fidelity(
         tokens=int(sums.tokens),

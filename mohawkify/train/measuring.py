@@ -11,7 +11,7 @@ import torch
 
 from mohawkify.data.validation import EvaluationBatch, evaluation_batches, first_rows
 from mohawkify.distributed.shutdown import Shutdown
-from mohawkify.evaluation.fidelity import Fidelity, measure_fidelity
+from mohawkify.evaluation.fidelity import Fidelity, Processes, measure_fidelity
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.plateau import Phases
@@ -114,8 +114,7 @@ def _compare(
             batches[world.rank :: world.size],
             device=conversion.device,
             progress=on_batch,
-            add_up=world.sum,
-            call=None if engine is None else engine.call,
+            processes=Processes(world.sum) if engine is None else Processes(world.sum, engine.call),
         )
 
 
