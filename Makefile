@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first, pinned: any looser request could bring gigabytes of another build.
 	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[eval,mlx,dev]"
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[eval,mlx,serve,dev]"
 	touch $(STAMP)
 
 demo: setup

@@ -7,8 +7,8 @@ use, so that `import mohawkify` stays light.
 from typing import Any
 
 __version__ = "0.1.0"
-_FUNCTIONS = ("inspect", "plan", "convert", "evaluate", "export", "generate", "chat")
-_OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions")
+_FUNCTIONS = ("inspect", "plan", "convert", "evaluate", "export", "generate", "chat", "serve", "push")
+_OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions", "PushOptions")
 
 
 def __getattr__(name: str) -> Any:

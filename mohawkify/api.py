@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mohawkify.evaluation.dialogue import Dialogue
     from mohawkify.evaluation.evaluation import EvaluateOptions
     from mohawkify.evaluation.generation import GenerateOptions
+    from mohawkify.exporters.push import PushOptions
     from mohawkify.planning.planning import PlanOptions
     from mohawkify.train.conversion import ConvertOptions
 
@@ -46,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from mohawkify.evaluation.generation import GenerateOptions
 
         return GenerateOptions
+    if name == "PushOptions":
+        from mohawkify.exporters.push import PushOptions
+
+        return PushOptions
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -224,6 +229,39 @@ def chat(
     models, tokenizer = load_run_models(chosen, None, choose_device(chosen.recipe().compute.device))
     options = options or GenerateOptions()
     return Dialogue(models["student"], tokenizer, model_hash(chosen.final), options, system)
+
+
+def serve(
+    run: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    report: Callable[[str], None] = _ignore,
+) -> None:
+    """Serve a student to OpenAI-style clients until the process is stopped.
+
+    Args:
+        run: a run, or the folder of an export.
+        port: 0 takes any that is free; ``report`` receives the address.
+    """
+    from mohawkify.serving.served import find_served
+    from mohawkify.serving.served import serve as serve_model
+
+    serve_model(find_served(None if run is None else Path(run)), host, port, report)
+
+
+def push(export: str | Path | None, options: PushOptions, report: Callable[[str], None] = _ignore) -> dict[str, Any]:
+    """Show what an export would be on the Hugging Face Hub, or upload it.
+
+    Args:
+        export: a folder that `export` wrote; None for the only one of the newest run.
+        options: the repository, the licence, and whether anything is sent.
+
+    Returns:
+        The JSON object of `mohawkify push --json`.
+    """
+    from mohawkify.exporters.push import push_export
+
+    return push_export(None if export is None else Path(export), options, report)
 
 
 def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:

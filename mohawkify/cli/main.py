@@ -36,7 +36,9 @@ from mohawkify.cli.options import (
     set_option,
     setting,
 )
+from mohawkify.cli.push_commands import push
 from mohawkify.cli.quiet import quiet_libraries
+from mohawkify.cli.serve_commands import serve
 from mohawkify.errors import INPUT, UsageError, harmless, require_docstrings
 
 NAME = "mohawkify"
@@ -341,6 +343,8 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
 
 
 main.add_command(chat)
+main.add_command(serve)
+main.add_command(push)
 
 
 @main.command()

@@ -16,6 +16,7 @@ BRINGS = {
     "mlx": "exports for mlx-lm: `mohawkify export --target mlx-q4`",
     "cuda": "kernels for NVIDIA GPUs",
     "gguf": "teachers in GGUF files: `mohawkify inspect FILE.gguf`",
+    "serve": "a server for OpenAI-style clients: `mohawkify serve`",
     "quant": "teachers in 8 or 4 bits: `mohawkify cache-logits --bits 4`",
     "tensorboard": "metrics for TensorBoard: `mohawkify convert --track tensorboard`",
     "trackio": "metrics for Trackio: `mohawkify convert --track trackio`",

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from mohawkify.exporters.card_facts import card_facts
 from mohawkify.mixers.kinds import mixer_class, mixer_kinds
 from mohawkify.run.folder import RunFolder
 from mohawkify.teacher.locate import HUB_ID, teacher_name
@@ -60,6 +61,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
         library_name=library,
         pipeline_tag="text-generation",
         tags=["mohawk", "mamba2", "recurrent", "distillation"] + (["mlx"] if library == "mlx" else []),
+        **card_facts(run),
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n",

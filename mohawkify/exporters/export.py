@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mohawkify.errors import ExportError, UsageError, did_you_mean
 from mohawkify.exporters.card import model_card
+from mohawkify.exporters.card_facts import carry_licence
 from mohawkify.exporters.compare import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.exporters.contents import Quantised, expected_tensors, require_contents
 from mohawkify.exporters.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
@@ -109,6 +110,7 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
             "dtypes": dtypes,
             "plain": quantised.plain if quantised else [],
         }
+        carry_licence(source, folder)
         (folder / "README.md").write_text(model_card(source, wanted.library, wanted.bits, result), encoding="utf-8")
         result["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
     if is_mlx and glob.has_magic(os.path.abspath(output)):

@@ -14,6 +14,7 @@ from mohawkify.files.safetensors_headers import GGUF, refuse_gguf_alone, require
 DEMO = "demo"
 LONGEST_NAME = 255  # bytes, on every common file system
 
+TERMS = ("README.md", "LICEN*", "NOTICE*", "COPYING*", "USE_POLICY*")  # which hold for what is made of the model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, configuration and tokenizer as data; never pickles, never code.
 WEIGHTS = "*.safetensors"
@@ -101,7 +102,7 @@ def _fetch(source: str, need: Need) -> tuple[Path, Path | None]:
             refuse_gguf_alone(source, list_repo_files(source))
             raise
     patterns = TEXT_FILES if need == "tokenizer" else (*TEXT_FILES, WEIGHTS)
-    folder = Path(snapshot_download(source, allow_patterns=list(patterns)))
+    folder = Path(snapshot_download(source, allow_patterns=[*patterns, *TERMS]))
     if not (folder / "config.json").is_file() or (need == "weights" and not any(folder.glob(WEIGHTS))):
         refuse_gguf_alone(source, list_repo_files(source))
     return folder / "config.json", folder

@@ -1,0 +1,1 @@
+"""A student behind the interface of OpenAI: which engine serves it, and how it is started."""
