@@ -36,14 +36,17 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+Keep = tuple[int, ...] | dict[str, Any]  # the layers of `student.keep`, or all of it
+
+
 def tiny_student(
-    family: str, folder: Path, keep: tuple[int, ...] = (), mixer: str = "discrete_mamba2", **changes: Any
+    family: str, folder: Path, keep: Keep = (), mixer: str = "discrete_mamba2", **changes: Any
 ) -> tuple[PreTrainedModel, Any]:
     """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``."""
     teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
     save_teacher(teacher, folder)
     found = resolve_teacher(str(folder))
-    recipe = StudentRecipe(state_size=16, keep_attention=keep, mixer=mixer)
+    recipe = StudentRecipe(state_size=16, keep=keep if isinstance(keep, dict) else {"layers": keep}, mixer=mixer)
     spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
     student = build_student(teacher, found.adapter, spec, "attention", seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -56,7 +59,7 @@ def tiny_student(
 def finished_run(
     folder: Path,
     family: str = "llama",
-    keep: tuple[int, ...] = (),
+    keep: Keep = (),
     template: str | None = TEMPLATE,
     **changes: Any,
 ) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from mohawkify.families.decoder_layers import find_layers
 from mohawkify.mixers.kinds import mixers_of
 from mohawkify.objectives.catalogue import make_objective
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, model_inputs
-from mohawkify.objectives.trainable import mixers_by_layer
+from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.ops.losses import align_loss, distill_loss
 from mohawkify.ops.scan import mixing_matrix
 from mohawkify.planning.planner import STAGES
@@ -227,7 +227,7 @@ def _direct_orient(workload: Workload, runner: Runner) -> dict[str, Tensor]:
     before = models.teacher.config._attn_implementation
     models.teacher.set_attn_implementation("eager")
     try:
-        with torch.no_grad(), layer_hooks(mixers_by_layer(models.teacher, models.spec), calls.append):
+        with torch.no_grad(), layer_hooks(mixing_modules(models.teacher, models.spec), calls.append):
             outputs = models.teacher(**model_inputs(models.teacher, batch, models.spec), output_attentions=True)
     finally:
         models.teacher.set_attn_implementation(before)
@@ -284,7 +284,7 @@ _DIRECT: dict[str, Callable[[Workload, Runner], dict[str, Tensor]]] = {
 def _align_modules(workload: Workload, model: PreTrainedModel) -> dict[int, nn.Module]:
     spec = workload.models.spec
     if workload.recipe.stages.align.target == "mixer":
-        return mixers_by_layer(model, spec)
+        return mixing_modules(model, spec)
     layers = find_layers(model, spec.layers)
     return {index: layers[index] for index in spec.mixer_layers}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mohawkify.cli.tables import count_parameters, short_bytes, short_number, short_time, table
+from mohawkify.cli.tables import count_parameters, short_bytes, short_time, table
+from mohawkify.student.student_spec import memory_text
 
 PART_NAMES = {"optimizer": "optimiser", "loss": "bands, logits"}  # the others are called as in the JSON
 
@@ -166,6 +167,6 @@ def _disk(planned: dict[str, Any]) -> str:
             f"{short_bytes(disk['final'])}, tokens {short_bytes(disk['tokens'])}){free}",
             "an export takes "
             + ", ".join(f"{short_bytes(size)} as {target}" for target, size in exports.items())
-            + f"; the state of a sequence has {short_number(planned['student']['state_elements'])} numbers",
+            + f"; the student has {memory_text(planned['student'])}",
         ]
     )

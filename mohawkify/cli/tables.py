@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mohawkify.student.student_spec import memory_text
+
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _NUMBERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -92,8 +94,7 @@ def inspection_text(found: dict[str, Any]) -> str:
             "",
             table(headings, [*rows, ("total", "", "", *sums)], left=3),
             "",
-            f"student: {student['num_parameters']:,} parameters; a state of {student['state_elements']:,} numbers per "
-            f"sequence, whatever its length",
+            f"student: {student['num_parameters']:,} parameters; {memory_text(student)}",
             *(f"note: {sentence}" for sentence in found["notes"]),
         ]
     )

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from mohawkify.exporters.card_facts import card_facts
 from mohawkify.mixers.kinds import mixer_class, mixer_kinds
 from mohawkify.run.folder import RunFolder
+from mohawkify.student.student_spec import memory_text
 from mohawkify.teacher.locate import HUB_ID, teacher_name
 
 _RUN_TRANSFORMERS = """\
@@ -75,10 +76,17 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
 
 def _description(teacher: str, student: dict[str, Any]) -> str:
-    kinds = [layer["kind"] for layer in student.get("layer_specs", ()) if layer["mixer_heads"]]
+    specs = student.get("layer_specs", ())
+    kinds = [layer["kind"] for layer in specs if layer["mixer_heads"]]
     grafted, mixers = len(kinds), mixer_class(kinds[0]).title if kinds and kinds[0] in mixer_kinds() else "recurrent"
     where = f"in {grafted} layers " if grafted else ""
     size = f" It has {student['num_parameters']:,} parameters." if "num_parameters" in student else ""
+    kept = sum(layer["attention_heads"] for layer in specs)
+    if kept:
+        total = kept + sum(layer["mixer_heads"] for layer in specs)
+        size += f"\nOf the teacher's {total:,} heads of attention it keeps {kept:,}."
+    if "state_elements" in student:
+        size += f" Its memory is {memory_text(student)}."
     return (
         f"A recurrent language model made from {teacher} with mohawkify: attention {where}was replaced by {mixers}\n"
         "mixers (see Llamba, arXiv 2502.14458), and the model distilled in the three stages of MOHAWK\n"

@@ -18,7 +18,7 @@ from mohawkify.errors import ExportError, MissingExtraError
 from mohawkify.exporters.contents import USUAL_GROUP, Packing, Quantised
 from mohawkify.families.adapter import Adapter
 from mohawkify.mixers.kinds import mixers_of
-from mohawkify.student.layer_spec import ATTENTION, mixer_layers, read_layer_specs
+from mohawkify.student.layer_spec import read_layer_specs
 from mohawkify.student.save import family_of, saved_tensors
 from mohawkify.teacher.validate import without_code
 
@@ -209,7 +209,7 @@ def _mlx_config(values: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     if config.get("head_dim") is None:
         config["head_dim"] = config["mixer"]["config"]["head_dim"]
     config |= _older_rope(config.pop("rope_parameters", None) or {})
-    if all(layer.kind != ATTENTION for layer in read_layer_specs(config["mixer"])):
+    if not any(layer.attention_heads for layer in read_layer_specs(config["mixer"])):
         config["rope_scaling"] = None  # nothing rotates any more, and mlx-lm refuses kinds that it does not have
     config |= _older_layers(config)
     if adapter.mlx_config is not None:
@@ -236,9 +236,9 @@ def _older_layers(config: dict[str, Any]) -> dict[str, Any]:
     """The layers with a window, in the two forms that mlx-lm's models read."""
     kinds = list(_layer_kinds(config))
     if not config.get("layer_types"):
-        # mlx-lm's llama needs a full layer, and of a grafted one it does not matter.
-        for index in mixer_layers(read_layer_specs(config["mixer"])):
-            kinds[index] = "full_attention"
+        # mlx-lm's llama needs a full layer, and of one without attention it does not matter.
+        for index, layer in enumerate(read_layer_specs(config["mixer"])):
+            kinds[index] = kinds[index] if layer.attention_heads else "full_attention"
     older: dict[str, Any] = {"layer_types": kinds}
     if "full_attention" in kinds:
         older["sliding_window_pattern"] = kinds.index("full_attention") + 1
@@ -257,13 +257,16 @@ def _require_windows(model: Any, config: dict[str, Any]) -> None:
 
     The comparison of logits would not notice: its text is shorter than the windows of published models.
     """
-    from mlx_lm.models.cache import KVCache, RotatingKVCache
+    from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
     layers = zip(read_layer_specs(config["mixer"]), config["layer_types"], model.make_cache(), strict=True)
     for index, (layer, kind, memory) in enumerate(layers):
-        if layer.kind != ATTENTION:
+        if not layer.attention_heads:
             continue
-        window = config["sliding_window"] if kind == "sliding_attention" else None
+        if isinstance(memory, CacheList):
+            _, memory = memory.caches
+        own = config["sliding_window"] if kind == "sliding_attention" else None
+        window = own if layer.window is None else layer.window
         found = memory.max_size if isinstance(memory, RotatingKVCache) else None
         if found != window or not isinstance(memory, KVCache | RotatingKVCache):
             through = "everything" if window is None else "a sliding window"

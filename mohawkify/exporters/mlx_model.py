@@ -8,12 +8,13 @@ f features (h * p or h * n), k taps.
 """
 
 import importlib
+import math
 import re
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 CHUNK_LENGTH = 64
 NORM_EPSILON = 1e-5
@@ -202,8 +203,48 @@ class GraftedMemory:
         return offset_b if offset_b.size > 1 else offset_b.item()
 
 
-def _mixer_layers(mixer: dict[str, Any]) -> list[int]:
-    return [index for index, layer in enumerate(mixer["layer_specs"]) if layer["mixer_heads"]]
+class MixerBesideAttention(nn.Module):
+    """A mixer and the heads of attention that its layer keeps: the sum of their outputs."""
+
+    def __init__(self, mixer: DiscreteMamba2, attention: Any) -> None:
+        super().__init__()
+        self.mixer, self.attention = mixer, attention
+
+    def __call__(self, hidden_bld: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Map hidden states as the attention module did; ``cache`` is a `GraftedMemory`, or None."""
+        attended_bld = self.attention(hidden_bld, mask, None if cache is None else cache.kept)
+        return self.mixer(hidden_bld, mask, cache) + attended_bld
+
+
+def cut_heads(attention: Any, heads: list[int], head_dim: int) -> None:
+    """Give an attention module the sizes of some of its query heads and their keys; its weights come from the file.
+
+    Raises:
+        ValueError: the family's module keeps its heads in another form.
+    """
+    inputs = ("q_proj", "k_proj", "v_proj")
+    outputs = [n for n, m in attention.children().items() if isinstance(m, nn.Linear) and n not in inputs]
+    if len(outputs) != 1 or not all(isinstance(attention.get(name), nn.Linear) for name in inputs):
+        raise ValueError(f"{type(attention).__name__} has no queries, keys and values in matrices of their own")
+    num_heads, num_keys = (attention[name].weight.shape[0] // head_dim for name in inputs[:2])
+    groups = [head // (num_heads // num_keys) for head in heads]
+    repeats = math.gcd(*(groups.count(group) for group in groups))
+    kept, keys, width = len(heads), len(heads) // repeats, attention[outputs[0]].weight.shape[0]
+    for name, count in zip(inputs, (kept, keys, keys), strict=True):
+        attention[name] = nn.Linear(attention[name].weight.shape[1], count * head_dim, bias="bias" in attention[name])
+    attention[outputs[0]] = nn.Linear(kept * head_dim, width, bias=False)
+    for names, count in (
+        (("n_heads", "num_heads", "num_attention_heads"), kept),
+        (("n_kv_heads", "num_key_value_heads"), keys),
+        (("repeats", "num_key_value_groups"), repeats),
+    ):
+        for name in names:
+            if hasattr(attention, name):
+                setattr(attention, name, count)
+
+
+def _layers_with(mixer: dict[str, Any], heads: str) -> list[int]:
+    return [index for index, layer in enumerate(mixer["layer_specs"]) if layer.get(heads)]
 
 
 FamilyModel: Any = object  # the second base brings mlx-lm's
@@ -215,30 +256,32 @@ class GraftedModel(FamilyModel):
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         mixer, layers = args.mixer, self.layers
-        grafted = _mixer_layers(mixer)
+        grafted, kept = _layers_with(mixer, "mixer_heads"), _layers_with(mixer, "attention_heads")
         for index in grafted:
-            attention = getattr(layers[index], mixer["attention"])
-            num_heads = mixer["layer_specs"][index]["mixer_heads"]
-            module = DiscreteMamba2(args.hidden_size, num_heads, mixer["config"])
-            for name, fact in vars(attention).items():
+            attention, layer = getattr(layers[index], mixer["attention"]), mixer["layer_specs"][index]
+            module: Any = DiscreteMamba2(args.hidden_size, layer["mixer_heads"], mixer["config"])
+            facts = dict(vars(attention))
+            if index in kept:
+                cut_heads(attention, layer["heads"], mixer["config"]["head_dim"])
+                module = MixerBesideAttention(module, attention)
+            for name, fact in facts.items():
                 vars(module).setdefault(name, fact)  # the family's model may read its attention's attributes
             setattr(layers[index], mixer["attention"], module)
         # Layers of one kind have one kind of cache.
         kinds = [type(cache) for cache in self._family_caches()]
-        kept = [index for index in range(len(layers)) if index not in grafted]
         self._same_kind = {
-            index: next((other for other in kept if kinds[other] == kinds[index]), None) for index in grafted
+            index: index if index in kept else next((each for each in kept if kinds[each] == kinds[index]), None)
+            for index in grafted
         }
 
     def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:
         """As the family's model."""
         if cache is not None:
-            cache = [
-                GraftedMemory(each, None if self._same_kind[index] is None else cache[self._same_kind[index]])
-                if index in self._same_kind
-                else each
-                for index, each in enumerate(cache)
-            ]
+            # Of layers with both, the states and the keys and values.
+            parts = [each.caches if isinstance(each, CacheList) else (each, each) for each in cache]
+            cache = list(cache)
+            for index, same in self._same_kind.items():
+                cache[index] = GraftedMemory(parts[index][0], None if same is None else parts[same][1])
         return super().__call__(inputs, cache, **kwargs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -248,18 +291,19 @@ class GraftedModel(FamilyModel):
         return {**(family.sanitize(weights) if hasattr(family, "sanitize") else weights), **mixers}
 
     def mixer_paths(self) -> dict[int, str]:
-        """The path of every grafted layer's mixer in this model."""
+        """The path in this model of what stands at the attention's place in every grafted layer."""
         paths = {id(module): path for path, module in self.named_modules()}
         attention = self.args.mixer["attention"]
         return {index: paths[id(getattr(self.layers[index], attention))] for index in self._same_kind}
 
     def make_cache(self) -> list[Any]:
-        """A state for every grafted layer, the family's own cache for every layer that kept its attention."""
+        """A state for every grafted layer, the family's own cache for every layer that kept attention, or both."""
         counts = self.args.mixer.get("counts_tokens", False)
-        return [
-            ArraysCache(size=3 if counts and index == 0 else 2) if index in self._same_kind else each
-            for index, each in enumerate(self._family_caches())
-        ]
+        caches = self._family_caches()
+        for index, same in self._same_kind.items():
+            arrays = ArraysCache(size=3 if counts and index == 0 else 2)
+            caches[index] = CacheList(arrays, caches[index]) if same == index else arrays
+        return caches
 
     def _family_caches(self) -> list[Any]:
         family = super()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +32,23 @@ class AttentionWeights:
     v_bias_gp: Tensor | None = None
     out_bias_d: Tensor | None = None
     scaling: float | None = None
+
+    def of_heads(self, heads: Sequence[int]) -> AttentionWeights:
+        """The projections of some query heads, each with keys and values of its own; all keep the output's bias."""
+        if len(heads) == len(self.q_hpd):
+            return self
+        chosen, repeats = list(heads), len(self.q_hpd) // len(self.k_gpd)
+        groups = [head // repeats for head in chosen]
+        return replace(
+            self,
+            q_hpd=self.q_hpd[chosen],
+            k_gpd=self.k_gpd[groups],
+            v_gpd=self.v_gpd[groups],
+            out_dhp=self.out_dhp[:, chosen],
+            q_bias_hp=None if self.q_bias_hp is None else self.q_bias_hp[chosen],
+            k_bias_gp=None if self.k_bias_gp is None else self.k_bias_gp[groups],
+            v_bias_gp=None if self.v_bias_gp is None else self.v_bias_gp[groups],
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mohawkify.families.adapter import AttentionWeights
 
@@ -22,10 +22,11 @@ class AttentionCall:
 
     Args:
         hidden_bld: its input.
-        probabilities_bhls: its attention matrices, in at least float32.
+        probabilities_bhls: the attention matrices of the heads that the mixer replaces, in at least float32.
         output_bld: its output.
         document_starts_bl: true where a new document begins.
         call_mixer: calls the mixer on the same input and with the same further arguments.
+        beside_bhls: the attention matrices of the heads that are kept beside the mixer; None where there are none.
     """
 
     hidden_bld: Tensor
@@ -33,6 +34,20 @@ class AttentionCall:
     output_bld: Tensor
     document_starts_bl: Tensor
     call_mixer: Callable[[], Any]
+    beside_bhls: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadsBeside:
+    """The heads of attention beside a mixer.
+
+    Args:
+        weights: their projections, on the mixer's device in float32.
+        out_proj: the student's output projection of these heads, which the fit changes.
+    """
+
+    weights: AttentionWeights
+    out_proj: nn.Linear
 
 
 class Calibration(ABC):
@@ -40,7 +55,8 @@ class Calibration(ABC):
 
     Args:
         mixer: the mixer, whose start it sets.
-        weights: the attention's projections, on the mixer's device in float32.
+        weights: the projections of the heads that it replaces, on the mixer's device in float32.
+        beside: the heads of attention that are kept beside the mixer; None where there are none.
 
     Attributes:
         passes: the passes over text in order, each with the share of the text that it reads.
@@ -49,8 +65,8 @@ class Calibration(ABC):
 
     passes: ClassVar[Mapping[str, float]]
 
-    def __init__(self, mixer: Any, weights: AttentionWeights) -> None:
-        self.mixer, self.weights = mixer, weights
+    def __init__(self, mixer: Any, weights: AttentionWeights, beside: HeadsBeside | None = None) -> None:
+        self.mixer, self.weights, self.beside = mixer, weights, beside
         self.sums: dict[str, Tensor] = {}
 
     @classmethod

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mohawkify.families.adapter import AttentionWeights
-from mohawkify.mixers.calibration import AttentionCall, Calibration, ridge
+from mohawkify.mixers.calibration import AttentionCall, Calibration, HeadsBeside, ridge
 from mohawkify.mixers.mamba2 import GATE_IDENTITY_BIAS, DiscreteMamba2, DiscreteMamba2Config
 
 SHORTEST_HALF_LIFE = 0.25  # tokens; the next candidate is twice as long, up to that of twice the sequences
@@ -50,16 +50,14 @@ class CalibratedStart(Calibration):
 
     passes: ClassVar[Mapping[str, float]] = {"decays": 1 / 16, "heads": 1 / 4, "gates": 1 / 2, "output": 1.0}
 
-    def __init__(self, mixer: DiscreteMamba2, weights: AttentionWeights) -> None:
-        super().__init__(mixer, weights)
+    def __init__(self, mixer: DiscreteMamba2, weights: AttentionWeights, beside: HeadsBeside | None = None) -> None:
+        super().__init__(mixer, weights, beside)
+        self.outputs = [mixer.out_proj] if beside is None else [mixer.out_proj, beside.out_proj]
         num_heads, width = weights.q_hpd.shape[:2]
         self.repeats = num_heads // weights.k_gpd.shape[0]
         scaling = 1.0 / math.sqrt(width) if weights.scaling is None else weights.scaling
         self.q_hpd, self.q_bias_hp = weights.q_hpd * scaling, _bias(weights.q_bias_hp, weights.q_hpd) * scaling
-        self.k_bias_gp, self.v_bias_gp = (
-            _bias(weights.k_bias_gp, weights.k_gpd),
-            _bias(weights.v_bias_gp, weights.v_gpd),
-        )
+        self.k_bias_gp = _bias(weights.k_bias_gp, weights.k_gpd)
         self.half_life_c = torch.empty(0)
         self.log_decay_h = torch.zeros(num_heads)  # -log of the decay of one token
         self.start_hk = torch.zeros(num_heads, 2)  # weights of the two features of the first pass
@@ -77,7 +75,7 @@ class CalibratedStart(Calibration):
         """See `Calibration.begin`."""
         self.name, self.num_calls = name, 0
         heads, width = self.q_hpd.shape[:2]
-        groups, inner = heads // self.repeats, self.mixer.out_proj.in_features
+        groups, inner = heads // self.repeats, sum(output.in_features for output in self.outputs)
         hidden = self.mixer.hidden_size
         num_candidates = 2 + math.ceil(math.log2(length / SHORTEST_HALF_LIFE))
         self.half_life_c = SHORTEST_HALF_LIFE * 2.0 ** torch.arange(num_candidates)
@@ -235,10 +233,14 @@ class CalibratedStart(Calibration):
         self.mixer.z_proj.weight.copy_(weight_hd.repeat_interleave(head_dim, dim=0))
         self.mixer.z_bias.copy_(GATE_IDENTITY_BIAS + bias_h.repeat_interleave(head_dim))
 
-    # The fourth pass: the output projection, which knows all heads together.
+    # The fourth pass: the output projection, which knows all heads together, those of attention beside the mixer too.
 
     def _add_output(self, call: AttentionCall) -> None:
-        features_xf = _with_constant(self._gated_features(call)).flatten(0, 1)
+        parts = [self._gated_features(call)]
+        if self.beside is not None and call.beside_bhls is not None:
+            v_bgsp = values(self.beside.weights, call.hidden_bld.float())
+            parts.append((call.beside_bhls @ _repeated(v_bgsp, call.beside_bhls.shape[1])).transpose(1, 2).flatten(2))
+        features_xf = _with_constant(torch.cat(parts, dim=-1)).flatten(0, 1)
         self.sums["gram"] += features_xf.T @ features_xf
         output_xd = call.output_bld.float().flatten(0, 1)
         self.sums["target"] += features_xf.T @ output_xd
@@ -247,13 +249,15 @@ class CalibratedStart(Calibration):
     def _solve_output(self) -> float:
         out_proj = self.mixer.out_proj
         bias_d = out_proj.weight.new_zeros(out_proj.out_features) if out_proj.bias is None else out_proj.bias
-        start_fd = torch.cat([out_proj.weight, bias_d.unsqueeze(1)], dim=1).T.double().cpu()
+        start_fd = torch.cat([*(output.weight for output in self.outputs), bias_d.unsqueeze(1)], dim=1).T.double().cpu()
         gram, target = self.sums["gram"].double().cpu(), self.sums["target"].double().cpu()
         size = len(gram) if out_proj.bias is not None else len(gram) - 1
         gram, rest = gram[:size, :size], (target - gram @ start_fd)[:size]
         mean = gram.diagonal()[: out_proj.in_features].mean()
         solution_fd = start_fd[:size] + ridge(gram, rest, RIDGE_OUTPUT * float(mean))
-        out_proj.weight.copy_(solution_fd[: out_proj.in_features].T)
+        inner = [output.in_features for output in self.outputs]
+        for output, part_fd in zip(self.outputs, solution_fd[: sum(inner)].split(inner), strict=True):
+            output.weight.copy_(part_fd.T)
         if out_proj.bias is not None:
             out_proj.bias.copy_(solution_fd[-1])
         square = float(self.sums["square"])
@@ -265,8 +269,8 @@ class CalibratedStart(Calibration):
         hidden_b1ld = call.hidden_bld.float().unsqueeze(1)
         q_bhlp = hidden_b1ld @ self.q_hpd.transpose(1, 2) + self.q_bias_hp.unsqueeze(1)
         k_bgsp = hidden_b1ld @ self.weights.k_gpd.transpose(1, 2) + self.k_bias_gp.unsqueeze(1)
-        v_bgsp = hidden_b1ld @ self.weights.v_gpd.transpose(1, 2) + self.v_bias_gp.unsqueeze(1)
-        y_bhlp = call.probabilities_bhls @ v_bgsp.repeat_interleave(self.repeats, dim=1)
+        v_bgsp = values(self.weights, call.hidden_bld.float())
+        y_bhlp = call.probabilities_bhls @ _repeated(v_bgsp, q_bhlp.shape[1])
         return q_bhlp, k_bgsp, v_bgsp, y_bhlp
 
     def _gated_features(self, call: AttentionCall) -> Tensor:
@@ -278,6 +282,16 @@ class CalibratedStart(Calibration):
         finally:
             handle.remove()
         return inputs[0].float()
+
+
+def values(weights: AttentionWeights, hidden_bld: Tensor) -> Tensor:
+    """The values (b, g, s, p) of an attention's hidden states."""
+    bias_gp = _bias(weights.v_bias_gp, weights.v_gpd)
+    return hidden_bld.unsqueeze(1) @ weights.v_gpd.transpose(1, 2) + bias_gp.unsqueeze(1)
+
+
+def _repeated(v_bgsp: Tensor, num_heads: int) -> Tensor:
+    return v_bgsp.repeat_interleave(num_heads // v_bgsp.shape[1], dim=1)
 
 
 def decaying_means(log_decay: float, document_starts_bl: Tensor) -> Tensor:

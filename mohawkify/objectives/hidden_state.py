@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, register_objective, run_trunk
-from mohawkify.objectives.trainable import layer_parameters, mixers_by_layer
+from mohawkify.objectives.trainable import layer_parameters, mixing_modules
 from mohawkify.ops.losses import align_loss
 from mohawkify.recipe.schema import AlignRecipe
 from mohawkify.teacher.capture import LayerCall, layer_hooks
@@ -58,6 +58,6 @@ class HiddenStateObjective(Objective):
     def _modules(self, model: nn.Module) -> dict[int, nn.Module]:
         spec = self.models.spec
         if self.target == "mixer":
-            return mixers_by_layer(model, spec)
+            return mixing_modules(model, spec)
         layers = find_layers(model, spec.layers)
         return {index: layers[index] for index in spec.mixer_layers}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mohawkify.data.packing import Batch
 from mohawkify.mixers.kinds import matrix_parameters
 from mohawkify.objectives.objective import Objective, Runner, TeacherStudent, register_objective, run_trunk
-from mohawkify.objectives.trainable import mixers_by_layer
+from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.ops.dispatch import orient_loss
 from mohawkify.ops.scan import MixingMatrix
 from mohawkify.recipe.schema import OrientRecipe
@@ -41,16 +41,17 @@ class MatrixObjective(Objective):
         """See `Objective.run`; ``relative`` is the length-free distance |M - P| / |P| averaged over layers."""
         models = self.models
         mixers = mixers_by_layer(models.student, models.spec)
-        attentions = mixers_by_layer(models.teacher, models.spec)
+        attentions = mixing_modules(models.teacher, models.spec)
         document_starts_bl = batch.position_ids == 0
         losses, relatives = [], []
 
         def on_attention(call: LayerCall) -> None:
             assert call.attention is not None
+            attention = call.attention.of_heads(models.spec.layer_specs[call.layer].replaced_heads)
             parts = runner.call(mixers[call.layer].matrix_parts, call.hidden_bld, document_starts_bl)
-            weights_bhs = call.attention.column_weights() if self.weighting == "values" else None
+            weights_bhs = attention.column_weights() if self.weighting == "values" else None
             loss, relative = orient_loss(
-                MixingMatrix(*parts), call.attention, document_starts_bl, weights_bhs, models.kernels
+                MixingMatrix(*parts), attention, document_starts_bl, weights_bhs, models.kernels
             )
             runner.backward(loss)
             losses.append(loss.detach())

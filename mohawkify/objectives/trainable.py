@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mohawkify.families.decoder_layers import find_layers
+from mohawkify.mixers.kinds import mixers_of
 from mohawkify.student.student_spec import StudentSpec
 
 
@@ -20,17 +21,17 @@ def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str,
         spec: its facts.
 
     Returns:
-        Parameter name to ``mixer``, ``attention`` (kept layers), ``norm``, ``mlp``, ``embedding`` or ``head``.
+        Parameter name to ``mixer``, ``attention`` (what is kept of it), ``norm``, ``mlp``, ``embedding`` or ``head``.
     """
     owner = dict(student.named_modules())
     head = student.get_output_embeddings()
-    kept = range(len(find_layers(student, spec.layers)))
-    grafted = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in spec.mixer_layers)
-    attention = tuple(f"{spec.layers}.{index}.{spec.attention}." for index in kept if index not in spec.mixer_layers)
+    places = [f"{spec.layers}.{index}.{spec.attention}." for index in range(len(find_layers(student, spec.layers)))]
+    beside = tuple(f"{place}attention." for place, layer in zip(places, spec.layer_specs, strict=True) if layer.heads)
+    grafted = tuple(places[index] for index in spec.mixer_layers)
     parts: dict[str, str] = {}
     for name, _ in student.named_parameters():
         module = owner[name.rpartition(".")[0]]
-        if name.startswith(grafted):
+        if name.startswith(grafted) and not name.startswith(beside):
             parts[name] = "mixer"
         elif isinstance(module, nn.Embedding):
             parts[name] = "embedding"
@@ -39,7 +40,7 @@ def part_of_parameters(student: PreTrainedModel, spec: StudentSpec) -> dict[str,
         elif "norm" in type(module).__name__.lower():
             parts[name] = "norm"
         else:
-            parts[name] = "attention" if name.startswith(attention) else "mlp"
+            parts[name] = "attention" if name.startswith(tuple(places)) else "mlp"
     return parts
 
 
@@ -58,7 +59,12 @@ def layer_parameters(student: PreTrainedModel, spec: StudentSpec, parts: Iterabl
     return {n: p for n, p in trainable_parameters(student, spec, parts).items() if n.startswith(prefixes)}
 
 
-def mixers_by_layer(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:
-    """The modules at the attention's place in the grafted layers: mixers in a student, attention in a teacher."""
+def mixers_by_layer(student: nn.Module, spec: StudentSpec) -> dict[int, Any]:
+    """The student's mixers."""
+    return dict(zip(spec.mixer_layers, mixers_of(student).values(), strict=True))
+
+
+def mixing_modules(model: nn.Module, spec: StudentSpec) -> dict[int, Any]:
+    """The modules at the attention's place in the grafted layers: mixers, also beside attention, or a teacher's own."""
     layers = find_layers(model, spec.layers)
     return {index: getattr(layers[index], spec.attention) for index in spec.mixer_layers}

@@ -8,6 +8,7 @@ Shapes: b batch, h query heads, g key heads, l target position, s source positio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,24 @@ class AttentionMatrix(NamedTuple):
         tiny = torch.finfo(norms_bgs.dtype).tiny
         weights_bgs = norms_bgs / norms_bgs.mean(-1, keepdim=True).clamp(min=tiny)
         return weights_bgs.repeat_interleave(self.q_bhlp.shape[1] // norms_bgs.shape[1], dim=1)
+
+    def of_heads(self, heads: Sequence[int]) -> AttentionMatrix:
+        """The parts for some query heads, each with keys of its own."""
+        if len(heads) == self.q_bhlp.shape[1]:
+            return self
+        chosen, repeats = list(heads), self.q_bhlp.shape[1] // self.k_bgsp.shape[1]
+        groups, norms_bgs = [head // repeats for head in chosen], self.value_norms_bgs
+
+        def cut(part: Tensor) -> Tensor:
+            return part[:, chosen] if part.dim() == 4 and part.shape[1] > 1 else part
+
+        return self._replace(
+            q_bhlp=self.q_bhlp[:, chosen],
+            k_bgsp=self.k_bgsp[:, groups],
+            mask_bhls=cut(self.mask_bhls),
+            bias_bhls=None if self.bias_bhls is None else cut(self.bias_bhls),
+            value_norms_bgs=None if norms_bgs is None else norms_bgs[:, groups],
+        )
 
     def probabilities(self) -> Tensor:
         """The attention matrices (b, h, l, s) in at least float32."""

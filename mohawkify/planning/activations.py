@@ -29,7 +29,7 @@ from mohawkify.families.adapter import Adapter
 from mohawkify.families.decoder_layers import attention_implementation, find_layers
 from mohawkify.objectives.hidden_state import HiddenStateObjective
 from mohawkify.objectives.objective import Runner, TeacherStudent, model_inputs, run_trunk
-from mohawkify.objectives.trainable import mixers_by_layer
+from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.ops import scan
 from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 from mohawkify.planning.memory import Footprint
@@ -164,7 +164,7 @@ def count_footprint(
     """Count what one sequence takes in one layer, in every stage.
 
     Args:
-        student: the student's facts; its first grafted layer stands for all layers.
+        student: the student's facts; its layer with the widest mixer stands for all.
         recipe: precision, lengths and what is trained.
         whole_scan: whether to run all groups of a scan's chunks, which takes far longer; the bytes are equal.
 
@@ -251,7 +251,7 @@ def _orient(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]
         made = [part for part in parts if part.grad_fn is not None]
         torch.autograd.backward(made, [torch.zeros_like(part) for part in made])
 
-    attentions = mixers_by_layer(pair.teacher, pair.spec)
+    attentions = mixing_modules(pair.teacher, pair.spec)
     with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), layer_hooks(attentions, on_attention):
         run_trunk(pair.teacher, batch, pair.spec)
     return {**found, "peak": live.peak}
@@ -291,8 +291,8 @@ def _distill(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float
 
 
 def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dtype: torch.dtype) -> TeacherStudent:
-    """Teacher and student of one layer, the first that is grafted, on the meta device."""
-    first = spec.mixer_layers[0]
+    """Teacher and student of one layer, that of the widest mixer, on the meta device."""
+    first = spec.widest_layer
     teacher_class, student_class = getattr(transformers, adapter.model_class), classes_for(adapter)[1]
     with torch.device("meta"):
         teacher = teacher_class._from_config(

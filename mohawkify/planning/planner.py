@@ -326,17 +326,17 @@ def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str
 
     name, teacher, student = stage.plans_as, inputs.teacher, inputs.student
     checkpointing = inputs.layout.checkpointing
-    heads, width, state = student.num_heads, student.head_dim, student.state_size
+    heads, width, state = teacher.num_attention_heads, student.head_dim, student.state_size
     num_grafted = len(student.mixer_layers)
     ends = ends_of(teacher)
     idle = teacher.num_parameters - teacher.active_parameters
-    attended = [_mean_context(length, teacher, kind) for kind in teacher.layer_types]
+    attended = [_mean_context(length, teacher.window_of(index)) for index in range(teacher.num_hidden_layers)]
     trunk = 2.0 * (teacher.active_parameters - ends) + 4.0 * heads * width * sum(attended)
     if name == "orient":
         # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
-        bands = float(length * heads * (width + 3 * state))
-        return trunk, 4.0 * sum(trained.values()) + bands * num_grafted
-    scan = mixer_flops(student, length) * num_grafted
+        bands = float(length * (width + 3 * state))
+        return trunk, 4.0 * sum(trained.values()) + bands * sum(layer.mixer_heads for layer in student.layer_specs)
+    scan = mixer_flops(student, length)
     if name == "align" and getattr(stage, "target", None) == "mixer":
         mixers, outputs = 2.0 * student.mixer_parameters, 2.0 * heads * width * teacher.hidden_size * num_grafted
         return trunk, mixers + scan + mixers + outputs + 2 * scan
@@ -347,15 +347,21 @@ def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str
     student_work = body + scan + (body + 2 * scan) + weights + (body + scan if checkpointing else 0.0)
     if name == "align":
         return trunk, student_work
-    kept = 4.0 * heads * width * sum(each for i, each in enumerate(attended) if i not in student.mixer_layers)
+    kept = (
+        4.0
+        * width
+        * sum(
+            layer.attention_heads * min(_mean_context(length, layer.window), mean)
+            for layer, mean in zip(student.layer_specs, attended, strict=True)
+        )
+    )
     head = 2.0 * teacher.head_parameters
     head_learns = "head" in trained or (teacher.tie_word_embeddings and "embedding" in trained)
     return trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2)
 
 
-def _mean_context(length: int, teacher: TeacherSpec, kind: str) -> float:
+def _mean_context(length: int, window: int | None) -> float:
     """The tokens that a token attends to, on average over a sequence."""
-    window = teacher.sliding_window if kind == "sliding_attention" else None
     if window is None or window >= length:
         return (length + 1) / 2
     return window - window * (window - 1) / (2 * length)

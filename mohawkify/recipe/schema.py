@@ -23,6 +23,7 @@ from mohawkify.recipe.stages import StageRecipe as StageRecipe
 from mohawkify.recipe.stages import StagesRecipe as StagesRecipe
 from mohawkify.recipe.types import (
     Count,
+    Heads,
     Layers,
     Line,
     ListOf,
@@ -35,6 +36,20 @@ from mohawkify.recipe.types import (
     Text,
     conflict,
 )
+
+
+class KeepRecipe(Section):
+    """The teacher's attention that a hybrid keeps."""
+
+    layers: Layers = Field(default=(), description="numbers of the layers that keep all of their attention")
+    heads: Heads = Field(
+        default=(),
+        description="single heads that are kept beside the heads of a mixer, each as its layer and its number there",
+    )
+    window: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="tokens that kept attention reaches back to, the current one included; null: as the teacher's does",
+    )
 
 
 class StudentRecipe(Section):
@@ -71,9 +86,7 @@ class StudentRecipe(Section):
         default=None,
         description="normalise the gated output before the output projection; null: as the mixer's kind has it",
     )
-    keep_attention: Layers = Field(
-        default=(), description="numbers of the layers that keep the teacher's attention: a hybrid"
-    )
+    keep: KeepRecipe = Field(default=KeepRecipe(), description="attention of the teacher that is kept: a hybrid")
 
     @property
     def start(self) -> str:

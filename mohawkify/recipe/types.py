@@ -111,6 +111,11 @@ Layers = Annotated[
     AfterValidator(_distinct),
     Expected("a list of layer numbers, each once"),
 ]
+Heads = Annotated[
+    ListOf[Pair[Annotated[int, Field(ge=0)]]],
+    AfterValidator(_distinct),
+    Expected("a list of pairs of a layer and a head, each once"),
+]
 
 
 def conflict(key: tuple[str, ...], message: str) -> NoReturn:

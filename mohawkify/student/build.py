@@ -17,10 +17,11 @@ from mohawkify.errors import RecipeError, did_you_mean
 from mohawkify.families.adapter import Adapter, AttentionWeights
 from mohawkify.families.decoder_layers import find_layers
 from mohawkify.families.projections import read_attention
+from mohawkify.mixers.attention_heads import cut_heads
 from mohawkify.mixers.kinds import matrix_parameters, mixer_class, mixer_kinds, mixers_of
 from mohawkify.recipe.schema import StudentRecipe
 from mohawkify.student.graft import student_classes
-from mohawkify.student.layer_spec import ATTENTION, LayerSpec
+from mohawkify.student.keep import caches_of, design_layers
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.teacher_spec import TeacherSpec
 
@@ -79,18 +80,11 @@ def design_student(
     """Decide what the student is; its parameters are counted on the meta device.
 
     Raises:
-        RecipeError: a layer to keep does not exist, none is left to graft, or the mixer, its start or one of its
-            options does not exist.
+        RecipeError: a layer or head to keep does not exist or cannot be kept, none is left to graft, or the mixer, its
+            start or one of its options does not exist.
     """
-    num_layers, heads = teacher.num_hidden_layers, teacher.num_attention_heads
-    wrong = [index for index in recipe.keep_attention if index >= num_layers]
-    if wrong:
-        raise RecipeError(f"student.keep_attention: found layer {wrong[0]}, expected layers 0 to {num_layers - 1}")
     mixer = _mixer_config(teacher, adapter, recipe)
-    kept, grafted = LayerSpec(ATTENTION, 0, heads), LayerSpec(recipe.mixer, heads, 0)
-    layer_specs = tuple(kept if index in recipe.keep_attention else grafted for index in range(num_layers))
-    if grafted not in layer_specs:
-        raise RecipeError("student.keep_attention: found every layer, expected at least one to be grafted")
+    layer_specs = design_layers(teacher, adapter, recipe)
     config_class, model_class = classes_for(adapter)
     spec = StudentSpec(
         name=name,
@@ -105,9 +99,13 @@ def design_student(
         mixer_parameters=0,
         matrix_parameters=0,
         state_elements=0,
+        caches=caches_of(layer_specs, teacher),
     )
     with torch.device("meta"):
-        modules = model_class(student_config(teacher_config, adapter, spec.mixer_entry()))
+        try:
+            modules = model_class(student_config(teacher_config, adapter, spec.mixer_entry()))
+        except ValueError as error:  # of heads that the family's attention cannot do without
+            raise RecipeError(f"student.keep.heads: {error}", hint="student.keep.layers keeps whole layers") from error
     mixers = mixers_of(modules).values()
     return replace(
         spec,
@@ -152,9 +150,9 @@ def _mixer_config(teacher: TeacherSpec, adapter: Adapter, recipe: StudentRecipe)
 
 
 def mixer_flops(spec: StudentSpec, length: int) -> float:
-    """`Mixer.flops` of one of the student's layers."""
-    kind = mixer_class(spec.kind)
-    return kind.flops(kind.config_class(num_heads=spec.num_heads, **spec.mixer), length)
+    """`Mixer.flops` of all the student's layers."""
+    kind, layers = mixer_class(spec.kind), [spec.layer_specs[index] for index in spec.mixer_layers]
+    return sum(kind.flops(kind.config_class(num_heads=layer.mixer_heads, **spec.mixer), length) for layer in layers)
 
 
 def build_student(
@@ -180,10 +178,14 @@ def build_student(
     student.generation_config.use_cache = True
     _copy_kept_weights(teacher, student, spec)
     attentions, stack = find_layers(teacher, spec.layers), find_layers(student, spec.layers)
-    for index in spec.mixer_layers:
-        mixer = getattr(stack[index], spec.attention)
-        weights = read_attention(adapter, getattr(attentions[index], spec.attention))
+    for index, mixer in zip(spec.mixer_layers, mixers_of(student).values(), strict=True):
+        layer, attention = spec.layer_specs[index], getattr(attentions[index], spec.attention)
+        weights = read_attention(adapter, attention).of_heads(layer.replaced_heads)
         mixer.starts[init](mixer, float_on(next(mixer.parameters()).device, weights), len(stack))
+        if layer.heads:
+            kept = copy.deepcopy(attention)
+            cut_heads(kept, layer.heads, spec.head_dim)
+            getattr(stack[index], spec.attention).attention.load_state_dict(kept.state_dict())
     return student.to(teacher.device).eval()
 
 

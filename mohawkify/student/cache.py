@@ -1,4 +1,4 @@
-"""The student's cache for generation: a fixed-size state per mixer, the usual cache where attention was kept."""
+"""The student's cache for generation: a fixed-size state per mixer, keys and values where attention was kept."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
 from mohawkify.mixers.mixer import StateSpec
-from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
+from mohawkify.student.layer_spec import LayerSpec, mixer_layers, read_layer_specs
 
 
 class RecurrentLayer(CacheLayerMixin):
@@ -109,6 +109,81 @@ class RecurrentLayer(CacheLayerMixin):
         self.states = {name: state.repeat_interleave(repeats, dim=0) for name, state in self.states.items()}
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """The keys and values of the last tokens, for attention that the student narrows itself.
+
+    The model builds its mask as for all tokens, since the family knows no window there.
+    """
+
+    is_sliding = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens."""
+        return self.cumulative_length + query_length, 0
+
+
+class BothLayer(RecurrentLayer):
+    """The states of a mixer, and the keys and values of the heads beside it.
+
+    Args:
+        kept: the layer for keys and values.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+        self.is_sliding = kept.is_sliding
+        super().__init__()
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values, and return those to attend to."""
+        keys, values = self.kept.update(*args, **kwargs)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen, by attention, which comes before the mixer."""
+        return int(self.kept.get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask of the kept heads."""
+        length, offset = self.kept.get_mask_sizes(query_length)
+        return length, offset
+
+    def reset(self) -> None:
+        """Start again with nothing."""
+        super().reset()
+        if self.kept.is_initialized:
+            self.kept.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search's choice of rows."""
+        super().reorder_cache(beam_idx)
+        self.kept.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        super().reorder_cache(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+        self.kept.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self.kept.batch_repeat_interleave(repeats)
+
+
+def kept_of(layer: Any) -> Any:
+    """The keys and values of a layer of `StudentCache`; None where it keeps no attention."""
+    return layer.kept if isinstance(layer, BothLayer) else None if isinstance(layer, RecurrentLayer) else layer
+
+
+def _layer(spec: LayerSpec, kept: Any) -> Any:
+    """The memory of one layer; ``kept`` is that of the family's attention."""
+    if spec.window is not None:
+        kept = WindowLayer(spec.window)
+    if not spec.mixer_heads:
+        return kept
+    return BothLayer(kept) if spec.attention_heads else RecurrentLayer()
+
+
 def _zeros(old: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The old tensor, which `RecurrentLayer.reset` has cleared, or a new one where that does not fit."""
     if old is not None and (old.shape, old.dtype, old.device) == (shape, dtype, device):
@@ -147,8 +222,8 @@ class StudentCache(Cache):
 
     def __init__(self, config: Any) -> None:
         kept = DynamicCache(config=config).layers  # with the windows of every family
-        grafted = mixer_layers(read_layer_specs(config.mixer))
-        super().__init__(layers=[RecurrentLayer() if index in grafted else each for index, each in enumerate(kept)])
+        specs = read_layer_specs(config.mixer)
+        super().__init__(layers=[_layer(spec, each) for spec, each in zip(specs, kept, strict=True)])
 
 
 def require_states(cache: Any, config: Any) -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from mohawkify.families.decoder_layers import attention_implementation, find_layers
+from mohawkify.mixers.attention_heads import MixerBesideAttention, cut_heads, narrow
 from mohawkify.mixers.mixer import Mixer, mixer_class
 from mohawkify.student.cache import StudentCache, require_states
 from mohawkify.student.layer_spec import mixer_layers, read_layer_specs
 
 
 def graft_mixers(model: nn.Module, config: Any) -> None:
-    """Put a mixer in place of the attention module of every grafted layer.
+    """Put a mixer in place of the attention module of every grafted layer, or beside the heads that it keeps.
 
     Args:
         model: a causal language model of transformers.
@@ -31,14 +32,20 @@ def graft_mixers(model: nn.Module, config: Any) -> None:
     mixer = config.mixer
     layers = find_layers(model, mixer["layers"])
     specs = read_layer_specs(mixer)
-    for index in mixer_layers(specs):
-        kind = mixer_class(specs[index].kind)
+    for index, spec in enumerate(specs):
         old = getattr(layers[index], mixer["attention"])
-        reference = next(old.parameters())
+        if spec.window is not None:
+            narrow(old, spec.window)
+        if not spec.mixer_heads:
+            continue
+        kind, reference = mixer_class(spec.kind), next(old.parameters())
         with reference.device:
-            sizes = kind.config_class(num_heads=specs[index].mixer_heads, **mixer["config"])
-            new = kind(config.hidden_size, sizes, index)
-        setattr(layers[index], mixer["attention"], new.to(reference.dtype))
+            sizes = kind.config_class(num_heads=spec.mixer_heads, **mixer["config"])
+            new: nn.Module = kind(config.hidden_size, sizes, index).to(reference.dtype)
+        if spec.heads:
+            cut_heads(old, spec.heads, sizes.head_dim)
+            new = MixerBesideAttention(new, old)
+        setattr(layers[index], mixer["attention"], new)
 
 
 def precise_parameters(mixer: Mapping[str, Any]) -> set[str]:

@@ -48,6 +48,7 @@ MODEL_FILE = "modeling_mohawk"
 # Modules that travel with every student; those of its mixers come beside them.
 CARRIED_MODULES = (
     "mohawkify.families.decoder_layers",
+    "mohawkify.mixers.attention_heads",
     "mohawkify.mixers.mixer",
     *(f"mohawkify.student.{name}" for name in ("cache", "graft", "layer_spec")),
 )

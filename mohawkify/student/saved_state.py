@@ -21,7 +21,7 @@ from mohawkify.files.disk import clear_errors
 from mohawkify.files.manifest import MANIFEST_NAME, read_manifest
 from mohawkify.files.safetensors_headers import read_header
 from mohawkify.files.strict_json import parse_json
-from mohawkify.student.cache import StudentCache
+from mohawkify.student.cache import StudentCache, WindowLayer, kept_of
 
 FORMAT = "mohawkify-state-1"
 _IDS = "token_ids"
@@ -116,9 +116,10 @@ def load_state(path: Path, student: Any, model: str) -> ReadText:
     if expected.keys() != tensors.keys():
         raise _damaged(path, "its tensors are not those of this model's layers")
     for name, like in expected.items():
-        shape, length = list(like.shape), _kept_length(cache.layers[_layer_of(name)], num_read)
-        if length is not None:
-            shape[-2] = length
+        shape = list(like.shape)
+        if name.endswith((".keys", ".values")):
+            window = getattr(kept_of(cache.layers[_layer_of(name)]), "sliding_window", None)
+            shape[-2] = num_read if window is None else min(num_read, window - 1)
         found = tensors[name]
         if found.dtype != like.dtype or list(found.shape) != shape or not found.isfinite().all():
             raise _damaged(path, f"{name} has another shape or type than this model's, or is not finite")
@@ -168,16 +169,16 @@ def _tensors(cache: Any) -> dict[str, Tensor]:
     """The tensors of a student's memory, by ``<layer>.<name>``."""
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
-        states = getattr(layer, "states", None)
-        if states is None:
-            _require_known(index, layer)
-            states = {"keys": layer.keys, "values": layer.values}
+        states, kept = dict(getattr(layer, "states", {})), kept_of(layer)
+        if kept is not None:
+            _require_known(index, kept)
+            states |= {"keys": kept.keys, "values": kept.values}
         found |= {f"{index}.{name}": tensor for name, tensor in states.items()}
     return found
 
 
 def _require_known(index: int, layer: Any) -> None:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer) or not layer.is_initialized:
         raise UsageError(
             f"layer {index} keeps an attention whose memory is a {type(layer).__name__}, expected keys and values",
             hint="states of this student cannot be saved",
@@ -188,22 +189,17 @@ def _layer_of(name: str) -> int:
     return int(name.split(".")[0])
 
 
-def _kept_length(layer: Any, num_read: int) -> int | None:
-    """How many keys a layer holds; None for a mixer's."""
-    if hasattr(layer, "states"):
-        return None
-    return min(num_read, layer.sliding_window - 1) if layer.is_sliding else num_read
-
-
 def _fill(layer: Any, tensors: dict[str, Tensor], num_read: int) -> None:
+    kept = kept_of(layer)
+    if kept is not None:
+        keys, values = tensors.pop("keys"), tensors.pop("values")
+        kept.lazy_initialization(keys, values)
+        kept.keys, kept.values = keys, values
+        if hasattr(kept, "cumulative_length"):
+            kept.cumulative_length = num_read
     if hasattr(layer, "states"):
         layer.states = tensors
         layer.advance(num_read)
-        return
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.keys, layer.values = tensors["keys"], tensors["values"]
-    if layer.is_sliding:
-        layer.cumulative_length = num_read
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

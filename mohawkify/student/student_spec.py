@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class StudentSpec:
         mixer_parameters: parameters of all mixers.
         matrix_parameters: those that the matrices of stage 1 are made of; 0 where the mixers have no such matrix.
         state_elements: elements of the constant state of one sequence, convolution inputs included.
+        caches: of every layer with kept attention the elements of keys and values per token, and how many tokens its
+            cache holds at most; None for all.
     """
 
     name: str
@@ -39,11 +42,17 @@ class StudentSpec:
     mixer_parameters: int
     matrix_parameters: int
     state_elements: int
+    caches: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def mixer_layers(self) -> tuple[int, ...]:
         """Indices of the layers with a mixer."""
         return mixer_layers(self.layer_specs)
+
+    @property
+    def widest_layer(self) -> int:
+        """The index of the layer whose mixer has most heads, which stands for all in estimates."""
+        return max(self.mixer_layers, key=lambda index: self.layer_specs[index].mixer_heads)
 
     @property
     def kind(self) -> str:
@@ -52,8 +61,8 @@ class StudentSpec:
 
     @property
     def num_heads(self) -> int:
-        """Heads per mixer."""
-        return self.layer_specs[self.mixer_layers[0]].mixer_heads
+        """Heads of the widest mixer."""
+        return self.layer_specs[self.widest_layer].mixer_heads
 
     @property
     def head_dim(self) -> int:
@@ -65,6 +74,10 @@ class StudentSpec:
         """Width of the state per head; 0 for mixers that have no such size."""
         return int(self.mixer.get("state_size", 0))
 
+    def cache_elements(self, length: int) -> int:
+        """Elements of the keys and values of kept attention after so many tokens of one sequence."""
+        return cache_elements(self.caches, length)
+
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object."""
         return asdict(self)
@@ -74,6 +87,21 @@ class StudentSpec:
         return {
             "layers": self.layers,
             "attention": self.attention,
-            "layer_specs": [asdict(layer) for layer in self.layer_specs],
+            "layer_specs": [layer.to_json() for layer in self.layer_specs],
             "config": dict(self.mixer),
         }
+
+
+def cache_elements(caches: Iterable[tuple[int, int | None]], length: int) -> int:
+    """See `StudentSpec.cache_elements`."""
+    return sum(size * min(length, window or length) for size, window in caches)
+
+
+def memory_text(student: Mapping[str, Any]) -> str:
+    """The memory of one sequence in words, from the JSON of a `StudentSpec`."""
+    text = f"a state of {student['state_elements']:,} numbers per sequence, whatever its length"
+    caches = student.get("caches", ())
+    if not caches:
+        return text
+    first, at_8k = (cache_elements(caches, length) for length in (1, 8192))
+    return f"{text}, and keys and values of {first:,} numbers per token ({at_8k:,} at 8,192 tokens)"

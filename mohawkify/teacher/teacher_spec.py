@@ -54,6 +54,10 @@ class TeacherSpec:
     layer_types: tuple[str, ...]
     sliding_window: int | None
 
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer's attention in tokens; None where it attends to everything."""
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
     def require_length(self, key: str, length: int) -> None:
         """Refuse a recipe's sequences that are longer than it can compute; raises RecipeError.
 

@@ -14,9 +14,10 @@ from mohawkify.data.loader import SampleRange, read_batches
 from mohawkify.data.packing import Batch
 from mohawkify.distributed.process_group import World
 from mohawkify.families.projections import read_attention
-from mohawkify.mixers.calibration import AttentionCall, Calibration
+from mohawkify.mixers.attention_heads import output_projection
+from mohawkify.mixers.calibration import AttentionCall, Calibration, HeadsBeside
 from mohawkify.objectives.objective import TeacherStudent, run_trunk
-from mohawkify.objectives.trainable import mixers_by_layer
+from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.recipe.schema import CalibrateRecipe
 from mohawkify.student.build import float_on
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
@@ -29,11 +30,14 @@ MAX_SUMS_BYTES = 2 << 30
 def calibrations_of(models: TeacherStudent) -> dict[int, Calibration]:
     """The calibration of every mixer; made while the teacher's weights are whole, for it may be spread later."""
     spec, adapter = models.spec, models.adapter
-    attentions, mixers = (mixers_by_layer(model, spec) for model in (models.teacher, models.student))
+    attentions, students = (mixing_modules(model, spec) for model in (models.teacher, models.student))
     calibrations = {}
-    for index, mixer in mixers.items():
+    for index, mixer in mixers_by_layer(models.student, spec).items():
         weights = float_on(next(mixer.parameters()).device, read_attention(adapter, attentions[index]))
-        calibrations[index] = mixer.calibration(mixer, weights)
+        layer, beside = spec.layer_specs[index], None
+        if layer.heads:
+            beside = HeadsBeside(weights.of_heads(layer.heads), output_projection(students[index].attention))
+        calibrations[index] = mixer.calibration(mixer, weights.of_heads(layer.replaced_heads), beside)
     return calibrations
 
 
@@ -131,20 +135,21 @@ def _groups(calibrations: Mapping[int, Calibration], name: str, length: int) -> 
 
 def _add(models: TeacherStudent, layers: Mapping[int, Calibration], batch: Batch) -> None:
     """Run the teacher over a batch, and add what some layers' attention did."""
-    attentions: dict[int, nn.Module] = mixers_by_layer(models.teacher, models.spec)
+    attentions: dict[int, nn.Module] = mixing_modules(models.teacher, models.spec)
     mixers = mixers_by_layer(models.student, models.spec)
     document_starts_bl = batch.position_ids == 0
 
     def on_attention(call: LayerCall) -> None:
         assert call.attention is not None
-        hidden_bld, mixer = call.hidden_bld.float(), mixers[call.layer]
+        hidden_bld, mixer, spec = call.hidden_bld.float(), mixers[call.layer], models.spec.layer_specs[call.layer]
         layers[call.layer].add(
             AttentionCall(
                 hidden_bld,
-                call.attention.probabilities(),
+                call.attention.of_heads(spec.replaced_heads).probabilities(),
                 call.output_bld.float(),
                 document_starts_bl,
                 lambda: mixer(hidden_bld, *call.further, **call.arguments),
+                call.attention.of_heads(spec.heads).probabilities() if spec.heads else None,
             )
         )
 

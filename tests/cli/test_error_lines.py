@@ -75,7 +75,7 @@ def convert(*changes: object, teacher: object = "tiny-llama", recipe: object = "
         (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distil.tokens=5B"), 64, "stages.distill.tokens"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--set", "stages.distill.tokens=many"), 64, "expected a count"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--set", "seed"), 64, "expected key=value"),
-        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "student.keep_attention=[7]"), 64, "found layer 7"),
+        (("tiny-llama", "--recipe", "tiny.yaml", "--set", "student.keep.layers=[7]"), 64, "found layer 7"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--data", "nowhere.txt"), 66, "nowhere.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -64,7 +64,7 @@ REGISTERED = "import mohawkify.auto\n" + USE_STUDENT.format(trust="{}")
 
 CASES = {
     "llama": {"family": "llama", "tie_word_embeddings": False},
-    "llama-hybrid": {"family": "llama", "keep": (1,)},
+    "llama-hybrid": {"family": "llama", "keep": {"layers": (1,), "heads": ((0, 1), (2, 0), (2, 3)), "window": 16}},
     "qwen2-hybrid": {"family": "qwen2", "keep": (0, 1)},  # layer 1 looks through a window of 5 tokens
     "qwen3": {"family": "qwen3"},
     "mamba2-hybrid": {"family": "qwen2", "keep": (0,), "mixer": "mamba2"},

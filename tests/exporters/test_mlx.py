@@ -36,6 +36,8 @@ CASES = {
     "llama-middle-kept": {"family": "llama", "keep": (1,), "num_key_value_heads": 1},
     "qwen2-kept": {"family": "qwen2", "keep": (0,)},
     "qwen3-kept": {"family": "qwen3", "keep": (2,)},
+    "llama-heads": {"family": "llama", "keep": {"heads": ((0, 1), (1, 0), (1, 1), (2, 2))}, "rope_parameters": ROPE},
+    "qwen3-heads-and-layer": {"family": "qwen3", "keep": {"layers": (2,), "heads": ((1, 0), (1, 2), (1, 3))}},
     "mamba2-kept": {"family": "qwen2", "keep": (0,), "mixer": "mamba2"},
 }
 PROMPTS = [[int(i) for i in numpy.random.default_rng(n).integers(3, 256, size=n)] for n in (70, 2, 9, 31)]
@@ -103,7 +105,8 @@ def test_kept_windows_and_kept_full_attention_each_see_their_own_mask():
         "intermediate_size": 48, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 64, "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "mixer": {
-            "attention": "self_attn", "layer_specs": [{"mixer_heads": heads} for heads in (4, 4, 0, 0)],
+            "attention": "self_attn",
+            "layer_specs": [{"mixer_heads": heads, "attention_heads": 4 - heads} for heads in (4, 4, 0, 0)],
             "config": {
                 "head_dim": 8, "state_size": 16, "conv_kernel": 4, "decay_bias": True, "out_bias": False,
                 "write": "plain", "conv_activation": "none", "gated_norm": False,

@@ -182,7 +182,7 @@ def test_every_parameter_has_a_part_and_norms_are_found(case):
 
 @torch.no_grad()
 def test_with_its_attention_kept_the_student_is_the_teacher(case, tmp_path):
-    pair = tiny_pair(case.name, tmp_path, student={"keep_attention": (0,)}, num_hidden_layers=LAYERS)
+    pair = tiny_pair(case.name, tmp_path, student={"keep": {"layers": (0,)}}, num_hidden_layers=LAYERS)
     layers = find_layers(pair.student, pair.adapter.layers)
     setattr(layers[1], pair.adapter.attention, case.attentions(pair.teacher)[1])
     batch = packed()
@@ -218,7 +218,7 @@ def test_every_stage_lowers_its_loss(case, name, tmp_path):
 )
 def student(case, request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(case.name)
-    pair = tiny_pair(case.name, folder, student={"keep_attention": request.param}, num_hidden_layers=LAYERS)
+    pair = tiny_pair(case.name, folder, student={"keep": {"layers": request.param}}, num_hidden_layers=LAYERS)
     return stir(pair.student)
 
 

@@ -22,7 +22,7 @@ from tests.tiny import save_teacher, tiny_teacher
 RECIPE = """
 name: tiny
 description: two steps of every stage
-student: {init: attention, state_size: 8, keep_attention: [0]}
+student: {init: attention, state_size: 8, keep: {layers: [0]}}
 data:
   train: [{path: "teacher:text.txt"}]
 stages:

@@ -15,7 +15,7 @@ EVERY_KEY = """\
 name: every-key
 description: every key of the schema
 teacher: nowhere
-student: {name: small, init: attention, keep_attention: [1], write: decay, conv_activation: silu, gated_norm: true}
+student: {name: small, init: attention, keep: {layers: [1]}, write: decay, conv_activation: silu, gated_norm: true}
 data:
   train: [{path: a.txt, weight: 2, where: [{column: score, operator: ">=", value: 4.0}]}]
   final_phase: [{hub: some/chats, name: default, split: test, revision: main, chat: messages, loss: all}]

@@ -14,6 +14,7 @@ from mohawkify.errors import ExportError, RecipeError
 from mohawkify.mixers.kinds import mixers_of
 from mohawkify.mixers.mixer import mixer_class, register_mixer
 from mohawkify.recipe.schema import StudentRecipe
+from mohawkify.student.layer_spec import LayerSpec
 from mohawkify.student.save import load_student
 from mohawkify.train.conversion import ConvertOptions
 from tests.close import assert_close
@@ -48,11 +49,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_mixer_from_outside_is_converted_saved_loaded_and_run(teacher: Path, recipe: str, tmp_path: Path) -> None:
-    planned = mohawkify.plan(str(teacher), recipe, [*AVERAGE, "student.keep_attention=[1]"])
+    planned = mohawkify.plan(str(teacher), recipe, [*AVERAGE, "student.keep.layers=[1]"])
     assert planned["student"]["state_elements"] == 2 * 32
-    assert planned["student"]["layer_specs"][0] == {"kind": "average", "mixer_heads": 4, "attention_heads": 0}
+    assert LayerSpec(**planned["student"]["layer_specs"][0]) == LayerSpec("average", 4, 0)
     options = ConvertOptions(output=tmp_path / "run")
-    run = mohawkify.convert(str(teacher), recipe, [*AVERAGE, "student.keep_attention=[1]"], options)
+    run = mohawkify.convert(str(teacher), recipe, [*AVERAGE, "student.keep.layers=[1]"], options)
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["stages"]) == ["init", "align", "distill"]
     mohawkify.export(run, "hf", tmp_path / "out", dtype="float32")
     assert "running-average" in (tmp_path / "out" / "README.md").read_text()

@@ -40,7 +40,7 @@ def stages(pair):
 @pytest.mark.parametrize("name", ["orient", "align-block", "align-mixer", "distill", "distill-no-mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_declared_parameters_change_and_all_of_them(family, name, tmp_path):
-    pair = tiny_pair(family, tmp_path, student={"keep_attention": (1,)})
+    pair = tiny_pair(family, tmp_path, student={"keep": {"layers": (1,), "heads": ((0, 1), (0, 2))}})
     stage = stages(pair)[name]
     before = {n: p.detach().clone() for n, p in pair.student.named_parameters()}
     declared = stage.parameters()
@@ -63,7 +63,7 @@ def test_orient_trains_exactly_what_the_matrix_is_made_of(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_has_a_part(family, tmp_path):
-    pair = tiny_pair(family, tmp_path, student={"keep_attention": (1,)})
+    pair = tiny_pair(family, tmp_path, student={"keep": {"layers": (1,), "heads": ((0, 1), (0, 2))}})
     parts = part_of_parameters(pair.student, pair.spec)
     by_part: dict[str, list[str]] = {}
     for name, part in parts.items():
@@ -72,7 +72,8 @@ def test_every_parameter_has_a_part(family, tmp_path):
         set() if family == "llama" else {"head"}
     )
     assert all(".mlp." in name for name in by_part["mlp"])
-    assert all(".layers.1.self_attn." in name for name in by_part["attention"])
+    attention = ("model.layers.1.self_attn.", "model.layers.0.self_attn.attention.")
+    assert all(name.startswith(attention) for name in by_part["attention"])
     assert "model.norm.weight" in by_part["norm"]
 
 

@@ -242,14 +242,14 @@ def test_the_command_line_prints_tables_or_everything_as_json(teacher_configs):
         ("distill", False, "seed=0"),
         ("distill", True, "seed=0"),
         ("distill", False, "stages.distill.train=[mixer, norm]"),
-        ("distill", False, "student.keep_attention=[1]"),
+        ("distill", False, "student.keep.layers=[1]"),
     ],
 )
 def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, override):
     length, batch = 128, 2
     recipe = apply_overrides(load_recipe("llamba-1b"), ["student.state_size=32", override])
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
-    student = {"state_size": 32, "keep_attention": recipe.student.keep_attention}
+    student = {"state_size": 32, "keep": recipe.student.keep}
     pair = tiny_pair("llama", tmp_path / "teacher", student=student, **sizes)
     if checkpointing:
         checkpoint_activations(pair.student, pair.spec.layers)

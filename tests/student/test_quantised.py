@@ -49,7 +49,7 @@ class Packed(nn.Module):
 @pytest.mark.parametrize("name", ["weight", "W_q"])
 @pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2"])
 def test_packed_layers_compute_the_same(mixer: str, name: str, tmp_path: Path) -> None:
-    student = stir(tiny_pair("llama", tmp_path, student={"mixer": mixer, "keep_attention": (1,)}).student)
+    student = stir(tiny_pair("llama", tmp_path, student={"mixer": mixer, "keep": {"layers": (1,)}}).student)
     ids = packed(length=20).input_ids
     exact = student(ids).logits
     for module in list(student.modules()):

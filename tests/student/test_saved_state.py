@@ -44,7 +44,16 @@ def refused(path: Path, run_folder: Path, says: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "keep"),
-    [("llama", ()), ("llama", (0, 2)), ("mistral", (1,)), ("gemma3_text", (0,)), ("gemma3_text", (1,)), ("gpt2", (0,))],
+    [
+        ("llama", ()),
+        ("llama", (0, 2)),
+        ("mistral", (1,)),
+        ("gemma3_text", (0,)),
+        ("gemma3_text", (1,)),
+        ("gpt2", (0,)),
+        ("llama", {"layers": (2,), "heads": ((0, 1), (1, 0)), "window": 6}),
+        ("gemma3_text", {"heads": ((0, 1), (1, 2))}),
+    ],
 )
 def test_going_on_from_a_state_is_reading_all(tmp_path, family, keep):
     student, _ = tiny_student(family, tmp_path / "teacher", keep, **(SHORT_WINDOWS if family == "gemma3_text" else {}))

@@ -30,7 +30,7 @@ from tests.tiny import FAMILIES, packed, stir, tiny_pair, tiny_teacher
 
 @pytest.fixture(params=FAMILIES)
 def pair(request, tmp_path):
-    pair = tiny_pair(request.param, tmp_path, student={"keep_attention": (1,)})
+    pair = tiny_pair(request.param, tmp_path, student={"keep": {"layers": (1,)}})
     pair.student.eval()
     return pair
 
@@ -92,10 +92,10 @@ PADDINGS = {"left": [0] * 11 + [1] * 19, "right": [1] * 19 + [0] * 11, "between"
 @torch.no_grad()
 @pytest.mark.parametrize("clamp", [0, 1], ids=["positions-from-0", "positions-from-1"])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("keep_attention", [(), (1,)], ids=["mixers", "hybrid"])
+@pytest.mark.parametrize("keep", [{}, {"layers": (1,)}], ids=["mixers", "hybrid"])
 @pytest.mark.parametrize("family", ["llama", "stablelm"])  # padding by keyword, and from the mask of attention
-def test_a_padded_prompt_leaves_the_memory_of_the_prompt_alone(family, keep_attention, padding, clamp, tmp_path):
-    student = stir(tiny_pair(family, tmp_path, student={"keep_attention": keep_attention}).student)
+def test_a_padded_prompt_leaves_the_memory_of_the_prompt_alone(family, keep, padding, clamp, tmp_path):
+    student = stir(tiny_pair(family, tmp_path, student={"keep": keep}).student)
     real = torch.tensor(PADDINGS[padding], dtype=torch.bool)
     ids, more = packed(length=30).input_ids, packed(length=7).input_ids
     mask = torch.stack([torch.ones(30, dtype=torch.long), real.long()])
@@ -202,7 +202,7 @@ def test_a_student_writes_with_its_cache_whatever_its_teacher_does(tmp_path):
 
 def test_capped_attention_is_never_fused(tmp_path, monkeypatch):
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as transformers has it before 5.21
-    pair = tiny_pair("gemma2", tmp_path / "teacher", student={"keep_attention": (1,)}, num_hidden_layers=2)
+    pair = tiny_pair("gemma2", tmp_path / "teacher", student={"keep": {"layers": (1,)}}, num_hidden_layers=2)
     teacher = load_teacher(resolve_teacher(str(tmp_path / "teacher")), dtype=torch.float32, device=torch.device("cpu"))
     with atomic_directory(tmp_path / "student") as folder:
         save_student(pair.student, bytes_tokenizer(), folder)
@@ -308,6 +308,6 @@ def test_half_lives_are_spread():
 
 def test_layers_to_keep_are_checked(tmp_path):
     with pytest.raises(RecipeError, match="found layer 3, expected layers 0 to 2"):
-        tiny_pair("llama", tmp_path, student={"keep_attention": (3,)})
+        tiny_pair("llama", tmp_path, student={"keep": {"layers": (3,)}})
     with pytest.raises(RecipeError, match="at least one"):
-        tiny_pair("llama", tmp_path, student={"keep_attention": (0, 1, 2)})
+        tiny_pair("llama", tmp_path, student={"keep": {"layers": (0, 1, 2)}})

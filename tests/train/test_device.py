@@ -75,7 +75,7 @@ def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--set", "student.init=identity", "--set", "student.keep_attention=[1]"),
+        ("--set", "student.init=identity", "--set", "student.keep.layers=[1]"),
         ("--set", "compute.activation_checkpointing=true", "--set", "compute.micro_batch_sequences=2"),
         (
             "--set",

@@ -37,6 +37,7 @@ from mohawkify.train.watchdog import DeadWeightCheck
 from tests.tiny import packed, tiny_teacher
 
 CPU = torch.device("cpu")
+HYBRID = "-heads"  # behind a family: with some heads of attention beside the mixers
 # A larger rate makes rounding grow: one process with another micro-batch then differs by 5e-4 after five steps.
 RATE = 1e-4
 BATCH = 4
@@ -48,6 +49,7 @@ STAGES = ("orient", "align", "distill")
 
 def make_teacher(family: str, **changes: Any) -> PreTrainedModel:
     """Llama with a tied head, grouped keys and an odd number of biases; Qwen2 with a head of its own."""
+    family = family.removesuffix(HYBRID)
     odd = {"mlp_bias": True, "intermediate_size": 49} if family == "llama" else {}
     return tiny_teacher(family, **{"num_hidden_layers": 2, **odd, **changes})
 
@@ -58,7 +60,9 @@ def make_pair(family: str, folder: Path, **changes: Any) -> TeacherStudent:
     teacher = make_teacher(family, **changes)
     inspection = resolve_teacher(str(folder))
     adapter = inspection.adapter
-    spec = design_student("tiny", inspection.spec, inspection.config, adapter, StudentRecipe(state_size=16))
+    keep = {"heads": ((0, 1), (1, 0), (1, 3))} if family.endswith(HYBRID) else {}
+    recipe = StudentRecipe.model_validate({"state_size": 16, "keep": keep})
+    spec = design_student("tiny", inspection.spec, inspection.config, adapter, recipe)
     return TeacherStudent(teacher, build_student(teacher, adapter, spec, "attention", seed=0), spec, adapter)
 
 

@@ -25,14 +25,14 @@ each_engine = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Tiny teachers by family; Falcon is one whose attention is rebuilt from its modules."""
-    made = {family: cases.make_teacher(family) for family in ("llama", "qwen2", "falcon")}
+    made = {family: cases.make_teacher(family) for family in ("llama", "llama-heads", "qwen2", "falcon")}
     return {family: save_teacher(teacher, tmp_path_factory.mktemp(family)) for family, teacher in made.items()}
 
 
 @pytest.fixture(scope="module")
 def alone(folders) -> dict[str, dict[str, list[list[float]]]]:
     """What plain torch in one process finds."""
-    families = ("llama", "qwen2")
+    families = ("llama", "llama-heads", "qwen2")
     return {family: cases.run_stages(World(), "single", family, folders[family], STEPS) for family in families}
 
 
@@ -44,6 +44,7 @@ def found(folders) -> Callable[[str], dict[str, list[Any]]]:
     def find(kind: str) -> dict[str, list[Any]]:
         calls = {
             "stages llama": (cases.run_stages, "llama", folders["llama"], STEPS),
+            "stages llama-heads": (cases.run_stages, "llama-heads", folders["llama-heads"], STEPS),
             "stages qwen2": (cases.run_stages, "qwen2", folders["qwen2"], STEPS),
             "nan": (cases.meet_a_nan, "llama", folders["llama"]),
             "number": (cases.lose_a_number, "llama", folders["llama"]),
@@ -60,7 +61,9 @@ def found(folders) -> Callable[[str], dict[str, list[Any]]]:
     return find
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.full) for family in ("llama-heads", "qwen2"))]
+)
 @each_engine
 def test_two_processes_train_as_one_does(kind, family, found, alone):
     for rank in found(kind)[f"stages {family}"]:
