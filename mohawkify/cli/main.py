@@ -27,7 +27,6 @@ from mohawkify.cli.options import (
     as_json,
     chosen_recipe,
     own_text,
-    paused_collector,
     print_line,
     print_result,
     processes_option,
@@ -39,6 +38,7 @@ from mohawkify.cli.options import (
 from mohawkify.cli.push_commands import push
 from mohawkify.cli.quiet import quiet_libraries
 from mohawkify.cli.serve_commands import serve
+from mohawkify.cli.short_imports import paused_collector
 from mohawkify.errors import INPUT, UsageError, harmless, require_docstrings
 
 NAME = "mohawkify"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,21 +86,6 @@ def setting(key: str, value: Any) -> str:
     from mohawkify.recipe.strict_yaml import dump_yaml
 
     return f"{key}={dump_yaml(value).removesuffix(_END)}"
-
-
-@contextmanager
-def paused_collector() -> Iterator[None]:
-    """Pause Python's collector of reference cycles, for short commands.
-
-    It takes a sixth of the time in which torch and transformers are imported, and finds nothing there.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def print_line(line: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
+from mohawkify.cli.short_imports import import_models
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[TextIO]:
@@ -27,4 +29,5 @@ def quiet_libraries() -> Iterator[TextIO]:
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        import_models()
         yield output

@@ -1,17 +1,14 @@
 """How much memory one layer takes on its way through each stage: the stages' own code, run on tensors without numbers.
 
-PyTorch's fake tensors have shapes and types but no memory, so a layer of any size is counted in a second, with the
-family's own code, and what is counted follows that code when it changes.
+Such tensors have shapes and types but no memory, so a layer of any size is counted in a second, with the family's own
+code, and what is counted follows that code when it changes.
 
 Shapes: b batch, l length.
 """
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -19,9 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mohawkify.data.packing import Batch
@@ -33,70 +28,28 @@ from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.ops import scan
 from mohawkify.ops.constants import scan_chunk_length, scan_group_tokens
 from mohawkify.planning.memory import Footprint
+from mohawkify.planning.shapes import Shapes
 from mohawkify.recipe.schema import Recipe
 from mohawkify.student.build import classes_for, student_config
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive, and remembers the most there were.
-
-    Args:
-        model_tensors: tensors that were there before and do not count.
-    """
-
-    def __init__(self, model_tensors: list[Tensor]) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in model_tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # PyTorch asks for it more often than it computes
-            return args[0].fake_device
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(each, Tensor):
-                self._add(each)
-        return result
-
-    @contextmanager
-    def keeping_peak(self) -> Iterator[None]:
-        """Leave the peak as it is, while tensors are replaced by others of the same size."""
-        peak = self.peak
-        yield
-        self.peak = peak
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-
-        def on_free(_: object) -> None:
-            self.bytes -= size
-            del self._storages[key]
-
-        self._storages[key] = weakref.ref(storage, on_free)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-
 class _ShortScan(torch.autograd.Function):
-    """`scan_chunked` on fake tensors, computed on three groups of chunks at most, with the memory of all.
+    """`scan_chunked` on tensors without numbers, computed on three groups of chunks at most, with the memory of all.
 
     All whole groups need the same memory on their way, so two of them stand for all (the second starts while the first
     one's tensors are alive), beside an incomplete last one. What the others would leave is allocated in one piece.
     """
 
     @staticmethod
-    def forward(ctx: Any, live: _Live, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, shapes: Shapes, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, state_bhpn, document_starts_bl = inputs
         x_blhp, b_blhn = tensors[:2]
         batch, length, heads, head_dim = x_blhp.shape
         ctx.chunk_length = scan_chunk_length(head_dim, b_blhn.shape[-1], length)
         group = scan_group_tokens(batch, heads, ctx.chunk_length)
-        ctx.short, ctx.live = min(length, 2 * group + length % group), live
+        ctx.short, ctx.shapes = min(length, 2 * group + length % group), shapes
         skipped_y = _empty_rest(x_blhp, ctx.short)
         num_chunks = (length - ctx.short) // ctx.chunk_length
         skipped_states = state_bhpn.new_empty(batch, heads, num_chunks, *state_bhpn.shape[2:])
@@ -109,7 +62,7 @@ class _ShortScan(torch.autograd.Function):
             states,
         )
         ctx.save_for_backward(*tensors, document_starts_bl, skipped_states, *states)
-        with live.keeping_peak():
+        with shapes.keeping_peak():
             y_blhp = torch.empty(x_blhp.shape, dtype=x_blhp.dtype)
             del skipped_y, short_y
         return y_blhp, state_bhpn
@@ -128,7 +81,7 @@ class _ShortScan(torch.autograd.Function):
                 gradients[0][:, : ctx.short],
                 gradients[1],
             )
-        with ctx.live.keeping_peak():
+        with ctx.shapes.keeping_peak():
             whole = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
             del skipped, short
         return None, *whole, d_state_bhpn, None
@@ -138,7 +91,7 @@ def _empty_rest(tensor_bl: Tensor, begin: int) -> Tensor:
     return torch.empty(tensor_bl[:, begin:].shape, dtype=tensor_bl.dtype)
 
 
-def _short_scan(live: _Live) -> Callable[..., tuple[Tensor, Tensor]]:
+def _short_scan(shapes: Shapes) -> Callable[..., tuple[Tensor, Tensor]]:
     def short_scan(
         x_blhp: Tensor,
         b_blhn: Tensor,
@@ -152,7 +105,7 @@ def _short_scan(live: _Live) -> Callable[..., tuple[Tensor, Tensor]]:
             return scan.scan_chunked(*inputs, state_bhpn, document_starts_bl)
         state = scan._first_state(x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32)), b_blhn, state_bhpn)
         with torch.autocast("cpu", enabled=False):
-            y_blhp, state = _ShortScan.apply(live, *inputs, state, document_starts_bl)
+            y_blhp, state = _ShortScan.apply(shapes, *inputs, state, document_starts_bl)
         return y_blhp, state
 
     return short_scan
@@ -180,24 +133,28 @@ def count_footprint(
         lengths[name] = max([segment.sequence_length for segment in stage.segments()] or [stage.sequence_length])
     is_half = recipe.compute.precision == "bf16"
     pair = _one_layer(config, adapter, student, torch.bfloat16 if is_half else torch.float32)
-    with _without_log(), FakeTensorMode():
+    with Shapes() as shapes:
         _without_numbers(pair.teacher)
         _without_numbers(pair.student)
         pair.teacher.requires_grad_(False)
         align = HiddenStateObjective(pair, recipe.stages.align)
         trained = align.parameters()
 
-        def count(function: Callable[[Batch, _Live], dict[str, float]], length: int) -> dict[str, float]:
-            return _per_sequence(lambda batch: _watched(pair, function, batch, is_half, whole_scan), length)
+        if not whole_scan:
+            for mixer in mixers_by_layer(pair.student, pair.spec).values():
+                mixer.scan = _short_scan(shapes)
+
+        def count(function: Callable[[Batch], dict[str, float]], length: int) -> dict[str, float]:
+            return _per_sequence(lambda batch: _watched(pair, function, batch, shapes, is_half), length)
 
         # The gradient of an embedding would hide everything else: it is the loss's to count, as the head's is.
         tables = {id(p) for m in pair.student.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         _learn(pair.student, lambda name, parameter: id(parameter) not in tables)
         pair.student.enable_input_require_grads()
-        orient = count(lambda batch, live: _orient(pair, batch, live), lengths["orient"])
-        distill = count(lambda batch, live: _distill(pair, batch, live), lengths["distill"])
+        orient = count(lambda batch: _orient(pair, batch, shapes), lengths["orient"])
+        distill = count(lambda batch: _distill(pair, batch, shapes), lengths["distill"])
         _learn(pair.student, lambda name, _: name in trained)
-        aligned = count(lambda batch, live: _align(align, batch, live), lengths["align"])
+        aligned = count(lambda batch: _align(align, batch, shapes), lengths["align"])
     return Footprint(
         parts=orient["parts"],
         orient=orient["peak"],
@@ -219,20 +176,17 @@ def _per_sequence(run: Callable[[Batch], dict[str, float]], length: int) -> dict
 
 def _watched(
     pair: TeacherStudent,
-    function: Callable[[Batch, _Live], dict[str, float]],
+    function: Callable[[Batch], dict[str, float]],
     batch: Batch,
+    shapes: Shapes,
     is_half: bool,
-    whole_scan: bool,
 ) -> dict[str, float]:
-    """Run a function with a counter of the memory in use beside the models, their gradients and the batch."""
+    """Run a function and count the memory in use beside the models, their gradients and the batch."""
     there = [tensor for model in (pair.teacher, pair.student) for tensor in (*model.parameters(), *model.buffers())]
     there += [parameter.grad for parameter in pair.student.parameters() if parameter.grad is not None]
-    live = _Live([*there, *batch])
-    if not whole_scan:
-        for mixer in mixers_by_layer(pair.student, pair.spec).values():
-            mixer.scan = _short_scan(live)
-    with live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
-        return function(batch, live)
+    shapes.start([*there, *batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
+        return function(batch)
 
 
 def _batch(num_sequences: int, length: int) -> Batch:
@@ -240,53 +194,53 @@ def _batch(num_sequences: int, length: int) -> Batch:
     return Batch(ids_bl, torch.arange(length).expand(num_sequences, -1), torch.ones_like(ids_bl, dtype=torch.bool))
 
 
-def _orient(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]:
+def _orient(pair: TeacherStudent, batch: Batch, shapes: Shapes) -> dict[str, float]:
     """Stage 1 without the bands of its matrices, which `memory` adds: a layer's B, C and decay, and back."""
     mixers = mixers_by_layer(pair.student, pair.spec)
     found: dict[str, float] = {}
 
     def on_attention(call: LayerCall) -> None:
         parts = mixers[call.layer].matrix_parts(call.hidden_bld, batch.position_ids == 0) or ()
-        found["parts"] = live.bytes
+        found["parts"] = shapes.bytes
         made = [part for part in parts if part.grad_fn is not None]
         torch.autograd.backward(made, [torch.zeros_like(part) for part in made])
 
     attentions = mixing_modules(pair.teacher, pair.spec)
     with torch.no_grad(), capture_attention(pair.teacher, pair.adapter), layer_hooks(attentions, on_attention):
         run_trunk(pair.teacher, batch, pair.spec)
-    return {**found, "peak": live.peak}
+    return {**found, "peak": shapes.peak}
 
 
-def _align(stage: HiddenStateObjective, batch: Batch, live: _Live) -> dict[str, float]:
+def _align(stage: HiddenStateObjective, batch: Batch, shapes: Shapes) -> dict[str, float]:
     stage.run(batch, Runner(lambda loss: loss.backward()))
-    return {"peak": live.peak}
+    return {"peak": shapes.peak}
 
 
-def _distill(pair: TeacherStudent, batch: Batch, live: _Live) -> dict[str, float]:
+def _distill(pair: TeacherStudent, batch: Batch, shapes: Shapes) -> dict[str, float]:
     """The teacher's trunk, and the student's there and back; what comes after the trunk is the loss's."""
     with torch.no_grad():
         pair.teacher.base_model(**model_inputs(pair.teacher, batch, pair.spec))
-    found: dict[str, float] = {"teacher": live.peak}
+    found: dict[str, float] = {"teacher": shapes.peak}
     layer = find_layers(pair.student, pair.spec.layers)[0]
     around: list[int] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden_bld = args[0] if args else kwargs["hidden_states"]
         found["entering"] = hidden_bld.numel() * hidden_bld.element_size()
-        around.append(live.bytes)
+        around.append(shapes.bytes)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        around.append(live.bytes)
+        around.append(shapes.bytes)
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     hidden_bld = pair.student.base_model(**model_inputs(pair.student, batch, pair.spec))[0]
     for handle in handles:
         handle.remove()
     found["kept"] = around[1] - around[0]
-    found["ends"] = live.bytes - found["kept"]
-    live.peak = kept = live.bytes
+    found["ends"] = shapes.bytes - found["kept"]
+    shapes.peak = kept = shapes.bytes
     hidden_bld.backward(torch.zeros_like(hidden_bld))
-    found["passing"] = live.peak - kept
+    found["passing"] = shapes.peak - kept
     return found
 
 
@@ -309,14 +263,14 @@ def _one_layer(config: PretrainedConfig, adapter: Adapter, spec: StudentSpec, dt
 
 
 def _without_numbers(model: PreTrainedModel) -> None:
-    """Put a fake tensor in the place of every tensor; what was shared stays shared."""
-    fakes: dict[int, nn.Parameter] = {}
+    """Put a tensor without numbers in the place of every tensor; what was shared stays shared."""
+    replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if id(parameter) not in fakes:
-                fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
-            setattr(module, name, fakes[id(parameter)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
+            if id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            setattr(module, name, replaced[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
@@ -327,14 +281,3 @@ def _learn(student: PreTrainedModel, learns: Callable[[str, nn.Parameter], bool]
         parameter.requires_grad_(learns(name, parameter))
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Keep what PyTorch prints about code that cannot run without numbers off the terminal."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

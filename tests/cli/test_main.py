@@ -108,6 +108,21 @@ sys.exit(", ".join({{"torch", "transformers", "datasets", "numpy", "huggingface_
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_commands_import_models_without_scipy_and_search_their_files_once():
+    code = """
+import sys
+from mohawkify.cli.short_imports import import_models
+import_models()
+import transformers.models
+from transformers.utils.import_utils import create_import_structure_from_path as search
+assert search.cache_info().hits == 1, search.cache_info()
+assert transformers.models.llama.LlamaForCausalLM.__module__ == "transformers.models.llama.modeling_llama"
+sys.exit(", ".join({"scipy", "sklearn"} & sys.modules.keys()) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_page_of_commands_is_what_help_says():
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert page == with_reference(page), "renew it with tools.cli_docs.with_reference"
