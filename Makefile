@@ -21,7 +21,8 @@ demo: setup
 	$(BIN)/mohawkify demo
 
 # A file stays in one process, which builds its teachers and runs once; tests/conftest.py puts the slowest files first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+# A third process works while others wait for children or the clock.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

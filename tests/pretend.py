@@ -5,6 +5,7 @@ What runs on it gives the CPU's numbers, so that a whole conversion on it can be
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -105,8 +106,12 @@ def _on_device(value: Any) -> Any:
     return OnDevice(value) if isinstance(value, Tensor) and not isinstance(value, OnDevice) else value
 
 
+NEXT = "--next"  # between two commands
+END = "\0\n"  # printed after each
+
+
 def main() -> None:
-    """Run a command of mohawkify on the device, wherever a recipe asks for one."""
+    """Run commands of mohawkify on the device, wherever a recipe asks for one, in one process: its start takes most."""
     place = device()  # before the first backward pass, when torch asks once for all what devices there are
     torch.inference_mode = torch.no_grad  # which tensors of a class of their own do not know
     from mohawkify.cli import main
@@ -120,7 +125,19 @@ def main() -> None:
     planner.ASSUMED_FLOPS_PER_SECOND[NAME] = 1.0
     choose.choose_device = lambda name: place
     torch.set_num_threads(1)
-    main.main()
+    commands: list[list[str]] = [[]]
+    for argument in sys.argv[1:]:
+        if argument == NEXT:
+            commands.append([])
+        else:
+            commands[-1].append(argument)
+    for command in commands:
+        try:
+            main.main(command)
+        except SystemExit as end:
+            if end.code:
+                raise
+        print(end=END)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.soak.server import ENVIRONMENT
 
 def test_p1_kills_at_random_times(workshop, tmp_path):
     with Tally("P1", "SIGKILL at random times, then the same call") as tally:
-        for trial in range(trials(10, 200)):
+        for trial in range(trials(6, 200)):
             draw, run, newest = chooser("P1", trial), tmp_path / f"kill-{trial}", 0
             with tally.trial(f"trial {trial} of seed {SEED}", run):
                 for _ in range(draw.randint(2, 4)):
@@ -79,7 +79,7 @@ def test_p2_kills_at_every_operation(workshop, tmp_path):
             names = operations(workshop, tmp_path / "count", window, call, tmp_path / "count.json")
             tally.note(f"operations of {window} {call}", len(names))
             shutil.rmtree(tmp_path / "count")
-            draw, number = chooser(f"P2 {window} {call}", 0), min(trials(3, len(names)), len(names))
+            draw, number = chooser(f"P2 {window} {call}", 0), min(trials(2, len(names)), len(names))
             for index in sorted(draw.sample(range(len(names)), number)):
                 run = tmp_path / f"{window}-{call}-{index}"
                 with tally.trial(f"{window} {call}, operation {index} ({names[index]})", run):

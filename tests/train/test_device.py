@@ -16,6 +16,7 @@ from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.files.atomic import read_json, read_lines
 from mohawkify.run.folder import RunFolder
 from tests.commands import make_recipe, make_teacher, run_well
+from tests.pretend import END, NEXT
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +42,25 @@ def command(folder: Path, output: str) -> list[str]:
     return [*given, "--set", "stages.distill.learning_rate=1e-5"]
 
 
-def run_on_device(*arguments: str) -> str:
-    """Run a command on the pretended device, in a process of its own, and return what it prints."""
+def run_on_device(*commands: list[str]) -> list[str]:
+    """Run commands on the pretended device, in one process of their own, and return what each prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [argument for command in commands for argument in (NEXT, *command, "--debug")][1:]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pretend", *arguments, "--debug"],
+        [sys.executable, "-m", "tests.pretend", *arguments],
         env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
+    return done.stdout.split(END)[:-1]
 
 
 def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
     """Its losses to rounding, which is another: attention is composed of other operators there."""
-    run_on_device(*command(folder, "device"))
+    run = folder / "device"
+    prompt = ["hello", "--max-tokens", "5", "--teacher"]
+    _, evaluated, generated = run_on_device(
+        command(folder, "device"), ["eval", str(run), "--json"], ["generate", str(run), *prompt]
+    )
     ours, theirs = (load_file(folder / name / "final" / "model.safetensors") for name in ("device", "cpu"))
     assert ours.keys() == theirs.keys()
     ours, theirs = (list(read_lines(RunFolder(folder / name).metrics_file)) for name in ("device", "cpu"))
@@ -63,12 +69,8 @@ def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
     for stage, row in theirs.items():
         assert ours[stage]["kl"] == pytest.approx(row["kl"], rel=1e-4)
 
-    run = folder / "device"
-    assert json.loads(run_on_device("eval", str(run), "--json"))["student"]["kl"] == pytest.approx(
-        theirs["distill"]["kl"], rel=1e-4
-    )
-    said = run_well("generate", folder / "cpu", "hello", "--max-tokens", "5", "--teacher").stdout
-    assert run_on_device("generate", str(run), "hello", "--max-tokens", "5", "--teacher") == said
+    assert json.loads(evaluated)["student"]["kl"] == pytest.approx(theirs["distill"]["kl"], rel=1e-4)
+    assert generated == run_well("generate", folder / "cpu", *prompt).stdout
 
 
 @pytest.mark.full
@@ -87,13 +89,13 @@ def test_a_conversion_on_a_device_is_that_of_the_cpu(folder):
 )
 def test_other_ways_to_convert_run_on_a_device(folder, tmp_path, options):
     given = [option.replace("TEACHER", str(folder / "teacher")) for option in options]
-    run_on_device(*command(folder, str(tmp_path / "run")), *given)
+    run_on_device([*command(folder, str(tmp_path / "run")), *given])
 
 
 @pytest.mark.full
 def test_a_teacher_is_asked_on_a_device(folder, tmp_path):
     asked = ["cache-logits", str(folder / "teacher"), "--recipe", str(folder / "tiny.yaml"), "--stage-phase", "train"]
-    run_on_device(*asked, "--top-k", "8", "--output", str(tmp_path / "device"))
+    run_on_device([*asked, "--top-k", "8", "--output", str(tmp_path / "device")])
     run_well(*asked, "--top-k", "8", "--output", tmp_path / "cpu")
     ours, theirs = (TeacherLogits(tmp_path / name) for name in ("device", "cpu"))
     for mine, other in zip(ours.read(theirs.sequences), theirs.read(theirs.sequences), strict=True):
