@@ -1,1 +1,1 @@
-"""Mixers: the modules that replace attention."""
+"""Mixers: the modules that replace attention, registered by kind (kinds.py)."""

@@ -1,1 +1,1 @@
-"""The three stages of MOHAWK: orient, align, distill."""
+"""The objectives of stages, such as those of orient, align and distill: one file each."""

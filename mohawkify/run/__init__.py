@@ -1,1 +1,1 @@
-"""A run's folder: what lies where, its checkpoints and its metrics."""
+"""A run's folder: what lies where, its checkpoints, written and validated, and its metrics."""

@@ -1,1 +1,1 @@
-"""The training loop and the engine it runs on."""
+"""The method (trainer.py), its steps (loop.py), their learning rate (schedule.py), checkpoints and engines."""
