@@ -25,7 +25,7 @@ MOST_FILES_ON_TOP = 8
 # A module imports only from lines above its own; names are relative to the package, the longest one that fits counts,
 # and a package's modules may import each other. Two names on a line do not know each other.
 RANKS = (
-    ("errors",),
+    ("errors", "text_tables"),
     ("files",),
     ("recipe",),
     ("demo",),
@@ -33,8 +33,8 @@ RANKS = (
     ("ops",),
     ("families",),
     ("mixers",),
-    ("data",),
     ("teacher",),
+    ("data",),
     ("student",),
     ("run",),
     ("objectives",),
@@ -69,7 +69,7 @@ FENCES = {
 # Functions outside files/atomic.py that write files themselves. Those of the first lines get a temporary folder from
 # atomic.atomic_directory; the lock's file is never renamed; the last is save_pretrained, which belongs to no run.
 WRITERS = {
-    *("run/checkpoint.py:save_tensors", "data/prepare.py:_write_shard", "data/prepare.py:_link_shards"),
+    *("run/checkpoint.py:save_tensors", "data/write_corpus.py:_write_shard", "data/write_corpus.py:_link_shards"),
     *("student/save.py:save_student", "student/save.py:_write_code", "student/save.py:save_tokenizer"),
     *("exporters/export.py:export_run", "exporters/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
     "exporters/card_facts.py:carry_licence",

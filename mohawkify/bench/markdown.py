@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from mohawkify.text_tables import markdown_table
 
 Report = Callable[[str], None]
 
@@ -56,7 +58,7 @@ def markdown(name: str, found: dict[str, Any]) -> str:
         (m["measure"], f"{m['side']} {m['bound']:g}", f"{m['found']:.3g}", "hit" if m["hit"] else "MISS")
         for m in found["measures"]
     ]
-    return "\n\n".join([title, *tables, _table(("measure", "bound", "found", ""), rows)]) + "\n"
+    return "\n\n".join([title, *tables, markdown_table(("measure", "bound", "found", ""), rows)]) + "\n"
 
 
 def _ops_tables(found: dict[str, Any]) -> list[str]:
@@ -74,7 +76,7 @@ def _ops_tables(found: dict[str, Any]) -> list[str]:
         for row in found["rows"]
     ]
     heading = ("operator", "form", "sizes", "error", "time", "spread", "over its base", "memory over inputs")
-    return [_table(heading, rows)]
+    return [markdown_table(heading, rows)]
 
 
 def _train_tables(found: dict[str, Any]) -> list[str]:
@@ -96,7 +98,7 @@ def _train_tables(found: dict[str, Any]) -> list[str]:
         f"{found['product_flops_per_second']:.2g} FLOP/s that large products reach here."
     )
     heading = ("stage", "form", "loss", "tokens/s", "spread", "memory over weights", "shares of the time", "MFU")
-    return [note, _table(heading, rows)]
+    return [note, markdown_table(heading, rows)]
 
 
 def _decode_tables(found: dict[str, Any]) -> list[str]:
@@ -125,11 +127,7 @@ def _decode_table(found: list[dict[str, Any]]) -> str:
         )
         for row in found
     ]
-    return _table(("model", "batch", "context", "cache", "tokens/s", "spread"), rows)
-
-
-def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ("---",) * len(headings), *rows))
+    return markdown_table(("model", "batch", "context", "cache", "tokens/s", "spread"), rows)
 
 
 def _seconds(seconds: float | None) -> str:

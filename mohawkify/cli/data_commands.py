@@ -18,7 +18,8 @@ from mohawkify.cli.options import (
     set_option,
 )
 from mohawkify.cli.quiet import quiet_libraries
-from mohawkify.cli.tables import short_bytes, short_time, table
+from mohawkify.cli.tables import short_bytes, short_time
+from mohawkify.text_tables import text_table
 
 PREPARED = Path("prepared")
 
@@ -70,7 +71,7 @@ def prepare(
     """
     recipe = chosen_recipe(recipe_name, overrides)
     with quiet_libraries():
-        from mohawkify.train.prepare_text import prepare_text
+        from mohawkify.data.prepare_text import prepare_text
 
         found = prepare_text(teacher, recipe, output, num_workers=workers, report=print_line)
     print_result(found, _prepared_text, as_json)
@@ -92,7 +93,7 @@ def inspect_data(folder: Path, teacher: str | None, documents: int, as_json: boo
     documents spread over the text; where only completions count, they stand between the marks ⟦ and ⟧.
     """
     with quiet_libraries():
-        from mohawkify.train.prepare_text import inspect_text
+        from mohawkify.data.prepare_text import inspect_text
 
         found = inspect_text(folder, teacher, documents)
     print_result(found, _corpora_text, as_json)
@@ -127,4 +128,4 @@ def _corpora_table(corpora: dict[str, Any]) -> str:
         counted = "all" if completions is None else f"{completions:,}"
         size = short_bytes(facts["bytes"])
         rows.append([name, f"{facts['tokens']:,}", f"{facts['documents']:,}", counted, str(len(facts["shards"])), size])
-    return table(["text", "tokens", "documents", "completions", "shards", "size"], rows)
+    return text_table(["text", "tokens", "documents", "completions", "shards", "size"], rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mohawkify.cli.tables import count_parameters, short_bytes, short_time, table
+from mohawkify.cli.tables import count_parameters, short_bytes, short_time
 from mohawkify.student.student_spec import memory_text
+from mohawkify.text_tables import text_table
 
 PART_NAMES = {"optimizer": "optimiser", "loss": "bands, logits"}  # the others are called as in the JSON
 
@@ -59,7 +60,7 @@ def _phases(planned: dict[str, Any]) -> str:
     ]
     total = ("total", "", _sum(planned, "budget_tokens"), _sum(planned, "tokens"), _sum(planned, "steps"), "", "", "")
     headings = ("stage", "text", "budget", "tokens", "steps", "batch", "tokens a step", "micro-batches")
-    return table(headings, [*rows, total], left=2)
+    return text_table(headings, [*rows, total], left=2)
 
 
 def _sum(planned: dict[str, Any], key: str) -> str:
@@ -79,7 +80,7 @@ def _schedule(planned: dict[str, Any]) -> str:
         )
         for name, row in planned["stages"].items()
     ]
-    return table(("stage", "warm-up", "stable", "decay", "peak rate", "floor", "trained parameters"), rows)
+    return text_table(("stage", "warm-up", "stable", "decay", "peak rate", "floor", "trained parameters"), rows)
 
 
 def _work(planned: dict[str, Any]) -> str:
@@ -106,7 +107,7 @@ def _work(planned: dict[str, Any]) -> str:
         notes.append(
             f"The cost is that of {planned['layout']['num_gpus']} GPUs at {planned['price_per_hour']:g} an hour each."
         )
-    return "\n".join([table(headings, rows), *notes])
+    return "\n".join([text_table(headings, rows), *notes])
 
 
 def _memory(planned: dict[str, Any]) -> str:
@@ -121,7 +122,7 @@ def _memory(planned: dict[str, Any]) -> str:
         if planned["activations_counted"]
         else "Activations are a rule of thumb, up to a third off."
     )
-    return f"{table(headings, rows)}\n{how}"
+    return f"{text_table(headings, rows)}\n{how}"
 
 
 def _sum_bytes(row: dict[str, Any]) -> str:
@@ -152,7 +153,7 @@ def _fit(planned: dict[str, Any]) -> str:
         [
             f"does NOT fit the {gpu['name']}: {found}; {largest}",
             "",
-            table(("what to change, each alone", "needs", "fits"), rows),
+            text_table(("what to change, each alone", "needs", "fits"), rows),
             *ending,
         ]
     )

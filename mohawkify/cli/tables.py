@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mohawkify.student.student_spec import memory_text
+from mohawkify.text_tables import text_table
 
 _BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-_NUMBERS = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Lay out rows under headings.
-
-    Args:
-        headings: one per column.
-        rows: cells as text.
-        left: how many columns, from the first, are aligned to the left; the others, to the right, hold numbers.
-    """
-    lines = [list(headings), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    aligned = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([aligned[0], rule, *aligned[1:]])
-
-
-def short_number(number: float) -> str:
-    """A count in three digits: ``1.24B``."""
-    return _scaled(number, _NUMBERS, "")
 
 
 def short_bytes(number: float) -> str:
     """A size in three digits: ``4.94 GB``."""
-    return _scaled(number, _BYTES, " ") if number >= 1e3 else f"{number:.0f} bytes"
+    for unit, size in _BYTES:
+        # Half a unit of the last digit below the border rounds up to it: 999.6 kB is 1.00 MB.
+        if number >= size * 0.9995:
+            return f"{number / size:.3g} {unit}" if number / size < 999.5 else f"{number / size:,.0f} {unit}"
+    return f"{number:.0f} bytes"
 
 
 def short_time(seconds: float) -> str:
@@ -54,16 +31,6 @@ def short_time(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if days < 730 else f"{days / 365:,.0f} years"
-
-
-def _scaled(number: float, units: Sequence[tuple[str, float]], space: str) -> str:
-    for unit, size in units:
-        # Half a unit of the last digit below the border rounds up to it: 999.6k is 1.00M.
-        if number >= size * 0.9995:
-            return (
-                f"{number / size:.3g}{space}{unit}" if number / size < 999.5 else f"{number / size:,.0f}{space}{unit}"
-            )
-    return f"{number:.0f}"
 
 
 def inspection_text(found: dict[str, Any]) -> str:
@@ -92,7 +59,7 @@ def inspection_text(found: dict[str, Any]) -> str:
             f"vocabulary {teacher['vocab_size']:,}, made for up to {teacher['max_position_embeddings']:,} tokens"
             + (f"; biases on {', '.join(teacher['attention_biases'])}" if teacher["attention_biases"] else ""),
             "",
-            table(headings, [*rows, ("total", "", "", *sums)], left=3),
+            text_table(headings, [*rows, ("total", "", "", *sums)], left=3),
             "",
             f"student: {student['num_parameters']:,} parameters; {memory_text(student)}",
             *(f"note: {sentence}" for sentence in found["notes"]),
@@ -134,11 +101,11 @@ def doctor_text(found: dict[str, Any]) -> str:
             f"mohawkify {found['mohawkify']}, Python {found['python']}, {found['platform']}",
             *(f"device: {device}" for device in found["devices"]),
             "",
-            table(("package", "installed", "required"), packages, left=3),
+            text_table(("package", "installed", "required"), packages, left=3),
             "",
-            table(("extra", "state", "brings"), extras, left=3),
+            text_table(("extra", "state", "brings"), extras, left=3),
             "",
-            table(("kernels", "state", "for"), kernels, left=3),
+            text_table(("kernels", "state", "for"), kernels, left=3),
             "",
             *commands,
         ]
@@ -148,7 +115,7 @@ def doctor_text(found: dict[str, Any]) -> str:
 def folder_text(result: dict[str, Any]) -> str:
     """The table of `mohawkify doctor FOLDER`."""
     rows = [(check["name"], "valid" if check["passed"] else f"INVALID: {check['error']}") for check in result["checks"]]
-    lines = [f"{result['folder']}: {result['kind']}", "", table(("check", "result"), rows, left=2), ""]
+    lines = [f"{result['folder']}: {result['kind']}", "", text_table(("check", "result"), rows, left=2), ""]
     if result["never_read"]:
         lines += [f"never read or run: {', '.join(result['never_read'])}", ""]
     if result["kind"] == "teacher":
@@ -166,10 +133,10 @@ def _extra_state(extra: dict[str, Any]) -> str:
 def recipes_text(found: dict[str, Any]) -> str:
     """The table of `mohawkify recipes ls`."""
     rows = [(each["name"], each["teacher"] or "", each["description"]) for each in found["recipes"]]
-    return table(("recipe", "made for", "description"), rows, left=3)
+    return text_table(("recipe", "made for", "description"), rows, left=3)
 
 
 def families_text(found: dict[str, Any]) -> str:
     """The table of `mohawkify families`."""
     rows = [(name, each["title"], each["examples"][0]) for name, each in found["details"].items()]
-    return table(("family", "title", "for example"), rows, left=3)
+    return text_table(("family", "title", "for example"), rows, left=3)

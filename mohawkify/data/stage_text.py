@@ -14,10 +14,10 @@ from mohawkify.data.corpus import Corpus, Joined, hold_out, load_corpus, noted_c
 from mohawkify.data.hub import Report, ignore
 from mohawkify.data.loader import SampleRange
 from mohawkify.data.packing import num_sequences
-from mohawkify.data.prepare import CorpusRequest, build_corpus, bytes_to_write
 from mohawkify.data.text_files import find_files
 from mohawkify.data.tokenize_progress import tokenize_progress
 from mohawkify.data.validation import evaluation_rows
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus, bytes_to_write
 from mohawkify.errors import DataError
 from mohawkify.files import atomic
 from mohawkify.recipe.schema import Recipe, Source

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from textwrap import indent
 from typing import Any, NamedTuple
+
+from mohawkify.text_tables import markdown_table, text_table
 
 _MISSING = "-"
 
@@ -24,26 +26,14 @@ def console_table(results: dict[str, Any]) -> str:
         results: as in results.json: ``teacher``, ``student``, ``stages``, and optionally ``tasks`` (of
             `mohawkify.evaluation.harness.run_tasks`), ``speed`` and ``sizes`` (texts by name).
     """
-    blocks = []
-    for table in _tables(results):
-        cells = _cells(table)
-        widths = _widths(cells)
-        lines = ["  ".join(_padded(row, widths)).rstrip() for row in cells]
-        blocks.append("\n".join([table.title, *(f"  {line}" for line in lines)]))
-    return "\n\n".join(blocks)
+    return "\n\n".join("\n".join([table.title, indent(text_table(*_cells(table)), "  ")]) for table in _tables(results))
 
 
 def markdown_report(results: dict[str, Any]) -> str:
     """Write a run's results as a Markdown page; takes what `console_table` takes."""
-    blocks = [f"# Results of {results['name']}" if "name" in results else "# Results"]
-    for table in _tables(results):
-        cells = [[cell.replace("|", r"\|") for cell in row] for row in _cells(table)]
-        widths = [max(3, width) for width in _widths(cells)]
-        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines = [f"| {' | '.join(row)} |" for row in (_padded(cells[0], widths), rule)]
-        lines += [f"| {' | '.join(_padded(row, widths))} |" for row in cells[1:]]
-        blocks.append(f"## {table.title}\n\n" + "\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
+    title = f"# Results of {results['name']}" if "name" in results else "# Results"
+    tables = [f"## {table.title}\n\n{markdown_table(*_cells(table))}" for table in _tables(results)]
+    return "\n\n".join([title, *tables]) + "\n"
 
 
 def _tables(results: dict[str, Any]) -> list[_Table]:
@@ -133,20 +123,11 @@ def _sizes_table(results: dict[str, Any]) -> _Table:
     return _Table("On disk", ["", "size"], [[name, size] for name, size in sizes.items()])
 
 
-def _cells(table: _Table) -> list[list[str]]:
+def _cells(table: _Table) -> tuple[list[str], list[list[str]]]:
     """Header and rows without empty columns."""
     kept = [column for column in range(len(table.header)) if any(row[column] is not None for row in table.rows)]
     rows = [[row[column] or _MISSING for column in kept] for row in table.rows]
-    return [[table.header[column] for column in kept], *rows]
-
-
-def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, metrics to the right."""
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    return [table.header[column] for column in kept], rows
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:

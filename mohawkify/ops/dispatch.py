@@ -24,7 +24,6 @@ from mohawkify.ops.mixing_matrices import AttentionMatrix, MixingMatrix
 from mohawkify.ops.scan import scan_chunked
 
 Operator = Literal["scan", "orient_loss", "step"]
-Kernels = Literal["auto", "torch", "triton", "fla", "mamba-ssm"]
 
 # Which operators an implementation has, the package it needs and the extra that brings it.
 IMPLEMENTATIONS: dict[str, tuple[tuple[Operator, ...], str, str]] = {

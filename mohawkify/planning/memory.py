@@ -265,13 +265,6 @@ def remedies(layout: Layout) -> Iterator[Remedy]:
         yield Remedy("teacher", words, replace(layout, shard_teacher=True))
 
 
-def _shards(layout: Layout) -> int:
-    """How many GPUs share the optimiser's state."""
-    if layout.engine == "fsdp" or (layout.engine == "deepspeed" and layout.zero >= 1):
-        return layout.num_gpus
-    return 1
-
-
 def _teacher(sizes: Sizes, layout: Layout) -> float:
     """Every GPU has the whole teacher, or its embedding and head and a part of all else."""
     shards = layout.num_gpus if layout.shard_teacher else 1

@@ -30,7 +30,7 @@ from mohawkify.ops.chunked_kl import head_logits
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe.schema import Recipe, Segment
 from mohawkify.teacher.lm_head import run_to_lm_head
-from mohawkify.teacher.second import SecondTeacher, find_teacher, require_same_vocabulary, tokenizer_note
+from mohawkify.train.second_teacher import SecondTeacher, find_teacher, require_same_vocabulary, tokenizer_note
 
 Report = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from mohawkify.mixers.calibration import Calibration
 from mohawkify.objectives.objective import TeacherStudent
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder
-from mohawkify.teacher.second import FinalTeacher
+from mohawkify.train.second_teacher import FinalTeacher
 from mohawkify.train.tracking import PROJECT
 
 Report = Callable[[str], None]

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mohawkify.data.corpus import Corpus
-from mohawkify.data.prepare import UNFINISHED
 from mohawkify.data.stage_text import TextReader, epochs_needed, stage_ranges
 from mohawkify.data.teacher_logits import TeacherLogits
+from mohawkify.data.write_corpus import UNFINISHED
 from mohawkify.distributed.device import choose_device
 from mohawkify.distributed.process_group import World
 from mohawkify.errors import MohawkifyError, TeacherError, UsageError
@@ -32,14 +32,6 @@ from mohawkify.student.verify import verify_family
 from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
-from mohawkify.teacher.second import (
-    FinalTeacher,
-    SecondTeacher,
-    final_teacher_hashes,
-    find_final_teacher,
-    require_fitting_text,
-    require_fitting_tokens,
-)
 from mohawkify.teacher.soundness import require_sound
 from mohawkify.train.calibrate import calibrations_of
 from mohawkify.train.conversion import Conversion, ConvertOptions, ignore
@@ -50,6 +42,14 @@ from mohawkify.train.engines.choice import (
     require_even_shares,
 )
 from mohawkify.train.saving import rotate_checkpoints
+from mohawkify.train.second_teacher import (
+    FinalTeacher,
+    SecondTeacher,
+    final_teacher_hashes,
+    find_final_teacher,
+    require_fitting_text,
+    require_fitting_tokens,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: writing them, also where the disk is full for a while, and finding the one to continue from."""
+"""Checkpoints of a run: written, also where the disk is full for a while; found, validated and continued from."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.errors import CheckpointError, DiskFullError
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
-from mohawkify.train.check_tensors import require_fitting
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.engines.engine import Engine
 from mohawkify.train.rng_state import gather_random_state, restore_random_state
@@ -25,6 +24,7 @@ from mohawkify.train.training_state import TrainingState, read_training_state
 from mohawkify.train.watchdog import Watchdog
 
 SECONDS_BETWEEN_TRIES = 5.0  # of saving on a full disk
+_COUNTER, _MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # AdamW's, of every parameter that has learned
 
 
 class CheckpointWriter:
@@ -163,6 +163,38 @@ def resume_state(conversion: Conversion, saved: checkpoint.Checkpoint) -> Traini
     state = read_training_state(saved, list(conversion.recipe.stages.blocks()))
     conversion.options.report(f"continuing after step {state.stage_step:,} of stage {state.stage}")
     return state
+
+
+def require_fitting(
+    path: Path, student: nn.Module, model: checkpoint.StoredTensors, optimizer: checkpoint.StoredTensors
+) -> None:
+    """Refuse tensors that the student or its optimiser could not take: a whole checkpoint can be another student's.
+
+    None is read.
+
+    Args:
+        path: the checkpoint, for messages.
+        student: whole, in no engine yet.
+        model: its parameters.
+        optimizer: what AdamW keeps of the trained ones, as ``kind/name``.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or type.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+    if shapes.keys() != model.keys():
+        raise CheckpointError(f"the tensors in {path} are not those of this student")
+    learned = {key.partition("/")[2] for key in optimizer}
+    wanted = {f"{kind}/{name}": shapes.get(name, ()) for name in learned for kind in _MOMENTS}
+    wanted |= {f"{_COUNTER}/{name}": () for name in learned}
+    if wanted.keys() != optimizer.keys():
+        odd = min(wanted.keys() ^ optimizer.keys())
+        raise CheckpointError(f"the optimiser state in {path} {'lacks' if odd in wanted else 'has an odd'} {odd}")
+    for tensors, expected in ((model, shapes), (optimizer, wanted)):
+        for name, shape in expected.items():
+            found, kind = tensors.shape(name), tensors.kind(name)
+            if found != shape or kind != "F32":
+                raise CheckpointError(f"{name} in {path} has the shape {found} of {kind}, expected {shape} of F32")
 
 
 def resume_engine(conversion: Conversion, saved: checkpoint.Checkpoint, engine: Engine) -> None:

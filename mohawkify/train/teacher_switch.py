@@ -5,9 +5,9 @@ from __future__ import annotations
 from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.distributed.shutdown import Shutdown
 from mohawkify.objectives.logits import LogitsObjective
-from mohawkify.teacher.second import SecondTeacher
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.loop import Stage
+from mohawkify.train.second_teacher import SecondTeacher
 from mohawkify.train.watchdog import Watchdog
 
 

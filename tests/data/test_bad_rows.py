@@ -11,17 +11,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data import prepare, readers
+from mohawkify.data import readers, write_corpus
 from mohawkify.data.corpus import checked_facts
-from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.readers import table_row
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import DataError, RecipeError
 from mohawkify.recipe.loading import apply_overrides, comparable_text
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.conftest import SHARED_DATA
-from tests.data.test_prepare import Killed, content_of, kill_at
 from tests.data.test_stage_text import reader, recipe_for
+from tests.data.test_write_corpus import Killed, content_of, kill_at
 
 CHAT = (
     "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
@@ -79,8 +79,8 @@ def test_bad_rows_are_passed_over_up_to_a_number(tmp_path: Path, kind: str) -> N
 def test_killed_calls_and_processes_count_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float | None
 ) -> None:
-    monkeypatch.setattr(prepare, "_SHARD_TOKENS", 40)
-    monkeypatch.setattr(prepare, "_DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr(write_corpus, "_SHARD_TOKENS", 40)
+    monkeypatch.setattr(write_corpus, "_DOCUMENTS_AT_ONCE", 3)
     (tmp_path / "other").mkdir()
     wanted = want(
         write(tmp_path, "jsonl", ROWS), write(tmp_path / "other", "parquet", ROWS[::-1]), skip=10, weight=weight

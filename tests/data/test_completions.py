@@ -12,9 +12,9 @@ import pytest
 from mohawkify.data.corpus import Corpus
 from mohawkify.data.hub import BEGINNING
 from mohawkify.data.packing import packed_batch
-from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import RawRow, to_document
 from mohawkify.data.tokenize_workers import encode_rows
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer

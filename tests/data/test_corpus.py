@@ -13,10 +13,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import mohawkify.data.prepare as prepare_module
+from mohawkify.data import write_corpus
 from mohawkify.data.corpus import Corpus, hold_out
-from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.tokenize import Document, encode_documents, tokenizer_hash
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import BOS, EOS, bytes_tokenizer
@@ -87,7 +87,7 @@ def test_tokenizer_that_adds_bos_itself_gives_one() -> None:
 
 
 def test_many_batches_give_what_single_documents_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mohawkify.data.prepare._CHARACTERS_AT_ONCE", 30_000)
+    monkeypatch.setattr("mohawkify.data.write_corpus._CHARACTERS_AT_ONCE", 30_000)
     texts = [f"story {number} " * (number % 7 + 1) for number in range(1200)] + ["x" * 30_001, "last"]
     together = lists(build(tmp_path, write_texts(tmp_path / "a.jsonl", texts)))
     assert len(together) == len(texts)
@@ -148,7 +148,7 @@ def test_real_teacher_and_text(tmp_path: Path, stories_teacher: Path, stories_te
 def test_second_call_reads_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_texts(tmp_path / "a.jsonl")
     first = build(tmp_path, source)
-    monkeypatch.setattr(prepare_module, "raw_documents", None)  # calling it would now fail
+    monkeypatch.setattr(write_corpus, "raw_documents", None)  # calling it would now fail
     again = build(tmp_path, source)
     assert lists(again) == lists(first)
     assert again.fingerprint == first.fingerprint

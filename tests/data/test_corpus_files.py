@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mohawkify.data.corpus import COMPLETION_FILE, OFFSETS_FILE, TOKENS_FILE, checked_facts, load_corpus, read_note
-from mohawkify.data.prepare import build_corpus
+from mohawkify.data.prepare_text import inspect_text
+from mohawkify.data.write_corpus import build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.files import atomic
-from mohawkify.train.prepare_text import inspect_text
-from tests.data.test_prepare import sources, want
+from tests.data.test_write_corpus import sources, want
 from tests.fuzz.folders import inside
 
 SHARD = "shard-00000"
@@ -137,7 +137,7 @@ def test_a_teacher_that_text_names_is_not_fetched(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError(f"looked for {arguments}")
 
-    monkeypatch.setattr("mohawkify.train.prepare_text.resolve_teacher", fetch)
+    monkeypatch.setattr("mohawkify.data.prepare_text.resolve_teacher", fetch)
     reseal(corpus_folder, teacher=teacher)
     shown = inspect_text(corpus_folder, None, 2)["corpora"][corpus_folder.name]["shown"]
     assert [entry["text"] for entry in shown] == [None, None]

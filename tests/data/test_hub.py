@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data import prepare
+from mohawkify.data import write_corpus
 from mohawkify.data.hub import _WAITS, _WAITS_AT_FIRST, Position
-from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import RawRow, raw_documents
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -260,8 +260,8 @@ def test_no_network_is_one_clear_line_within_seconds(hub: Hub, monkeypatch: pyte
 def test_a_corpus_is_finished_after_the_network_was_gone(
     hub: Hub, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_SHARD_TOKENS", 1000)
-    monkeypatch.setattr(prepare, "_DOCUMENTS_AT_ONCE", 16)
+    monkeypatch.setattr(write_corpus, "_SHARD_TOKENS", 1000)
+    monkeypatch.setattr(write_corpus, "_DOCUMENTS_AT_ONCE", 16)
     where = [{"column": "score", "operator": ">", "value": 0}]
     source = Source.model_validate({"hub": "someone/web", "where": where})
     wanted = CorpusRequest((source,), bytes_tokenizer(), None, None, 258)

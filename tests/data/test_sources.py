@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mohawkify.data.prepare import CorpusRequest, build_corpus
 from mohawkify.data.sources import raw_documents, to_document
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.demo import split_stories
 from mohawkify.errors import DataError
 from mohawkify.recipe.schema import Source

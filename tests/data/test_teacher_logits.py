@@ -19,7 +19,7 @@ from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, TeacherError, UsageError
 from mohawkify.files import atomic, disk
 from mohawkify.ops.losses import TopK, distill_loss, distill_loss_top_k
-from mohawkify.teacher.second import require_same_vocabulary
+from mohawkify.train.second_teacher import require_same_vocabulary
 from tests.commands import make_teacher, run, run_well
 
 FACTS = {"teacher": {"name": "t"}, "tokenizer": "a", "text": "b", "temperature": 1.0}

@@ -244,7 +244,7 @@ RESULTS: dict[str, Any] = {
 
 def test_console_table_shows_every_part() -> None:
     text = console_table(RESULTS)
-    blocks = {block.splitlines()[0]: [line.split() for line in block.splitlines()[1:]] for block in text.split("\n\n")}
+    blocks = {block.splitlines()[0]: [line.split() for line in block.splitlines()[2:]] for block in text.split("\n\n")}
     held = blocks["Held-out text (20,480 predicted tokens)"]
     assert held[1] == ["teacher", "-", "3.310", "1.000", "-", "-", "-"]
     assert held[2] == ["after", "init", "0", "12,346", "3,730", "3.5000", "0.2500", "0.0"]
@@ -279,7 +279,7 @@ def test_columns_are_aligned() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     assert console_table({"teacher": {}, "stages": {}}) == ""
     text = console_table({"student": {"perplexity": 5.0}})
-    assert text.split() == ["Held-out", "text", "perplexity", "student", "5.000"]
+    assert text.split() == ["Held-out", "text", "perplexity", "-------", "----------", "student", "5.000"]
 
 
 def test_markdown_report_is_a_page() -> None:

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from mohawkify.data import prepare
+from mohawkify.data import write_corpus
 from mohawkify.data.corpus import load_corpus, read_note
-from mohawkify.data.prepare import CorpusRequest, build_corpus
+from mohawkify.data.prepare_text import inspect_text
 from mohawkify.data.teacher_logits import Layout, TeacherLogits, top_tokens
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import MohawkifyError
 from mohawkify.files import atomic
 from mohawkify.files.manifest import sealed
 from mohawkify.ops.losses import TopK
 from mohawkify.recipe.schema import Source
-from mohawkify.train.prepare_text import inspect_text
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.files.faults import content_of
 from tests.fuzz.campaign import require_message, run_campaign
@@ -45,7 +45,7 @@ def make(root: Path) -> None:
     source = Source.model_validate({"path": str(root / "rows.jsonl"), "chat": "talk"})
     wanted = CorpusRequest((source,), tokenizer, None, None, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_SHARD_TOKENS", 300)
+        patch.setattr(write_corpus, "_SHARD_TOKENS", 300)
         corpus = build_corpus(wanted, root / "corpora")
     (root / "corpora" / wanted.key).rename(root / TEXT)
     atomic.write_json(root / NOTE, {"folder": str(root / TEXT), "fingerprint": corpus.fingerprint})

@@ -16,8 +16,8 @@ from mohawkify.errors import INPUT, DataError, TeacherError
 from mohawkify.families.registry import adapter_names
 from mohawkify.student.save import save_tokenizer
 from mohawkify.teacher.resolve import resolve_teacher
-from mohawkify.teacher.second import require_same_vocabulary
 from mohawkify.teacher.tokenizer import load_tokenizer
+from mohawkify.train.second_teacher import require_same_vocabulary
 from tests.bytes_tokenizer import bytes_tokenizer
 from tests.commands import copy_of, make_recipe, make_teacher, run, run_well
 from tests.finished import tiny_student

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mohawkify.data.prepare_text import prepare_text
 from mohawkify.data.stage_text import tokens_needed
 from mohawkify.distributed.shutdown import Interrupted
 from mohawkify.errors import CheckpointError, DataError, DiskFullError, RecipeError, UsageError
@@ -29,7 +30,6 @@ from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.train import preparation
 from mohawkify.train.conversion import ConvertOptions
-from mohawkify.train.prepare_text import prepare_text
 from mohawkify.train.progress import StageProgress
 from mohawkify.train.trainer import convert
 from tests.tiny import save_teacher, tiny_teacher

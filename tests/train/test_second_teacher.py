@@ -20,9 +20,9 @@ from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run import checkpoint
 from mohawkify.run.folder import RunFolder
-from mohawkify.teacher.second import SecondTeacher
 from mohawkify.train.conversion import ConvertOptions
 from mohawkify.train.progress import StageProgress
+from mohawkify.train.second_teacher import SecondTeacher
 from mohawkify.train.trainer import convert
 from mohawkify.train.training_state import read_training_state
 from mohawkify.train.watchdog import Watchdog

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mohawkify.data import prepare
+from mohawkify.data import write_corpus
 from mohawkify.data.corpus import Corpus, checked_facts
-from mohawkify.data.prepare import CorpusRequest, build_corpus
+from mohawkify.data.write_corpus import CorpusRequest, build_corpus
 from mohawkify.errors import CheckpointError, DataError
 from mohawkify.files import atomic
 from mohawkify.recipe.schema import Source
@@ -34,8 +34,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "_SHARD_TOKENS", SHARD)
-    monkeypatch.setattr(prepare, "_DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(write_corpus, "_SHARD_TOKENS", SHARD)
+    monkeypatch.setattr(write_corpus, "_DOCUMENTS_AT_ONCE", 7)
 
 
 def write(path: Path, letter: str, number: int, longest: int) -> Path:
@@ -85,7 +85,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_what_one_shard_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     wanted = want(sources(tmp_path, kind))
     whole = build_corpus(wanted, tmp_path / "whole")
-    monkeypatch.setattr(prepare, "_SHARD_TOKENS", SHARD)
+    monkeypatch.setattr(write_corpus, "_SHARD_TOKENS", SHARD)
     cut = build_corpus(wanted, tmp_path / "cut")
     folder = tmp_path / "cut" / wanted.key
     facts = checked_facts(folder)
@@ -182,7 +182,7 @@ def test_a_damaged_shard_is_made_again_with_all_behind_it(tmp_path: Path, damage
     build_corpus(wanted, tmp_path / "whole")
     with pytest.raises(Killed):
         build_corpus(wanted, tmp_path / "c", progress=kill_at(3 * SHARD + 200))
-    (work,) = (tmp_path / "c").glob(f"{prepare.UNFINISHED}*")
+    (work,) = (tmp_path / "c").glob(f"{write_corpus.UNFINISHED}*")
     assert len(list(work.glob("shard-*"))) == 3
     target = work / "shard-00001"
     if damage == "flip":
@@ -200,13 +200,13 @@ def test_a_damaged_shard_is_made_again_with_all_behind_it(tmp_path: Path, damage
 @pytest.mark.usefixtures("small_shards")
 def test_only_what_is_missing_has_to_find_room(tmp_path: Path) -> None:
     wanted = want(sources(tmp_path, "plain"), num_tokens=5 * SHARD)
-    whole = prepare.bytes_to_write(wanted, tmp_path / "c")
+    whole = write_corpus.bytes_to_write(wanted, tmp_path / "c")
     assert whole == wanted.most_bytes > 0
     with pytest.raises(Killed):
         build_corpus(wanted, tmp_path / "c", progress=kill_at(3 * SHARD + 200))
-    assert 0 < prepare.bytes_to_write(wanted, tmp_path / "c") <= whole - 3 * SHARD * 4
+    assert 0 < write_corpus.bytes_to_write(wanted, tmp_path / "c") <= whole - 3 * SHARD * 4
     build_corpus(wanted, tmp_path / "c")
-    assert prepare.bytes_to_write(wanted, tmp_path / "c") == 0
+    assert write_corpus.bytes_to_write(wanted, tmp_path / "c") == 0
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -217,7 +217,7 @@ def test_a_kill_between_the_last_shard_and_the_corpus(tmp_path: Path, monkeypatc
     def kill(*arguments: object) -> None:
         raise Killed
 
-    for place in ((prepare, "_link_shards"), (atomic, "remove_directory")):
+    for place in ((write_corpus, "_link_shards"), (atomic, "remove_directory")):
         with monkeypatch.context() as patch:
             patch.setattr(*place, kill)
             with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mohawkify.errors import CheckpointError
 from mohawkify.run.checkpoint import StoredTensors
-from mohawkify.train.check_tensors import require_fitting
+from mohawkify.train.saving import require_fitting
 
 STUDENT = nn.Linear(3, 2)
 KINDS = ("exp_avg", "exp_avg_sq")
