@@ -7,8 +7,19 @@ use, so that `import mohawkify` stays light.
 from typing import Any
 
 __version__ = "0.1.0"
-_FUNCTIONS = ("inspect", "plan", "convert", "evaluate", "export", "generate", "chat", "serve", "push")
-_OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions", "PushOptions")
+_FUNCTIONS = (
+    "inspect",
+    "plan",
+    "convert",
+    "evaluate",
+    "export",
+    "generate",
+    "chat",
+    "serve",
+    "push",
+    "import_checkpoint",
+)
+_OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions", "PushOptions", "ImportOptions")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mohawkify.evaluation.dialogue import Dialogue
     from mohawkify.evaluation.evaluation import EvaluateOptions
     from mohawkify.evaluation.generation import GenerateOptions
+    from mohawkify.exporters.llamba_import import ImportOptions
     from mohawkify.exporters.push import PushOptions
     from mohawkify.planning.planning import PlanOptions
     from mohawkify.train.conversion import ConvertOptions
@@ -47,6 +48,10 @@ def __getattr__(name: str) -> Any:
         from mohawkify.evaluation.generation import GenerateOptions
 
         return GenerateOptions
+    if name == "ImportOptions":
+        from mohawkify.exporters.llamba_import import ImportOptions
+
+        return ImportOptions
     if name == "PushOptions":
         from mohawkify.exporters.push import PushOptions
 
@@ -262,6 +267,20 @@ def push(export: str | Path | None, options: PushOptions, report: Callable[[str]
     from mohawkify.exporters.push import push_export
 
     return push_export(None if export is None else Path(export), options, report)
+
+
+def import_checkpoint(
+    checkpoint: str | Path, options: ImportOptions, report: Callable[[str], None] = _ignore
+) -> RunFolder:
+    """Make a run of a Llamba checkpoint.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        options: the run's folder, recipe and teacher.
+    """
+    from mohawkify.exporters.llamba_import import import_llamba
+
+    return import_llamba(str(checkpoint), options, report)
 
 
 def resolve_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:

@@ -20,6 +20,7 @@ from mohawkify.cli.chat_commands import chat
 from mohawkify.cli.data_commands import data as data_commands
 from mohawkify.cli.data_commands import prepared_option
 from mohawkify.cli.error_lines import CommandGroup
+from mohawkify.cli.import_commands import import_checkpoint
 from mohawkify.cli.logits_commands import cache_logits
 from mohawkify.cli.options import (
     FOLDER,
@@ -289,7 +290,7 @@ def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("run", required=False, type=FOLDER)
-@click.option("--target", required=True, metavar="TARGET", help="hf, mlx, mlx-q8 or mlx-q4.")
+@click.option("--target", required=True, metavar="TARGET", help="hf, mlx, mlx-q8, mlx-q4 or llamba.")
 @click.option(
     "--output", type=FOLDER, metavar="DIR", help="A new or empty folder; by default exports/TARGET in the run."
 )
@@ -342,6 +343,7 @@ def generate(words: tuple[str, ...], with_teacher: bool, **options: Any) -> None
         click.echo(file=output)
 
 
+main.add_command(import_checkpoint)
 main.add_command(chat)
 main.add_command(serve)
 main.add_command(push)

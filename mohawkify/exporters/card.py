@@ -31,6 +31,11 @@ python -m mlx_lm generate --model DIR --trust-remote-code --prompt "Once upon a 
 
 mlx-lm 0.32 or newer. `mlx_model.py` beside the weights is the model's code: read it before you trust it.
 """
+_RUN_LLAMBA = """\
+The folder has the names and sizes of the released Llamba checkpoints: it is laid out for `LlambaLMHeadModel` of
+`cartesia_pytorch`, which was not tried, and `mohawkify import DIR` makes a run of it.
+"""
+_RUN = {"transformers": _RUN_TRANSFORMERS, "mlx": _RUN_MLX, "llamba": _RUN_LLAMBA}
 _LIMITS = """\
 - The mixers' memory has a fixed size: recalling a detail word for word from far back is where such models are weakest.
 - A state cannot be rolled back: no speculative decoding with this model as the draft or the target.
@@ -43,7 +48,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
 
     Args:
         run: the finished run.
-        library: ``transformers`` or ``mlx``.
+        library: ``transformers``, ``mlx`` or ``llamba``.
         bits: of the quantised weights, None where there are none.
         result: precision and agreement with the run, as `export_run` returns them.
 
@@ -59,7 +64,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "finetune" if bits is None else "quantized",
-        library_name=library,
+        library_name=None if library == "llamba" else library,
         pipeline_tag="text-generation",
         tags=["mohawk", "mamba2", "recurrent", "distillation"] + (["mlx"] if library == "mlx" else []),
         **card_facts(run),
@@ -68,7 +73,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n",
         _description(base or (teacher_name(source) if source else "its teacher"), student),
         "## Quality\n\n" + _quality(run.results()),
-        "## How to run it\n\n" + (_RUN_MLX if library == "mlx" else _RUN_TRANSFORMERS),
+        "## How to run it\n\n" + _RUN[library],
         "## Precision\n\n" + _precision(bits, result),
         "## Limits\n\n" + _LIMITS,
     ]

@@ -17,6 +17,7 @@ from mohawkify.exporters.card import model_card
 from mohawkify.exporters.card_facts import carry_licence
 from mohawkify.exporters.compare import compare, require_agreement, require_same_model, sample_ids
 from mohawkify.exporters.contents import Quantised, expected_tensors, require_contents
+from mohawkify.exporters.llamba import load_llamba, require_llamba, write_llamba
 from mohawkify.exporters.mlx import build_mlx, load_mlx, mlx_logits, require_mlx, shapes_of, write_mlx
 from mohawkify.files.atomic import atomic_directory
 from mohawkify.run.folder import finished_run
@@ -33,7 +34,7 @@ class Target:
     """The formats of exports.
 
     Args:
-        library: ``transformers`` or ``mlx``.
+        library: ``transformers``, ``mlx`` or ``llamba``.
         bits: of the quantised weights; None where nothing is quantised.
     """
 
@@ -46,6 +47,7 @@ TARGETS = {
     "mlx": Target("mlx"),
     "mlx-q8": Target("mlx", 8),
     "mlx-q4": Target("mlx", 4),
+    "llamba": Target("llamba"),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -82,6 +84,8 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
 
     report(f"loading {source.final}")
     student: Any = load_student(source.checked_final(), config_values=values)
+    if wanted.library == "llamba":
+        require_llamba(student)
     tokenizer = load_tokenizer(source.final, student.config.vocab_size, student.config.to_dict())
     ids_bl = sample_ids(student)
     quantised: Quantised | None = None
@@ -91,15 +95,22 @@ def export_run(run: Path, target: str, output: Path, *, dtype: str | None = None
             shapes, quantised = _export_mlx(values, student, ids_bl, folder, dtype, wanted.bits)
             student.generation_config.to_json_file(folder / "generation_config.json")
             save_tokenizer(tokenizer, folder)
+        elif wanted.library == "llamba":
+            shapes = write_llamba(student, folder, DTYPES[dtype])
+            save_tokenizer(tokenizer, folder)
         else:
             save_student(student, tokenizer, folder, DTYPES[dtype])
             shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(student).items()}
-        dtypes = require_contents(
-            folder, expected_tensors(shapes, dtype, quantised, precise_parameters(student.config.mixer))
-        )
+        precise = () if wanted.library == "llamba" else precise_parameters(student.config.mixer)
+        dtypes = require_contents(folder, expected_tensors(shapes, dtype, quantised, precise))
         report("comparing the export with the run")
         is_mlx = wanted.library == "mlx"
-        found = mlx_logits(load_mlx(folder)) if is_mlx else _torch_logits(load_student(folder, DTYPES[dtype]))
+        if is_mlx:
+            found = mlx_logits(load_mlx(folder))
+        elif wanted.library == "llamba":
+            found = _torch_logits(load_llamba(folder, target)[0])
+        else:
+            found = _torch_logits(load_student(folder, DTYPES[dtype]))
         agreement = compare(_torch_logits(student), found, ids_bl)
         require_agreement(agreement, dtype, wanted.bits)
         result: dict[str, Any] = {
