@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 _FUNCTIONS = (
     "inspect",
     "plan",
+    "write_recipe",
     "convert",
+    "tune",
     "evaluate",
     "export",
     "generate",
@@ -19,7 +21,15 @@ _FUNCTIONS = (
     "push",
     "import_checkpoint",
 )
-_OPTIONS = ("PlanOptions", "ConvertOptions", "EvaluateOptions", "GenerateOptions", "PushOptions", "ImportOptions")
+_OPTIONS = (
+    "Budget",
+    "PlanOptions",
+    "ConvertOptions",
+    "EvaluateOptions",
+    "GenerateOptions",
+    "PushOptions",
+    "ImportOptions",
+)
 
 
 def __getattr__(name: str) -> Any:

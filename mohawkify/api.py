@@ -1,8 +1,8 @@
 """The Python API: what the commands of the same names do, as functions.
 
-A recipe is the name of a bundled one, the path of a .yaml file, or a `Recipe`; overrides are texts such as
-``stages.distill.tokens=5B``. A run is its folder; None means the newest finished run below runs/. Every foreseeable
-failure is a `MohawkifyError`. ``report`` receives a line of text for every step.
+A recipe is the name of a bundled one, the path of a .yaml file, a `Recipe`, or a `Budget` for which one is written;
+overrides are texts such as ``stages.distill.tokens=5B``. A run is its folder; None means the newest finished run below
+runs/. Every foreseeable failure is a `MohawkifyError`. ``report`` receives a line of text for every step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mohawkify.errors import UsageError, require_docstrings
+from mohawkify.planning.rules import Budget
 from mohawkify.recipe.loading import apply_overrides, load_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder, finished_run
@@ -79,7 +80,7 @@ def inspect(teacher: str | Path) -> dict[str, Any]:
 
 def plan(
     teacher: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Budget,
     overrides: Sequence[str] = (),
     options: PlanOptions | None = None,
 ) -> dict[str, Any]:
@@ -95,12 +96,39 @@ def plan(
     from mohawkify.planning.planning import PlanOptions
     from mohawkify.planning.planning import plan as plan_conversion
 
-    return plan_conversion(str(teacher), resolve_recipe(recipe, overrides), options or PlanOptions())
+    options = options or PlanOptions()
+    chosen = (
+        write_recipe(teacher, recipe, overrides, options)
+        if isinstance(recipe, Budget)
+        else resolve_recipe(recipe, overrides)
+    )
+    return plan_conversion(str(teacher), chosen, options)
+
+
+def write_recipe(
+    teacher: str | Path, budget: Budget, overrides: Sequence[str] = (), options: PlanOptions | None = None
+) -> Recipe:
+    """Write a recipe for a teacher, so many tokens and a machine. No weights are read.
+
+    Args:
+        teacher: a Hub id, a folder or a config.json.
+        budget: the tokens; a time is for `convert`, which measures.
+        options: the machine; by default this one.
+
+    Returns:
+        The recipe; `mohawkify.recipe.loading.dump_recipe` makes YAML of it.
+    """
+    from mohawkify.planning.automatic import automatic_recipe
+    from mohawkify.planning.planning import PlanOptions
+
+    if budget.tokens is None:
+        raise UsageError("found a time, expected tokens: how many a time allows is measured by convert alone")
+    return automatic_recipe(str(teacher), budget, overrides, options or PlanOptions())
 
 
 def convert(
     teacher: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Budget,
     overrides: Sequence[str] = (),
     options: ConvertOptions | None = None,
     world: World | None = None,
@@ -118,7 +146,46 @@ def convert(
     from mohawkify.train import trainer
     from mohawkify.train.conversion import ConvertOptions
 
-    return trainer.convert(str(teacher), resolve_recipe(recipe, overrides), options or ConvertOptions(), world)
+    options = options or ConvertOptions()
+    return trainer.convert(str(teacher), _chosen_recipe(teacher, recipe, overrides, options, world), options, world)
+
+
+def tune(
+    teacher: str | Path,
+    recipe: str | Path | Recipe | Budget,
+    overrides: Sequence[str] = (),
+    options: ConvertOptions | None = None,
+    world: World | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Find the learning rates of a conversion's stages by range tests; `convert` with the same arguments goes on.
+
+    Args:
+        teacher: a Hub id or a folder.
+        options: the run's folder, which then holds tuning.json and a picture of each range test.
+        world: as in `convert`.
+
+    Returns:
+        The JSON object of `mohawkify tune --json`: by stage its ``learning_rate`` and the ``rates`` that were tried.
+    """
+    from mohawkify.train import trainer
+    from mohawkify.train.conversion import ConvertOptions
+
+    options = options or ConvertOptions()
+    return trainer.tune(str(teacher), _chosen_recipe(teacher, recipe, overrides, options, world), options, world)
+
+
+def _chosen_recipe(
+    teacher: str | Path,
+    recipe: str | Path | Recipe | Budget,
+    overrides: Sequence[str],
+    options: ConvertOptions,
+    world: World | None,
+) -> Recipe:
+    if not isinstance(recipe, Budget):
+        return resolve_recipe(recipe, overrides)
+    from mohawkify.train.pace import written_recipe
+
+    return written_recipe(str(teacher), recipe, overrides, options, world)
 
 
 def evaluate(

@@ -106,8 +106,8 @@ def _bench(name: str, run: Callable[[Any], dict[str, Any]], output: Path | None,
     with quiet_libraries():
         from mohawkify.bench.markdown import curves, markdown
         from mohawkify.bench.measure import machine
-        from mohawkify.bench.plot import line_plot
         from mohawkify.distributed.device import choose_device
+        from mohawkify.evaluation.line_plot import line_plot
 
         device = choose_device("auto")
         found = {"bench": name, "machine": machine(device), **run(device)}

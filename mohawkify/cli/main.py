@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that help and completion com
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,24 @@ from mohawkify.cli.options import (
     FOLDER,
     FiniteRange,
     as_json,
-    chosen_recipe,
+    budget_recipe_option,
+    device_of,
     own_text,
     print_line,
     print_result,
     processes_option,
-    recipe_names_beginning,
-    recipe_option,
+    recipe_or_budget,
     set_option,
     setting,
+    time_option,
+    tokens_option,
 )
 from mohawkify.cli.push_commands import push
 from mohawkify.cli.quiet import quiet_libraries
+from mohawkify.cli.recipe_commands import recipes
 from mohawkify.cli.serve_commands import serve
 from mohawkify.cli.short_imports import paused_collector
+from mohawkify.cli.tune_command import tune
 from mohawkify.errors import INPUT, UsageError, harmless, require_docstrings
 
 NAME = "mohawkify"
@@ -80,7 +83,8 @@ def inspect(teacher: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("teacher")
-@recipe_option
+@budget_recipe_option
+@tokens_option
 @set_option
 @click.option("--gpu", metavar="NAME", help="Plan for H100, H200, A100 or 4090; by default for this machine.")
 @click.option("--gpus", "num_gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many of them.")
@@ -121,24 +125,34 @@ def inspect(teacher: str, as_json: bool) -> None:
     "--output", type=FOLDER, metavar="DIR", help="Where the run will lie: compare the disk with what is free."
 )
 @as_json
-def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def plan(
+    teacher: str,
+    recipe_name: str | None,
+    tokens: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Dry run: steps, FLOPs, memory, disk, time, cost.
 
     Everything is computed from configuration and recipe; all but steps and tokens are estimates, explained in
     docs/plan.md. No weights are loaded and no GPU is needed; TEACHER may be a config.json.
     """
-    recipe = chosen_recipe(recipe_name, overrides)
+    recipe = recipe_or_budget(recipe_name, overrides, tokens)
     with paused_collector(), quiet_libraries():
         from mohawkify import api
         from mohawkify.cli.plan_tables import plan_text
 
-        planned = api.plan(teacher, recipe, options=api.PlanOptions(**options, count=True))
+        own = () if recipe_name else overrides
+        planned = api.plan(teacher, recipe, own, options=api.PlanOptions(**options, count=True))
     print_result(planned, plan_text, as_json)
 
 
 @main.command()
 @click.argument("teacher")
-@recipe_option
+@budget_recipe_option
+@tokens_option
+@time_option
 @click.option("--output", type=FOLDER, metavar="DIR", help="The run's folder; by default runs/ and the student's name.")
 @set_option
 @click.option(
@@ -199,7 +213,9 @@ def plan(teacher: str, recipe_name: str, overrides: tuple[str, ...], as_json: bo
 )
 def convert(
     teacher: str,
-    recipe_name: str,
+    recipe_name: str | None,
+    tokens: int | None,
+    seconds: float | None,
     output: Path | None,
     overrides: tuple[str, ...],
     data: str | None,
@@ -216,10 +232,14 @@ def convert(
     track: tuple[str, ...],
     track_project: str,
 ) -> None:
-    """Turn a teacher into a student, in three stages.
+    """Turn a teacher into a student, in stages.
 
-    Orient, align, distill, each followed by a comparison with the teacher on held-out text. Stop it at any time; the
-    same command continues it, also in another number of processes or on another engine. Prints the run's folder.
+    With --tokens or --time instead of --recipe, a recipe is written for the teacher, the budget and this machine; it is
+    printed, and lies in the run as recipe.yaml. Its learning rates are found when the stages begin.
+
+    Calibrate, orient, align, distill, as far as the recipe has them, each followed by a comparison with the teacher on
+    held-out text. Stop it at any time; the same command continues it, also in another number of processes or on another
+    engine. Prints the run's folder.
     """
     wanted = {
         "engine": engine,
@@ -230,22 +250,24 @@ def convert(
     compute = [setting(f"compute.{key}", value) for key, value in wanted.items() if value is not None]
     if engine in ("single", "fsdp") and zero is None:
         compute.append("compute.zero=null")  # the recipe's is for DeepSpeed
-    recipe = chosen_recipe(recipe_name, (*own_text(data, validation), *compute, *overrides))
+    settings = (*own_text(data, validation), *compute, *overrides)
+    recipe = recipe_or_budget(recipe_name, settings, tokens, seconds)
     with quiet_libraries():
         from mohawkify.cli.ranks import joined, start_processes
 
         start_processes(processes)
-        with joined(recipe.compute.device) as world:
+        with joined(device_of(recipe, settings)) as world:
             from mohawkify import api
 
             options = api.ConvertOptions(
                 output, resume, hang_timeout, disk_wait, prepared, track, track_project, print_line
             )
-            run = api.convert(teacher, recipe, options=options, world=world)
+            run = api.convert(teacher, recipe, () if recipe_name else settings, options=options, world=world)
     if world.is_rank0:
         click.echo(str(run.path))
 
 
+main.add_command(tune)
 main.add_command(cache_logits)
 
 
@@ -369,52 +391,7 @@ def demo(output: Path) -> None:
 main.add_command(data_commands)
 
 
-@main.group(invoke_without_command=True)
-@click.pass_context
-def recipes(context: click.Context) -> None:
-    """The recipes that come along: ls, show, cp."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-@recipes.command("ls")
-@as_json
-def recipes_ls(as_json: bool) -> None:
-    """List the bundled recipes."""
-    from mohawkify.recipe.bundled import recipe_names
-    from mohawkify.recipe.loading import load_recipe
-
-    found = [
-        {"name": name, "description": load_recipe(name).description, "teacher": load_recipe(name).teacher}
-        for name in recipe_names()
-    ]
-    print_result({"recipes": found}, tables.recipes_text, as_json)
-
-
-@recipes.command("show")
-@click.argument("name", shell_complete=recipe_names_beginning)
-def recipes_show(name: str) -> None:
-    """Print a bundled recipe."""
-    from mohawkify.recipe.bundled import recipe_text
-
-    click.echo(recipe_text(name), nl=False)
-
-
-@recipes.command("cp")
-@click.argument("name", shell_complete=recipe_names_beginning)
-@click.argument("file", type=FOLDER)
-def recipes_cp(name: str, file: Path) -> None:
-    """Copy a bundled recipe to FILE, to make it your own; an existing file is never replaced."""
-    from mohawkify.files.atomic import write_text
-    from mohawkify.recipe.bundled import recipe_text
-
-    text = recipe_text(name)
-    if os.path.isdir(file):  # Path.is_dir raises for a name that is too long
-        file = file / f"{name}.yaml"
-    if file.exists() or file.is_symlink():
-        raise UsageError(f"{file} exists already", hint="choose another name")
-    write_text(file, text)
-    click.echo(str(file))
+main.add_command(recipes)
 
 
 @main.command()

@@ -74,13 +74,17 @@ def _schedule(planned: dict[str, Any]) -> str:
             f"{row['warmup_steps']:,}",
             f"{row['stable_steps']:,}",
             f"{row['decay_steps']:,}",
-            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            _rate(row["learning_rate"]),
             f"{row['floor']:g}",
             f"{row['trainable_parameters']:,}",
         )
         for name, row in planned["stages"].items()
     ]
     return text_table(("stage", "warm-up", "stable", "decay", "peak rate", "floor", "trained parameters"), rows)
+
+
+def _rate(rate: float | str | None) -> str:
+    return f"{rate:g}" if isinstance(rate, float) else rate or ""
 
 
 def _work(planned: dict[str, Any]) -> str:

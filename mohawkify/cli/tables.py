@@ -130,6 +130,24 @@ def _extra_state(extra: dict[str, Any]) -> str:
     return f"missing {', '.join(missing)}" if missing else "installed"
 
 
+def tuning_text(found: dict[str, Any]) -> str:
+    """The tables of `mohawkify tune`."""
+    parts = []
+    for stage, test in found.items():
+        start = test["start_loss"]
+        rows = [("none", f"{start:.4f}", "1.000", "")]
+        for row in test["rates"]:
+            loss = row["loss"]
+            shown = ("not finite", "") if loss is None else (f"{loss:.4f}", f"{loss / start:.3f}")
+            rows.append((f"{row['learning_rate']:g}", *shown, "refused" if row["refused"] else ""))
+        text = f"{test['steps']} steps of {test['sequences']} x {test['length']} tokens at each rate"
+        headings = ("learning rate", "loss", "of the start", "")
+        parts.append(
+            f"{stage}: {text}\n\n{text_table(headings, rows)}\n\nstages.{stage}.learning_rate={test['learning_rate']:g}"
+        )
+    return "\n\n".join(parts)
+
+
 def recipes_text(found: dict[str, Any]) -> str:
     """The table of `mohawkify recipes ls`."""
     rows = [(each["name"], each["teacher"] or "", each["description"]) for each in found["recipes"]]

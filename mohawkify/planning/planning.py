@@ -80,7 +80,7 @@ def plan(source: str, recipe: Recipe, options: PlanOptions = PlanOptions()) -> d
         flops_per_second=options.flops_per_second,
         utilisation=options.utilisation,
         price_per_hour=options.price_per_hour,
-        memory_bytes=_memory_bytes(),
+        memory_bytes=memory_bytes(),
         free_bytes=None if options.output is None else disk.free_bytes(options.output),
     )
     return _make_plan(teacher, student, recipe, machine, layout, options.count)
@@ -90,7 +90,7 @@ def plan_run(
     teacher: ResolvedTeacher, student: StudentSpec, recipe: Recipe, device: str, num_processes: int
 ) -> dict[str, Any]:
     """The plan that a run's folder keeps; activations are counted on a GPU only, because counting takes seconds."""
-    machine = Machine(device, _gpu_at_hand(device), memory_bytes=_memory_bytes())
+    machine = Machine(device, _gpu_at_hand(device), memory_bytes=memory_bytes())
     layout = layout_of(recipe, engine="auto", zero=None, num_gpus=num_processes)
     return _make_plan(teacher, student, recipe, machine, layout, device == "cuda")
 
@@ -140,7 +140,7 @@ def _require_learning(stage: str, block: StageRecipe, student: StudentSpec, teac
         raise RecipeError(f"stages.{stage}.train: found {idle[0]}, of which nothing would learn: {reason}", hint=hint)
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
     """The memory of this machine, where the system reports it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -334,7 +334,7 @@ class Recipe(Section):
                 conflict(("stages", name, "final_phase", keys[0]), message)
         micro = self.compute.micro_batch_sequences
         for name, stage in blocks.items():
-            if stage.tokens and stage.learning_rate is not None and self.schedule.floor > stage.learning_rate:
+            if stage.tokens and isinstance(stage.learning_rate, float) and self.schedule.floor > stage.learning_rate:
                 message = (
                     f"found {self.schedule.floor}, expected at most stages.{name}.learning_rate, {stage.learning_rate}"
                 )

@@ -13,6 +13,7 @@ from mohawkify.recipe.messages import show
 from mohawkify.recipe.types import (
     Count,
     LayerParts,
+    LearningRate,
     Parts,
     PositiveCount,
     Section,
@@ -93,7 +94,9 @@ class StageRecipe(Section):
     tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
     sequence_length: int = Field(ge=2, description="tokens per sequence")
     batch_sequences: int = Field(ge=1, description="sequences per optimizer step")
-    learning_rate: float = Field(gt=0, description="peak learning rate")
+    learning_rate: LearningRate = Field(
+        description="peak learning rate; auto: found by a short range test when the stage begins"
+    )
     final_phase: FinalPhase | None = Field(
         default=None, description="other text at another length for the end of the stage"
     )

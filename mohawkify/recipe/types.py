@@ -65,6 +65,10 @@ def _plain_values(value: Any) -> Any:
     return _as_tuple(value)
 
 
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0)] | Literal["auto"],
+    Expected("a number above 0, auto"),
+]
 COUNT = Expected("a count such as 80M")
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=_LARGEST_COUNT), COUNT]
 PositiveCount = Annotated[

@@ -52,6 +52,7 @@ class RunFolder:
     student_file = _Inside("student.json")
     metrics_file = _Inside("metrics.jsonl")
     results_file = _Inside("results.json")
+    tuning_file = _Inside("tuning.json")
     checkpoints = _Inside("checkpoints")
     corpora = _Inside("corpora")
     text_file = _Inside("text.json")

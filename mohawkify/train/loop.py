@@ -27,11 +27,13 @@ class Stage:
         name: its key in the recipe.
         objective: its loss and the parameters that it trains.
         ranges: the text that it reads, in order.
+        learning_rate: its peak; None until it is known.
     """
 
     name: str
     objective: Objective
     ranges: list[SampleRange]
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def steps(
     """
     recipe, world, objective = conversion.recipe, conversion.world, stage.objective
     block = objective.block
+    assert stage.learning_rate is not None
     num_steps = sum(sample_range.num_steps for sample_range in stage.ranges)
     trained = list(objective.parameters())
     frozen = [name for name, _ in objective.models.student.named_parameters() if name not in trained]
@@ -100,14 +103,14 @@ def steps(
             begin = time.perf_counter()
             where = f"step {step + 1} of stage {stage.name}"
             batch = next(batches)
-            rate = learning_rate(step, num_steps, block.learning_rate, recipe.schedule)
+            rate = learning_rate(step, num_steps, stage.learning_rate, recipe.schedule)
             totals: dict[str, float] = {}
             norm = 0.0
             if objective.weight(batch) == 0:  # prompts alone: without a step, since AdamW decays weights in any
                 check()
             else:
                 with engine.accumulating():
-                    totals = _forward_backward(conversion, objective, engine, batch, micro_batch, check)
+                    totals = forward_backward(conversion, objective, engine, batch, micro_batch, check)
                 metrics, sequences = {**totals, "learning_rate": rate}, batch.sequences.tolist()
                 require_finite(totals, where, metrics, sequences)
                 if motion is None:
@@ -124,7 +127,7 @@ def steps(
             yield StepReport(step + 1, batch.input_ids.numel(), rate, norm, seconds, totals)
 
 
-def _forward_backward(
+def forward_backward(
     conversion: Conversion,
     objective: Objective,
     engine: Engine,
@@ -132,7 +135,10 @@ def _forward_backward(
     micro_batch: int,
     check: Callable[[], None],
 ) -> dict[str, float]:
-    """Forward and backward of this process's rows of a batch; returns the metrics of the whole batch."""
+    """Forward and backward of this process's rows of a batch; returns the metrics of the whole batch.
+
+    Under ``torch.no_grad`` nothing is differentiated where the objective can do without.
+    """
     world = conversion.world
     rows = len(batch.input_ids) // world.size
     first, end = world.rank * rows, (world.rank + 1) * rows
@@ -144,7 +150,8 @@ def _forward_backward(
         share = objective.weight(part) / weight
 
         def backward(loss: torch.Tensor, share: float = share) -> None:
-            engine.backward(loss * share)
+            if loss.requires_grad:
+                engine.backward(loss * share)
 
         with engine.autocast():
             on_device = Batch(*(tensor.to(conversion.device) for tensor in part))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 from mohawkify.data.loader import SampleRange
 from mohawkify.data.stage_text import stage_ranges
 from mohawkify.distributed.process_group import World
 from mohawkify.distributed.shutdown import Shutdown
+from mohawkify.errors import UsageError
 from mohawkify.evaluation.report import markdown_report
 from mohawkify.files import atomic
 from mohawkify.objectives.catalogue import make_objective
@@ -39,6 +42,7 @@ from mohawkify.train.step_log import StepLog
 from mohawkify.train.teacher_switch import TeacherSwitch
 from mohawkify.train.tracking import require_trackers
 from mohawkify.train.training_state import TrainingState
+from mohawkify.train.tuning import find_rate, recorded_rates
 from mohawkify.train.watchdog import RiseCheck, Watchdog
 
 
@@ -79,8 +83,39 @@ def convert(teacher_source: str, recipe: Recipe, options: ConvertOptions, world:
             raise
 
 
-def train(conversion: Conversion, stop: Shutdown) -> None:
+def tune(
+    teacher_source: str, recipe: Recipe, options: ConvertOptions, world: World | None = None
+) -> dict[str, dict[str, Any]]:
+    """Take the first steps of a conversion, and find the learning rates of its stages; the conversion may follow.
+
+    Args:
+        teacher_source: as in `convert`.
+        recipe: likewise; what it has for learning rates does not count.
+        options: likewise.
+        world: likewise.
+
+    Returns:
+        What was found, by stage; see `RangeTest.run`.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the same call continues.
+        UsageError: the folder holds a run that trains, or has.
+    """
+    world = world or World()
+    with Shutdown() as stop:
+        request = read_request(teacher_source, recipe, options, world)
+        with request.locked():
+            conversion = prepare(request)
+            if conversion is None:
+                raise UsageError(f"{request.run.path} is already finished", hint="choose another --output")
+            train(conversion, stop, finds_rates_alone=True)
+        return world.on_rank0(lambda: recorded_rates(request.run))
+
+
+def train(conversion: Conversion, stop: Shutdown, finds_rates_alone: bool = False) -> None:
     """Run all stages of the recipe from wherever the folder's newest valid checkpoint is.
+
+    With ``finds_rates_alone`` only a calibration runs, and for the other stages a range test.
 
     A signal ends the process at once, except while a stage takes steps, which a checkpoint keeps first.
 
@@ -91,7 +126,7 @@ def train(conversion: Conversion, stop: Shutdown) -> None:
     """
     saved = newest_checkpoint(conversion)
     with StepLog(conversion, 0 if saved is None else saved.global_step) as log:
-        Trainer(conversion, stop, log, saved).train()
+        Trainer(conversion, stop, log, saved, finds_rates_alone).train()
 
 
 def write_student(conversion: Conversion) -> None:
@@ -117,10 +152,19 @@ class Trainer:
         stop: a request to stop.
         log: receives every step.
         saved: the checkpoint to continue from; None to begin.
+        finds_rates_alone: whether learning rates are found, and nothing is trained.
     """
 
-    def __init__(self, conversion: Conversion, stop: Shutdown, log: StepLog, saved: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        conversion: Conversion,
+        stop: Shutdown,
+        log: StepLog,
+        saved: Checkpoint | None,
+        finds_rates_alone: bool = False,
+    ) -> None:
         self._conversion, self._stop, self._log, self._saved = conversion, stop, log, saved
+        self._finds_rates_alone = finds_rates_alone
         self._state = TrainingState() if saved is None else resume_state(conversion, saved)
         self._checkpoints = CheckpointWriter(conversion, log, stop, self._state.global_step)
         self._teachers = TeacherSwitch(conversion)
@@ -147,7 +191,13 @@ class Trainer:
                 self._calibrate(block, ranges[name][0], saved)
                 self._measure(name)
                 continue
-            self._train_stage(Stage(name, make_objective(conversion.models, blocks[name]), ranges[name]), saved)
+            stage = Stage(name, make_objective(conversion.models, block), ranges[name])
+            if self._finds_rates_alone:
+                if saved is not None:
+                    raise UsageError(f"{conversion.run.path} trains already", hint="choose another --output")
+                self._micro_batch_and_rate(stage)
+                continue
+            self._train_stage(stage, saved)
             self._measure(name)
 
     def _measure(self, name: str) -> None:
@@ -190,9 +240,21 @@ class Trainer:
     def _train_stage(self, stage: Stage, saved: Checkpoint | None) -> None:
         """Build the engine, load what a checkpoint holds of the stage, take the steps, gather the student again."""
         conversion = self._conversion
+        micro_batch, rate = self._micro_batch_and_rate(stage)
+        stage = replace(stage, learning_rate=rate)
+        engine = build_engine(stage.objective, conversion.recipe, micro_batch, conversion.device, conversion.world)
+        with naming_what_to_try(conversion, stage, micro_batch):
+            if saved is not None:
+                resume_engine(conversion, saved, engine)
+            self._take_steps(stage, engine, micro_batch)
+        engine.close()
+
+    def _micro_batch_and_rate(self, stage: Stage) -> tuple[int, float]:
+        """What the recipe leaves to be found before a stage, from the student as it is."""
+        conversion, block = self._conversion, stage.objective.block
         with Watchdog(  # where one process runs out of memory, the others hang in a collective call
             conversion.options.hang_timeout,
-            f"looking for a micro-batch of stage {stage.name} that fits",
+            f"looking for micro-batch and learning rate of stage {stage.name}",
             conversion.world,
         ) as hang:
 
@@ -202,13 +264,16 @@ class Trainer:
                     stage.objective, conversion.recipe, micro_batch, conversion.device, conversion.world
                 )
 
+            def check() -> None:
+                hang.heartbeat()
+                self._stop.check(f"while the learning rate of stage {stage.name} was looked for")
+
             micro_batch = micro_batch_of(conversion, stage, make_engine)
-        engine = make_engine(micro_batch)
-        with naming_what_to_try(conversion, stage, micro_batch):
-            if saved is not None:
-                resume_engine(conversion, saved, engine)
-            self._take_steps(stage, engine, micro_batch)
-        engine.close()
+            if block.learning_rate != "auto" and not self._finds_rates_alone:
+                return micro_batch, block.learning_rate
+            self._teachers.choose(stage, block.segments()[0].data, self._stop, hang)
+            with naming_what_to_try(conversion, stage, micro_batch):
+                return micro_batch, find_rate(conversion, stage, self._state, micro_batch, check)
 
     def _take_steps(self, stage: Stage, engine: Engine, micro_batch: int) -> None:
         conversion, state = self._conversion, self._state

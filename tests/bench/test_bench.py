@@ -16,8 +16,8 @@ from mohawkify.bench.cases import FOREIGN, KERNELS, find_cases, make_inputs, run
 from mohawkify.bench.decoding import QUICK, Models, require_same_by_steps, student_cache
 from mohawkify.bench.markdown import Bound, Measure, markdown
 from mohawkify.bench.measure import Timing, peak_in_child, side_by_side
-from mohawkify.bench.plot import line_plot
 from mohawkify.errors import MohawkifyError, NumericsError
+from mohawkify.evaluation.line_plot import line_plot
 from tests.commands import run
 
 CPU = torch.device("cpu")

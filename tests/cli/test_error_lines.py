@@ -63,7 +63,7 @@ def convert(*changes: object, teacher: object = "tiny-llama", recipe: object = "
     ("arguments", "code", "says"),
     [
         ((), 2, "Missing argument 'TEACHER'"),
-        (("tiny-llama",), 2, "Missing option '--recipe'"),
+        (("tiny-llama",), 2, "expected exactly one of --recipe, --tokens and --time"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--resume", "perhaps"), 2, "'perhaps' is not one of"),
         (("tiny-llama", "--recipe", "tiny.yaml", "--ouptut", "x"), 2, "Did you mean '--output'?"),
         (("tiny-lama", "--recipe", "tiny.yaml"), 66, "no such teacher: tiny-lama"),

@@ -85,7 +85,7 @@ def ranges() -> list[SampleRange]:
 
 def passes(objective: Any, batch: Any, world: World, micro_batch: int) -> None:
     conversion = SimpleNamespace(world=world, device=CPU)
-    loop._forward_backward(conversion, objective, engine_of(objective), batch, micro_batch, lambda: None)  # type: ignore[arg-type]
+    loop.forward_backward(conversion, objective, engine_of(objective), batch, micro_batch, lambda: None)  # type: ignore[arg-type]
 
 
 def stream(ranges: list[SampleRange], size: int, first_step: int, micro_batch: int) -> str:

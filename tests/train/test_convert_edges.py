@@ -111,10 +111,10 @@ def test_hashing_checkpoints_counts_as_progress(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient_norm"])
 def test_a_step_that_is_refused_is_logged(folder, tmp_path, monkeypatch, bad):
-    passes = loop._forward_backward
+    passes = loop.forward_backward
     with monkeypatch.context() as patch:
         if bad == "loss":
-            patch.setattr(loop, "_forward_backward", lambda *arguments: {**passes(*arguments), "loss": math.nan})
+            patch.setattr(loop, "forward_backward", lambda *arguments: {**passes(*arguments), "loss": math.nan})
         else:
             patch.setattr(LocalEngine, "step", lambda self, rate: math.inf)
         result = convert(folder, tmp_path / "run", *ORIENT_ALONE)

@@ -71,14 +71,14 @@ class EngineFacts:
 
     Args:
         optimizer: AdamW's settings and the gradient clip.
-        learning_rate: the stage's peak.
+        learning_rate: the stage's peak, or ``auto``.
         micro_batch_sequences: sequences per forward pass in one process.
         zero: ZeRO's stage, or None for the file's.
         offload: ``none``, ``optimizer`` or ``all``, or None for the file's.
     """
 
     optimizer: OptimizerRecipe
-    learning_rate: float
+    learning_rate: float | str
     precision: str
     batch_sequences: int
     micro_batch_sequences: int
