@@ -1,1 +1,1 @@
-"""Mixers: the modules that replace attention, registered by kind (kinds.py)."""
+"""Mixers: the modules that replace attention, a file per kind, with `register_mixer` of mixer.py."""

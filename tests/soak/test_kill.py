@@ -91,7 +91,7 @@ def test_p2_kills_at_every_operation(workshop, tmp_path):
 
 def test_p3_chains_of_six_segments(workshop, tmp_path):
     with Tally("P3", "six segments of 0, 1 or 2 steps, each killed") as tally:
-        for trial in range(trials(2, 20)):
+        for trial in range(trials(1, 20)):
             draw, run = chooser("P3", trial), tmp_path / f"chain-{trial}"
             with tally.trial(f"trial {trial} of seed {SEED}", run):
                 for _ in range(5):
