@@ -68,6 +68,11 @@ class StudentRecipe(Section):
         " teacher's attention weights, or as published (identity); null: calibrated, or attention where the mixer has"
         " no calibrated start",
     )
+    begin: Text | None = Field(
+        default=None,
+        description="a finished run whose student training goes on with, such as an imported one; null: a new student,"
+        " with the teacher's weights and the start above",
+    )
     state_size: int = Field(default=64, ge=1, le=65536, description="width of the state per head")
     conv_kernel: int = Field(default=4, ge=1, le=8, description="taps of the causal convolution")
     decay_bias: bool = Field(
@@ -88,9 +93,17 @@ class StudentRecipe(Section):
     )
     keep: KeepRecipe = Field(default=KeepRecipe(), description="attention of the teacher that is kept: a hybrid")
 
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.begin is not None and self.init is not None:
+            conflict(("init",), f"found {self.init} beside begin, expected null: the run's student is the start")
+        return self
+
     @property
     def start(self) -> str:
         """The start of the mixers: ``init``, or the best one that the mixer has."""
+        if self.begin is not None:  # whose weights take the place of any
+            return "identity"
         is_plain = self.conv_activation != "silu" and not self.gated_norm and self.decay_bias
         best = "calibrated" if self.mixer == "discrete_mamba2" and is_plain else "attention"
         return self.init or best

@@ -33,6 +33,7 @@ from mohawkify.teacher.lm_head import verify_head
 from mohawkify.teacher.load import load_teacher
 from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.soundness import require_sound
+from mohawkify.train.begin import begin_with
 from mohawkify.train.calibrate import calibrations_of
 from mohawkify.train.conversion import Conversion, ConvertOptions, ignore
 from mohawkify.train.engines.choice import (
@@ -253,6 +254,9 @@ def _load(request: Request, identity: str, resolved: ResolvedTeacher, final_teac
 
     teacher = load_teacher(resolved, dtype=dtype, device=load_device)
     student = build_student(teacher, adapter, spec, recipe.student.start, recipe.seed)
+    if recipe.student.begin is not None:
+        options.report(f"beginning with the student of {recipe.student.begin}")
+        begin_with(student, recipe.student.begin)
     models = TeacherStudent(teacher, student, spec, adapter, recipe.compute.kernels)
     calibrations = calibrations_of(models) if recipe.student.start == "calibrated" else {}
     verify_head(teacher, adapter, vocab_size)

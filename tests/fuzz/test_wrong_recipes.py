@@ -28,10 +28,14 @@ stages:
   distill:
     {tokens: 80M, sequence_length: 128, batch_sequences: 8, learning_rate: 1e-4,
      final_phase: {tokens: 1M, sequence_length: 64, teacher: somewhere, teacher_bits: 8}}
+evaluation: {every_tokens: 1M}
 compute: {micro_batch_sequences: 4, threads: 1, zero: 2, offload: none, deepspeed_config: d.json}
 """
-# The one key that cannot stand beside the others.
-WITH_LOGITS = EVERY_KEY.replace("teacher: somewhere, teacher_bits: 8", "logits: kept")
+# The two keys that cannot stand beside the others.
+OTHERS = ("logits", "begin")
+WITH_LOGITS = EVERY_KEY.replace("teacher: somewhere, teacher_bits: 8", "logits: kept").replace(
+    "init: attention", "begin: runs/first"
+)
 LEAF = re.compile(r"^( *(?:- )?)(\w+): (\S.*)$")
 # No key takes any of these.
 VALUES = ("{x: 1}", ".nan", "!!python/name:os.system 1", "&a 1", "*a", "[{x: 1}]", "[[]]")
@@ -62,7 +66,9 @@ def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
     mutations = list(wrong_recipes(text))
     assert len(mutations) >= 300
     mutations += [
-        (wrong, line) for wrong, line in wrong_recipes(with_logits) if "logits" in wrong.splitlines()[line - 1]
+        (wrong, line)
+        for wrong, line in wrong_recipes(with_logits)
+        if any(key in wrong.splitlines()[line - 1] for key in OTHERS)
     ]
     for mutation, line in mutations:
         file.write_text(mutation)
