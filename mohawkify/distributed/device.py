@@ -21,6 +21,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether a device has instructions for products of bfloat16: CPUs without compute them slower than float32."""
+    if device != "cpu":
+        return True
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has finished its queue, so that a measured time includes it."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mohawkify.distributed.device import choose_device
+from mohawkify.distributed.device import choose_device, multiplies_bf16
 from mohawkify.errors import UsageError
 from mohawkify.planning.planning import PlanOptions, memory_bytes, plan
 from mohawkify.planning.rules import Budget, RecipeRules, at
@@ -73,7 +73,8 @@ def _recipe(teacher: TeacherSpec, name: str, budget: Budget, machine: _Machine, 
     per_stage, closest, farthest = rules.checkpoints
     least_state, most_state = rules.state_size
     steps = {"sequence_length": length, "batch_sequences": sequences}
-    threads = 1 if teacher.hidden_size < rules.narrow else _num_cores()
+    is_wide = teacher.hidden_size >= rules.narrow
+    threads = _num_cores() if is_wide else 1
     within = "" if budget.seconds is None else f" in {budget.seconds:g} seconds"
     return parse_recipe(
         dump_yaml(
@@ -88,17 +89,19 @@ def _recipe(teacher: TeacherSpec, name: str, budget: Budget, machine: _Machine, 
                         "tokens": format_count(stage_tokens),
                         **(rules.calibration_batch(length, machine.num_processes) if stage == "calibrate" else steps),
                         **({} if stage == "calibrate" else {"learning_rate": "auto"}),
+                        **({"train": ["mixer"]} if stage == "align" and tokens < rules.align_mixers_to else {}),
                     }
                     for stage, stage_tokens in stages.items()
                 },
                 "schedule": {"decay": at(rules.decay, tokens)},
                 "compute": {
-                    "precision": "fp32" if machine.device == "cpu" else "bf16",
+                    "precision": "bf16" if is_wide and multiplies_bf16(machine.device) else "fp32",
                     **({"threads": threads} if machine.device == "cpu" else {}),
                 },
                 "evaluation": {
                     "tokens": min(max(tokens // share, fewest), most),
                     "sequence_length": length,
+                    "every_tokens": rules.within(tokens),
                 },
                 "checkpoint": {"every_steps": min(max(num_steps // per_stage, closest), farthest)},
             }

@@ -37,16 +37,19 @@ class RecipeRules:
         least_calibration: tokens of a narrow teacher's calibration.
         most_calibration: the share of a budget that a calibration may take.
         calibration: sequences of a batch of the calibration, and the most tokens of one.
-        align: the share of the other tokens that align gets: none in short runs, where distillation alone was best
-            (50 k tokens, SmolLM2-135M); from there on about what Llamba has; the border is assumed.
+        align: the share of the other tokens that align gets: none in short runs, where distillation alone is as good
+            (50 k tokens, SmolLM2-135M), half in longer ones (100 k, SmolLM2-135M; 1.5 M, stories260k), and what Llamba
+            has at its budget; the borders are assumed.
+        align_mixers_to: the budget up to which align trains mixers alone, with more tokens per second.
         length: tokens per sequence; 2,048 as published, assumed in between.
         step_tokens: tokens of an optimizer step in short runs, measured on both teachers.
         step_tokens_from: the budget up to which that holds.
         step_growth: the power with which the tokens of a step grow from there, to 262,144 at 8 B tokens, as published.
         decay: the share of the steps in which the learning rate falls: half, measured up to 4 M; as published at 8 B.
         state_size: the least and the most; in between it is as wide as a head.
-        narrow: teachers of less width compute fastest in one thread.
+        narrow: teachers of less width compute fastest in one thread, and in float32 on a CPU.
         evaluation: the budget over the held-out tokens, and the least and the most of those.
+        measurements: how many a run makes within stages, and the least tokens between them.
         checkpoints: how many a stage writes, and the least and the most steps between them.
         memory: the share of the memory of a machine without a GPU that a run may take.
     """
@@ -55,7 +58,8 @@ class RecipeRules:
     least_calibration: int = 16_384
     most_calibration: float = 1 / 3
     calibration: tuple[int, int] = (4, 256)
-    align: Steps = ((0, 0.0), (200_000, 0.35))
+    align: Steps = ((0, 0.0), (80_000, 0.48), (100_000_000, 0.35))
+    align_mixers_to: int = 10_000_000
     length: Steps = ((0, 256), (2_000_000, 512), (30_000_000, 1024), (300_000_000, 2048))
     step_tokens: int = 1024
     step_tokens_from: int = 2_000_000
@@ -64,6 +68,7 @@ class RecipeRules:
     state_size: tuple[int, int] = (32, 64)
     narrow: int = 256
     evaluation: tuple[int, int, int] = (50, 8192, 200_000)
+    measurements: tuple[int, int] = (10, 100_000)
     checkpoints: tuple[int, int, int] = (10, 50, 500)
     memory: float = 0.8
 
@@ -74,6 +79,11 @@ class RecipeRules:
         )
         align = round_count(at(self.align, tokens) * (tokens - calibrate))
         return {"calibrate": calibrate, "orient": 0, "align": align, "distill": tokens - calibrate - align}
+
+    def within(self, tokens: int) -> int | None:
+        """The tokens between measurements within stages; None in runs that are too short for them."""
+        number, least = self.measurements
+        return max(round_count(tokens / number), least) if tokens >= 2 * least else None
 
     def batch(self, tokens: int, longest: int, num_processes: int) -> tuple[int, int]:
         """Tokens per sequence, and sequences per step, which the processes share evenly.

@@ -8,6 +8,7 @@ import pytest
 
 import mohawkify
 from mohawkify import Budget, PlanOptions
+from mohawkify.distributed.device import multiplies_bf16
 from mohawkify.errors import UsageError
 from mohawkify.planning import automatic
 from mohawkify.recipe.loading import dump_recipe, load_recipe, parse_recipe
@@ -53,8 +54,28 @@ def test_a_small_budget_is_spent_as_the_recipe_quick_spends_it(teacher_configs: 
     assert tokens_of(written) == {**tokens_of(quick), "calibrate": 16_384}
     assert written.stages.distill.tokens_per_step == quick.stages.distill.tokens_per_step
     assert (written.schedule, written.student.write) == (quick.schedule, quick.student.write)
-    assert written.compute.precision == "fp32"
+    assert written.compute.precision == ("bf16" if multiplies_bf16("cpu") else "fp32")
     assert written.student.start == "calibrated"
+
+
+def test_a_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(
+    teacher_configs: Path, stories_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(teacher: Path, **capabilities: bool) -> str:
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+        written = mohawkify.write_recipe(str(teacher), Budget(50_000), ["compute.device=cpu"])
+        return written.compute.precision
+
+    assert precision(teacher_configs / "SmolLM2-135M.json", avx512_bf16=True) == "bf16"
+    assert precision(teacher_configs / "SmolLM2-135M.json", avx512_f=True, avx512_bf16=False) == "fp32"
+    assert precision(stories_teacher, amx_bf16=True) == "fp32"  # too narrow to gain
+
+
+def test_longer_runs_align_half_of_the_text_and_measure_on_the_way(teacher_configs: Path) -> None:
+    written = mohawkify.write_recipe(str(teacher_configs / "SmolLM2-135M.json"), Budget(10**6), ["compute.device=cpu"])
+    assert written.stages.align.tokens == pytest.approx(written.stages.distill.tokens, rel=0.1)
+    assert written.stages.align.train == ("mixer",)
+    assert written.evaluation.every_tokens == 100_000
 
 
 @pytest.mark.parametrize("tokens", [10_000, 50_000, 300_000, 1_234_567, 10**7, 10**9])
