@@ -139,9 +139,8 @@ def _fit(planned: dict[str, Any]) -> str:
         return ""
     found = f"{short_bytes(fit['peak_bytes'])} of {short_bytes(fit['usable_bytes'])} that a plan may fill of its "
     found += f"{short_bytes(gpu['memory_bytes'])}"
-    largest = ", ".join(
-        f"{name} {row['largest_micro_batch'] or 'none'}" for name, row in planned["stages"].items() if row["steps"]
-    )
+    stages = {name: row for name, row in planned["stages"].items() if row["steps"] and row["trainable_parameters"]}
+    largest = ", ".join(f"{name} {row['largest_micro_batch'] or 'none'}" for name, row in stages.items())
     largest = f"largest micro-batches that fit: {largest}"
     if fit["fits"]:
         return f"fits the {gpu['name']}: {found}; {largest}"

@@ -15,6 +15,26 @@ from torch import Tensor, nn
 
 from mohawkify.families.adapter import AttentionWeights
 
+# Of the sums of one pass over the text. More layers than these allow are fitted one group after the other.
+MAX_SUMS_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What a pass takes in one layer, for plans: an estimate.
+
+    Args:
+        share: of the text that it reads.
+        sums_bytes: of what it adds up.
+        flops: per token, for the sums; the teacher's forward pass comes on top.
+        working_bytes: per sequence, while a batch is added.
+    """
+
+    share: float
+    sums_bytes: int
+    flops: float
+    working_bytes: int
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -73,6 +93,17 @@ class Calibration(ABC):
     def refuse(cls, config: Any) -> str | None:
         """The reason why mixers with these options cannot be calibrated, as the end of a sentence; None if they can."""
         return None
+
+    @classmethod
+    def costs(cls, attention: tuple[int, int, int], hidden_size: int, length: int) -> list[PassCost]:
+        """What every pass takes, as far as plans know it.
+
+        Args:
+            attention: query heads, key heads, and their width.
+            hidden_size: d.
+            length: tokens per sequence.
+        """
+        return [PassCost(share, 0, 0.0, 0) for share in cls.passes.values()]
 
     @abstractmethod
     def begin(self, name: str, length: int) -> None:

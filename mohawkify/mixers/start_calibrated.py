@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mohawkify.families.adapter import AttentionWeights
-from mohawkify.mixers.calibration import AttentionCall, Calibration, HeadsBeside, ridge
+from mohawkify.mixers.calibration import AttentionCall, Calibration, HeadsBeside, PassCost, ridge
 from mohawkify.mixers.mamba2 import GATE_IDENTITY_BIAS, DiscreteMamba2, DiscreteMamba2Config
 
 SHORTEST_HALF_LIFE = 0.25  # tokens; the next candidate is twice as long, up to that of twice the sequences
@@ -71,27 +71,35 @@ class CalibratedStart(Calibration):
             return None
         return "needs student.conv_activation: none, student.gated_norm: false and student.decay_bias: true"
 
+    @classmethod
+    def costs(cls, attention: tuple[int, int, int], hidden_size: int, length: int) -> list[PassCost]:
+        """See `Calibration.costs`: a token adds outer products of its features, one for every output that they make."""
+        heads, _, width = attention
+        chosen = min(1.0, POSITIONS_PER_SEQUENCE / length)
+        rows = {"decays": width, "heads": chosen * width, "gates": width, "output": 1}
+        matrices = heads * length**2  # of attention; float32, like all below
+        written = length * (width + 1) * width * (1 + chosen) + chosen * length * width * _num_features(width)
+        # The first pass has scores, decays and their product beside the probabilities, and its features.
+        working = {"decays": 4 * matrices + 3 * heads * length * width, "heads": matrices + written}
+        found = []
+        for name, shapes in sum_shapes(attention, heads * width, hidden_size, length).items():
+            numbers = sum(math.prod(shape) for shape in shapes.values())
+            flops = 2.0 * rows[name] * math.prod(shapes["gram"])
+            if name == "decays":  # the features themselves: two products of matrices for each half-life
+                flops += 4.0 * shapes["gram"][1] * heads * length * width
+            if name == "heads":
+                flops += 2.0 * chosen * heads * length * (width + 1) * width
+            found.append(PassCost(cls.passes[name], 8 * numbers, flops, int(4 * working.get(name, 2 * matrices))))
+        return found
+
     def begin(self, name: str, length: int) -> None:
         """See `Calibration.begin`."""
         self.name, self.num_calls = name, 0
         heads, width = self.q_hpd.shape[:2]
-        groups, inner = heads // self.repeats, sum(output.in_features for output in self.outputs)
-        hidden = self.mixer.hidden_size
-        num_candidates = 2 + math.ceil(math.log2(length / SHORTEST_HALF_LIFE))
-        self.half_life_c = SHORTEST_HALF_LIFE * 2.0 ** torch.arange(num_candidates)
-        features = 3 * width + width // 2 + 2
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {
-            "decays": {
-                "gram": (heads, num_candidates, 2, 2),
-                "target": (heads, num_candidates, 2),
-                "square": (heads,),
-                "q_moment": (heads, width + 1, width + 1),
-                "k_moment": (groups, width + 1, width + 1),
-            },
-            "heads": {"gram": (heads, features, features), "target": (heads, features)},
-            "gates": {"gram": (heads, width + 1, width + 1), "target": (heads, width + 1)},
-            "output": {"gram": (inner + 1, inner + 1), "target": (inner + 1, hidden), "square": (1,)},
-        }
+        inner = sum(output.in_features for output in self.outputs)
+        self.half_life_c = SHORTEST_HALF_LIFE * 2.0 ** torch.arange(_num_candidates(length))
+        attention = (heads, heads // self.repeats, width)
+        shapes = sum_shapes(attention, inner, self.mixer.hidden_size, length)
         device = self.mixer.out_proj.weight.device
         precise = torch.float32 if device.type == "mps" else torch.float64
         self.sums = {key: torch.zeros(shape, dtype=precise, device=device) for key, shape in shapes[name].items()}
@@ -292,6 +300,41 @@ def values(weights: AttentionWeights, hidden_bld: Tensor) -> Tensor:
 
 def _repeated(v_bgsp: Tensor, num_heads: int) -> Tensor:
     return v_bgsp.repeat_interleave(num_heads // v_bgsp.shape[1], dim=1)
+
+
+def sum_shapes(
+    attention: tuple[int, int, int], inner: int, hidden_size: int, length: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of what every pass adds up.
+
+    Args:
+        attention: query heads, key heads, and their width.
+        inner: inputs of the output projections.
+        hidden_size: d.
+        length: tokens per sequence.
+    """
+    heads, groups, width = attention
+    num_candidates, features = _num_candidates(length), _num_features(width)
+    return {
+        "decays": {
+            "gram": (heads, num_candidates, 2, 2),
+            "target": (heads, num_candidates, 2),
+            "square": (heads,),
+            "q_moment": (heads, width + 1, width + 1),
+            "k_moment": (groups, width + 1, width + 1),
+        },
+        "heads": {"gram": (heads, features, features), "target": (heads, features)},
+        "gates": {"gram": (heads, width + 1, width + 1), "target": (heads, width + 1)},
+        "output": {"gram": (inner + 1, inner + 1), "target": (inner + 1, hidden_size), "square": (1,)},
+    }
+
+
+def _num_candidates(length: int) -> int:
+    return 2 + math.ceil(math.log2(length / SHORTEST_HALF_LIFE))
+
+
+def _num_features(width: int) -> int:
+    return 3 * width + width // 2 + 2
 
 
 def decaying_means(log_decay: float, document_starts_bl: Tensor) -> Tensor:

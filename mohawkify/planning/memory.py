@@ -91,10 +91,12 @@ class Sizes:
     """The sizes of teacher and student, and of one stage, that memory depends on.
 
     Args:
-        stage: ``orient``, ``align`` or ``distill``.
+        stage: ``calibrate``, ``orient``, ``align`` or ``distill``.
         length: l, its greatest.
         trained_parts: parameters that the stage trains, by part.
         whole_logits: whether stage 3 makes all logits at once, as in families with an unknown head.
+        sums_bytes: what a calibration adds up at most.
+        working_bytes: what one sequence takes in a layer of a calibration, at most.
     """
 
     stage: str
@@ -103,6 +105,8 @@ class Sizes:
     student_spec: StudentSpec
     trained_parts: dict[str, int]
     whole_logits: bool = False
+    sums_bytes: int = 0
+    working_bytes: int = 0
 
     @property
     def student(self) -> int:
@@ -190,7 +194,11 @@ def memory_parts(sizes: Sizes, layout: Layout, footprint: Footprint) -> dict[str
         Bytes by the names in `PARTS`; their sum is the most that is in use. The fused optimiser's step adds nothing.
     """
     parts = {**dict.fromkeys(PARTS, 0.0), "teacher": _teacher(sizes, layout), **_student(sizes, layout)}
-    if sizes.stage == "align":
+    if sizes.stage == "calibrate":  # in every process a whole student, in no engine, beside copies of the attention
+        parts |= {"weights": float(FP32 * sizes.student), "gradients": 0.0, "optimizer": 0.0}
+        parts["buffers"] = float(FP32 * sizes.teacher.attention_parameters + sizes.sums_bytes)
+        moving = float(layout.micro_batch * sizes.working_bytes), 0.0
+    elif sizes.stage == "align":
         moving = layout.micro_batch * footprint.align, 0.0
     else:
         moving = (_orient if sizes.stage == "orient" else _distill)(sizes, layout, footprint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from math import gcd
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mohawkify.errors import UsageError
 from mohawkify.planning.gpus import UTILISATION, Gpu
@@ -26,10 +26,14 @@ from mohawkify.planning.memory import (
     remedies,
     rule_of_thumb,
 )
+from mohawkify.planning.rules import RangeRules
 from mohawkify.recipe.schema import Recipe, StageRecipe
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.teacher.teacher_spec import TeacherSpec
 from mohawkify.train.engines.deepspeed_config import read_settings, zero_and_offload
+
+if TYPE_CHECKING:
+    from mohawkify.mixers.calibration import PassCost
 
 # Assumed sustained speed without a GPU that is named or recognised: an order of magnitude.
 ASSUMED_FLOPS_PER_SECOND = {"cuda": 1.0e14, "mps": 4.0e12, "cpu": 3.0e10}
@@ -116,6 +120,8 @@ def make_plan(inputs: PlanInputs, footprint: Footprint | None = None) -> dict[st
     for name, stage in recipe.stages.blocks().items():
         trained = trained_parameters(stage.plans_as, stage, teacher, student)
         all_sizes[name] = Sizes(stage.plans_as, longest(stage), teacher, student, trained, inputs.whole_logits)
+        if stage.plans_as == "calibrate":
+            all_sizes[name] = replace(all_sizes[name], **_calibration_bytes(inputs, longest(stage)))
         own = _phases(inputs, name, stage, trained)
         phases += own
         rows[name] = _stage(inputs, stage, all_sizes[name], counted, own)
@@ -215,6 +221,8 @@ def longest_by_kind(recipe: Recipe) -> dict[str, int]:
 def trained_parameters(name: str, stage: StageRecipe, teacher: TeacherSpec, student: StudentSpec) -> dict[str, int]:
     """How many parameters a stage trains, by part; norms count with the MLPs."""
     head = 0 if teacher.tie_word_embeddings else teacher.head_parameters
+    if name == "calibrate":
+        return {}
     if name == "orient":
         return {"mixer": student.matrix_parameters}
     parts = getattr(stage, "train", MIXER_ONLY)
@@ -239,6 +247,8 @@ def _micro(stage: StageRecipe, wanted: int | str | None, num_gpus: int) -> int:
     For ``auto``, which a run finds out by trying, it is the whole share.
     """
     share = stage.batch_sequences // num_gpus
+    if stage.plans_as == "calibrate":
+        return share
     return min(wanted, share) if isinstance(wanted, int) else share
 
 
@@ -289,6 +299,9 @@ def _stage(
     layout, machine = inputs.layout, inputs.machine
     num_steps, schedule = stage.num_steps, inputs.recipe.schedule
     warmup, decay = round(schedule.warmup * num_steps), round(schedule.decay * num_steps)
+    is_trained = stage.plans_as != "calibrate"
+    if not is_trained:
+        warmup = decay = 0
     sums = {key: sum(row[key] for row in phases) for key in ("tokens", "teacher_flops", "student_flops", "seconds")}
     own = replace(layout, micro_batch=_micro(stage, layout.micro_batch, layout.num_gpus))
     memory = memory_parts(sizes, own, footprint) if phases else dict.fromkeys(PARTS, 0)
@@ -310,7 +323,7 @@ def _stage(
         "memory_bytes": sum(memory.values()),
         "largest_micro_batch": (
             largest_micro_batch(sizes, layout, footprint, machine.gpu.usable_bytes, stage.batch_sequences)
-            if machine.gpu is not None
+            if machine.gpu is not None and is_trained
             else None
         ),
     }
@@ -332,6 +345,10 @@ def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str
     idle = teacher.num_parameters - teacher.active_parameters
     attended = [_mean_context(length, teacher.window_of(index)) for index in range(teacher.num_hidden_layers)]
     trunk = 2.0 * (teacher.active_parameters - ends) + 4.0 * heads * width * sum(attended)
+    if name == "calibrate":
+        groups, costs = _calibration_passes(inputs, length)
+        passes = sum(cost.share * number for cost, number in zip(costs, groups, strict=True))
+        return passes * trunk, num_grafted * sum(cost.share * cost.flops for cost in costs)
     if name == "orient":
         # The layers' inputs need no gradient. A band: the teacher's scores, the student's matrix, two gradients.
         bands = float(length * (width + 3 * state))
@@ -358,6 +375,26 @@ def _work(inputs: PlanInputs, stage: StageRecipe, length: int, trained: dict[str
     head = 2.0 * teacher.head_parameters
     head_learns = "head" in trained or (teacher.tie_word_embeddings and "embedding" in trained)
     return trunk + head, student_work + (4.0 if checkpointing else 3.0) * kept + head * (3 if head_learns else 2)
+
+
+def _calibration_passes(inputs: PlanInputs, length: int) -> tuple[list[int], list[PassCost]]:
+    """How many groups of layers read the text in every pass of a calibration, and what the passes take in a layer."""
+    from mohawkify.mixers.calibration import MAX_SUMS_BYTES
+    from mohawkify.mixers.kinds import mixer_class
+
+    teacher, student = inputs.teacher, inputs.student
+    attention = (teacher.num_attention_heads, teacher.num_key_value_heads, teacher.head_dim)
+    costs = mixer_class(student.kind).calibration.costs(attention, teacher.hidden_size, length)
+    layers = len(student.mixer_layers)
+    groups = [max(1, -(-layers // max(1, MAX_SUMS_BYTES // max(1, cost.sums_bytes)))) for cost in costs]
+    return groups, costs
+
+
+def _calibration_bytes(inputs: PlanInputs, length: int) -> dict[str, Any]:
+    groups, costs = _calibration_passes(inputs, length)
+    layers = len(inputs.student.mixer_layers)
+    most = max(cost.sums_bytes * -(-layers // number) for cost, number in zip(costs, groups, strict=True))
+    return {"sums_bytes": most, "working_bytes": max(cost.working_bytes for cost in costs)}
 
 
 def _mean_context(length: int, window: int | None) -> float:
@@ -405,8 +442,13 @@ def _fit(
 
 
 def early_endings(recipe: Recipe) -> list[str]:
-    """A line for every stage that may end before its budget is used up."""
-    return [
+    """A line for every stage that may end before its budget is used up, or begins with a range test."""
+    tests = [
+        f"stage {name} begins with a range test: up to {RangeRules().share:.0%} of its time more"
+        for name, stage in recipe.stages.blocks().items()
+        if stage.learning_rate == "auto" and stage.tokens
+    ]
+    return tests + [
         f"stage {name} may end on a plateau: its steps, tokens and time are what it takes at most"
         for name, stage in recipe.stages.blocks().items()
         if stage.plateau is not None and stage.tokens

@@ -88,7 +88,7 @@ class StageRecipe(Section):
     A subclass narrows ``objective`` to its own name; ``plans_as`` is the standard stage that it resembles in a plan.
     """
 
-    plans_as: ClassVar[Literal["orient", "align", "distill"]] = "distill"
+    plans_as: ClassVar[Literal["calibrate", "orient", "align", "distill"]] = "distill"
 
     objective: str = Field(description="registered objective whose loss the stage minimises")
     tokens: Count = Field(description="training tokens of the stage; 0: the stage is left out")
@@ -140,7 +140,7 @@ class StageRecipe(Section):
 class CalibrateRecipe(StageRecipe):
     """Before stage 1: the mixers are fitted to attention on text, in closed form."""
 
-    plans_as = "orient"
+    plans_as = "calibrate"
 
     objective: Literal["closed_form"] = Field(default="closed_form", description="sums over text, and one solution")
     tokens: PositiveCount = Field(default=16_384, description="tokens of text that the sums are taken over")

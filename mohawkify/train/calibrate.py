@@ -15,16 +15,13 @@ from mohawkify.data.packing import Batch
 from mohawkify.distributed.process_group import World
 from mohawkify.families.projections import read_attention
 from mohawkify.mixers.attention_heads import output_projection
-from mohawkify.mixers.calibration import AttentionCall, Calibration, HeadsBeside
+from mohawkify.mixers.calibration import MAX_SUMS_BYTES, AttentionCall, Calibration, HeadsBeside
 from mohawkify.objectives.objective import TeacherStudent, run_trunk
 from mohawkify.objectives.trainable import mixers_by_layer, mixing_modules
 from mohawkify.recipe.schema import CalibrateRecipe
 from mohawkify.student.build import float_on
 from mohawkify.teacher.capture import LayerCall, capture_attention, layer_hooks
 from mohawkify.train.conversion import Conversion
-
-# Of the sums of one pass over the text. More layers than these allow are fitted one group after the other.
-MAX_SUMS_BYTES = 2 << 30
 
 
 def calibrations_of(models: TeacherStudent) -> dict[int, Calibration]:

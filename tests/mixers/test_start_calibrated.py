@@ -160,3 +160,13 @@ def test_ridge_solves_its_equations() -> None:
     solution = ridge(gram, target, 0.1)
     left = (gram.double() + 0.1 * torch.eye(5, dtype=torch.float64)) @ solution
     assert_close("equations", left, target.double(), 1e-6)  # which have a floor of 1e-9 of the mean square
+
+
+def test_plans_know_what_it_adds_up() -> None:
+    start = CalibratedStart(DiscreteMamba2(HIDDEN, DiscreteMamba2Config(HEADS, WIDTH, 16), 0), attention_weights())
+    costs = CalibratedStart.costs((HEADS, GROUPS, WIDTH), HIDDEN, LENGTH)
+    for (name, share), cost in zip(CalibratedStart.passes.items(), costs, strict=True):
+        start.begin(name, LENGTH)
+        assert cost.sums_bytes == sum(tensor.nbytes for tensor in start.sums.values())
+        assert cost.share == share
+        assert cost.flops > 0

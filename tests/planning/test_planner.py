@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,3 +272,32 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, stage, checkpointing, ove
     layout = Layout("single", checkpointing=checkpointing)
     work = sum(_work(PlanInputs(teacher, pair.spec, recipe, Machine("cpu"), layout), own, length, sums))
     assert work == pytest.approx(counter.get_total_flops() / (batch * length), rel=0.12)
+
+
+def test_a_calibration_is_planned_as_what_it_is(teacher_configs: Path) -> None:
+    """No optimizer; the sums of its fullest pass; the teacher over all that its passes read."""
+    recipe = apply_overrides(load_recipe("quick"), ["compute.device=cpu"])
+    planned = plan(str(teacher_configs / "SmolLM2-135M.json"), recipe)
+    row = planned["stages"]["calibrate"]
+    assert (row["tokens"], row["trainable_parameters"], row["warmup_steps"], row["decay_steps"]) == (16_384, 0, 0, 0)
+    assert row["memory"]["gradients"] == row["memory"]["optimizer"] == 0
+    trunk = planned["stages"]["distill"]["teacher_flops"] / planned["stages"]["distill"]["tokens"]
+    assert row["teacher_flops"] / row["tokens"] == pytest.approx((1 / 16 + 1 / 4 + 1 / 2 + 1) * trunk, rel=0.25)
+    assert 0 < row["student_flops"] < row["teacher_flops"]
+    # The float64 sums of 30 layers: 9 heads with 226 features each, and 576 + 1 inputs of the output projection.
+    heads, output = 9 * 226 * 227, 577 * (577 + 576) + 1
+    sums = 8 * 30 * max(heads, output)
+    copies = 4 * planned["teacher"]["attention_parameters"]
+    assert row["memory"]["buffers"] == sums + copies
+    assert row["largest_micro_batch"] is None
+    plans = [apply_overrides(recipe, [f"stages.calibrate.tokens={tokens}"]) for tokens in ("16k", "160k")]
+    memory = [
+        plan(str(teacher_configs / "SmolLM2-135M.json"), each)["stages"]["calibrate"]["memory_bytes"] for each in plans
+    ]
+    assert memory[0] == memory[1], "sums do not grow with the text"
+
+
+def test_a_range_test_is_announced(teacher_configs: Path) -> None:
+    recipe = apply_overrides(load_recipe("quick"), ["compute.device=cpu", "stages.distill.learning_rate=auto"])
+    planned = plan(str(teacher_configs / "SmolLM2-135M.json"), recipe)
+    assert "stage distill begins with a range test: up to 5% of its time more" in planned["warnings"]
