@@ -140,7 +140,7 @@ def tuning_text(found: dict[str, Any]) -> str:
             loss = row["loss"]
             shown = ("not finite", "") if loss is None else (f"{loss:.4f}", f"{loss / start:.3f}")
             rows.append((f"{row['learning_rate']:g}", *shown, "refused" if row["refused"] else ""))
-        text = f"{test['steps']} steps of {test['sequences']} x {test['length']} tokens at each rate"
+        text = f"{test['steps']} steps at each rate, {test['tokens']:,} tokens in all"
         headings = ("learning rate", "loss", "of the start", "")
         parts.append(
             f"{stage}: {text}\n\n{text_table(headings, rows)}\n\nstages.{stage}.learning_rate={test['learning_rate']:g}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mohawkify.distributed.device import choose_device, multiplies_bf16
 from mohawkify.errors import UsageError
 from mohawkify.planning.planning import PlanOptions, memory_bytes, plan
-from mohawkify.planning.rules import Budget, RecipeRules, at
+from mohawkify.planning.rules import Budget, RangeRules, RecipeRules, at
 from mohawkify.recipe.loading import apply_overrides, parse_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.recipe.strict_yaml import dump_yaml
@@ -73,6 +73,11 @@ def _recipe(teacher: TeacherSpec, name: str, budget: Budget, machine: _Machine, 
     per_stage, closest, farthest = rules.checkpoints
     least_state, most_state = rules.state_size
     steps = {"sequence_length": length, "batch_sequences": sequences}
+    tested = RangeRules().least_tokens(length * sequences)
+    rates = {
+        stage: "auto" if stage_tokens >= tested else rules.learning_rate(stage, teacher.hidden_size)
+        for stage, stage_tokens in stages.items()
+    }
     is_wide = teacher.hidden_size >= rules.narrow
     threads = _num_cores() if is_wide else 1
     within = "" if budget.seconds is None else f" in {budget.seconds:g} seconds"
@@ -88,7 +93,7 @@ def _recipe(teacher: TeacherSpec, name: str, budget: Budget, machine: _Machine, 
                     stage: {
                         "tokens": format_count(stage_tokens),
                         **(rules.calibration_batch(length, machine.num_processes) if stage == "calibrate" else steps),
-                        **({} if stage == "calibrate" else {"learning_rate": "auto"}),
+                        **({} if stage == "calibrate" else {"learning_rate": rates[stage]}),
                         **({"train": ["mixer"]} if stage == "align" and tokens < rules.align_mixers_to else {}),
                     }
                     for stage, stage_tokens in stages.items()

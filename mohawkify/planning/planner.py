@@ -444,7 +444,7 @@ def _fit(
 def early_endings(recipe: Recipe) -> list[str]:
     """A line for every stage that may end before its budget is used up, or begins with a range test."""
     tests = [
-        f"stage {name} begins with a range test: up to {RangeRules().share:.0%} of its time more"
+        f"stage {name} begins with a range test: about {RangeRules().cost(stage):.0%} of its time more"
         for name, stage in recipe.stages.blocks().items()
         if stage.learning_rate == "auto" and stage.tokens
     ]

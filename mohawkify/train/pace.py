@@ -110,7 +110,8 @@ def _seconds(recipe: Recipe, pace: dict[str, float]) -> float:
     """The time of a recipe's stages, of their range tests and of the measurements between them."""
     blocks = {name: block for name, block in recipe.stages.blocks().items() if block.tokens}
     training = sum(pace[name] * block.tokens for name, block in blocks.items())
-    tests = sum(pace[name] * block.tokens * RangeRules().share for name, block in blocks.items() if block.learning_rate)
+    tested = {name: block for name, block in blocks.items() if block.learning_rate == "auto"}
+    tests = sum(pace[name] * block.tokens * RangeRules().cost(block) for name, block in tested.items())
     return training + tests + (len(blocks) + 1) * MEASURING * pace["distill"] * recipe.evaluation.tokens
 
 

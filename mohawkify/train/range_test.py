@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from mohawkify.data.loader import batch_at
 from mohawkify.data.packing import Batch
 from mohawkify.errors import DataError
 from mohawkify.objectives.objective import Objective
-from mohawkify.planning.rules import RangeRules, RangeSize
+from mohawkify.planning.rules import RangeRules
 from mohawkify.train.conversion import Conversion
 from mohawkify.train.engines.choice import build_engine
 from mohawkify.train.loop import Stage, forward_backward
@@ -51,10 +50,8 @@ class RangeTest:
         """
         begin = time.perf_counter()
         block = self.stage.objective.block
-        size = self.rules.size(block, self.conversion.world.size)
-        objective = copy(self.stage.objective)
-        objective.block = block.model_copy(update={"batch_sequences": size.sequences})
-        batches = self._batches(objective, size)
+        steps = self.rules.steps(block)
+        objective, batches = self.stage.objective, self._batches(steps + 1)
         weights = {name: p.detach().to("cpu", copy=True) for name, p in objective.parameters().items()}
         start = self._loss_after(objective, weights, batches[-1:], 0.0)
         losses: dict[float, float] = {}
@@ -65,10 +62,10 @@ class RangeTest:
                 if not losses[rate] < best:
                     break
         return {
-            "learning_rate": self.rules.best(losses, start, block.tokens / size.tokens),
+            "learning_rate": self.rules.best(losses, start, block.tokens / (steps * block.tokens_per_step)),
             "start_loss": start,
-            **asdict(size),
-            "tokens": (size.tokens + batches[-1].input_ids.numel()) * len(losses),
+            "steps": steps,
+            "tokens": sum(batch.input_ids.numel() for batch in batches) * len(losses),
             "seconds": time.perf_counter() - begin,
             "rates": [
                 {
@@ -80,17 +77,13 @@ class RangeTest:
             ],
         }
 
-    def _batches(self, objective: Objective, size: RangeSize) -> list[Batch]:
-        """The first sequences of the stage's first batches in which a prediction counts, again where they are few."""
-        block, seed = self.stage.objective.block, self.conversion.recipe.seed
+    def _batches(self, count: int) -> list[Batch]:
+        """The stage's first batches in which a prediction counts, again where they are few."""
+        objective, seed = self.stage.objective, self.conversion.recipe.seed
+        block = objective.block
         found: list[Batch] = []
-        count = size.steps + 1
-        # Logits are kept for whole sequences; only a final phase has them.
-        length = size.length if block.segments()[0].data == "train" else None
         for step in range(min(block.num_steps, MOST_BATCHES_LOOKED_AT * count)):
             batch = batch_at(self.stage.ranges, step, block.batch_sequences, seed)
-            ids_bl, positions_bl, mask_bl, sequences_b = (tensor[: size.sequences] for tensor in batch)
-            batch = Batch(ids_bl[:, :length], positions_bl[:, :length], mask_bl[:, :length], sequences_b)
             found += [batch] if objective.weight(batch) else []
             if len(found) == count:
                 return found
@@ -107,18 +100,17 @@ class RangeTest:
         Every rate has an engine of its own: nothing of an optimizer is left to the next.
         """
         conversion, device = self.conversion, self.conversion.device
-        micro_batch = min(self.micro_batch, len(batches[0].input_ids) // conversion.world.size)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            engine = build_engine(objective, conversion.recipe, micro_batch, device, conversion.world)
+            engine = build_engine(objective, conversion.recipe, self.micro_batch, device, conversion.world)
             passes = (conversion, objective, engine)
             try:
                 for batch in batches[:-1]:
                     with engine.accumulating():
-                        forward_backward(*passes, batch, micro_batch, self.check)
+                        forward_backward(*passes, batch, self.micro_batch, self.check)
                     if not math.isfinite(engine.step(rate)):
                         return math.inf
                 with torch.no_grad():
-                    metrics = forward_backward(*passes, batches[-1], micro_batch, self.check)
+                    metrics = forward_backward(*passes, batches[-1], self.micro_batch, self.check)
             finally:
                 engine.close()
                 with torch.no_grad():

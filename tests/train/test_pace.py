@@ -36,7 +36,7 @@ def test_a_teacher_text_and_a_budget_are_enough(teacher: Path, tmp_path: Path) -
     recipe = load_recipe(output / "recipe.yaml")
     assert sum(block.tokens for block in recipe.stages.blocks().values()) == 4096
     assert recipe.data.train[0].path == str(teacher / "text.txt")
-    assert (output / "tuning.json").is_file()
+    assert isinstance(recipe.stages.distill.learning_rate, float), "too short for a range test"
     # What was printed can be kept: the run goes by it.
     again = run_well("convert", teacher, "--recipe", output / "recipe.yaml", "--output", output)
     assert "already finished" in again.stderr
