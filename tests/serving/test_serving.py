@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from mohawkify.errors import CheckpointError, UsageError
+from mohawkify.files.atomic import atomic_directory
 from mohawkify.serving.served import find_served, serve
 from tests.commands import run
 from tests.finished import scripted_run
@@ -193,3 +195,21 @@ def test_what_cannot_be_served_is_one_line(runs, tmp_path, monkeypatch):
     missing = run("serve", runs / "brief")
     assert missing.exit_code == 69
     assert missing.stderr.splitlines()[-1] == 'hint: pip install "mohawkify[serve]"'
+
+
+def test_an_export_of_a_stock_type_is_handed_to_vllm_where_that_is_installed(tmp_path, monkeypatch):
+    with atomic_directory(tmp_path / "granite") as folder:
+        (folder / "config.json").write_text('{"model_type": "granitemoehybrid"}')
+    assert find_served(tmp_path / "granite").engine == "transformers"
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\nexit 3\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    served = find_served(tmp_path / "granite")
+    lines: list[str] = []
+    with pytest.raises(UsageError, match="`vllm serve` ended with exit code 3"):
+        serve(served, "127.0.0.1", 0, lines.append)
+    port = re.findall(r":(\d+)/v1", lines[0])[0]
+    arguments = f"serve {tmp_path}/granite --host 127.0.0.1 --port {port} --served-model-name granite"
+    assert (tmp_path / "called").read_text().split() == arguments.split()
