@@ -21,7 +21,6 @@ from mohawkify.cli.options import own_text
 from mohawkify.cli.plan_tables import plan_text
 from mohawkify.exporters.export import TARGETS
 from mohawkify.families.registry import adapter_names
-from mohawkify.planning.planning import plan
 from mohawkify.recipe.bundled import recipe_names
 from mohawkify.recipe.loading import apply_overrides, load_recipe, parse_recipe
 from tests.commands import RECIPE, make_recipe, make_teacher, run, run_well
@@ -39,7 +38,6 @@ PARAMETERS = {
     "Llama-3.2-1B-Instruct": 1_235_814_400,
     "Llama-3.2-3B-Instruct": 3_212_749_824,
     "Llama-3.1-8B-Instruct": 8_030_261_248,
-    "Llama-3.1-70B-Instruct": 70_553_706_496,
     "Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen3-8B": 8_190_735_360,
     "SmolLM2-135M": 134_515_008,
@@ -168,15 +166,6 @@ def test_a_promised_conversion_is_planned_from_the_real_config(teacher_configs, 
     assert planned["tokens"] == pytest.approx({"llamba-1b": 8e9, "llamba-3b": 10e9, "llamba-8b": 12e9}[name], rel=1e-3)
     text = plan_text(planned)
     assert all(stage in text for stage in ("orient", "align", "distill", "estimates", "disk"))
-
-
-def test_every_config_of_a_known_family_is_planned(teacher_configs):
-    recipe = load_recipe("llamba-8b")
-    planned = {}
-    for config in sorted(teacher_configs.glob("*.json")):
-        if json.loads(config.read_text())["model_type"] in adapter_names():
-            planned[config.stem] = plan(str(config), recipe)["teacher"]["num_parameters"]
-    assert planned.items() >= PARAMETERS.items()
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B-Instruct", "Qwen2.5-7B-Instruct", "Qwen3-8B", "SmolLM2-135M"])
