@@ -70,7 +70,8 @@ def lines_of(page: str) -> list[str]:
     """The commands that a page shows."""
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = re.findall(r"^ {4}(mohawkify .+)$", text, flags=re.MULTILINE)
-    return [re.split(r" {2,}(?=[a-z])", line)[0].strip() for line in lines]  # some have words of explanation behind
+    # Some have words of explanation behind, or the file that a shell writes their output to.
+    return [re.split(r" {2,}(?=[a-z])| > ", line)[0].strip() for line in lines]
 
 
 @pytest.mark.parametrize("command_path", commands_of(), ids=" ".join)
