@@ -181,11 +181,44 @@ def _chosen_recipe(
     options: ConvertOptions,
     world: World | None,
 ) -> Recipe:
-    if not isinstance(recipe, Budget):
-        return resolve_recipe(recipe, overrides)
+    from mohawkify.analysis.scoring import fixed
     from mohawkify.train.pace import written_recipe
 
-    return written_recipe(str(teacher), recipe, overrides, options, world)
+    if isinstance(recipe, Budget):
+        chosen = written_recipe(str(teacher), recipe, overrides, options, world)
+    else:
+        chosen = resolve_recipe(recipe, overrides)
+    return fixed(str(teacher), chosen, options, world)
+
+
+def score(
+    teacher: str | Path,
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    layers: int | str | None = None,
+    heads: str | None = None,
+    options: ConvertOptions | None = None,
+) -> dict[str, Any]:
+    """Score a teacher's layers and heads by what their attention saves in a calibrated student.
+
+    Args:
+        teacher: a Hub id or a folder.
+        layers: how many are chosen, or a share such as ``25%``; None for none.
+        heads: the share that is chosen; None for none.
+        options: the folder of the scores, and what receives every step.
+
+    Returns:
+        The content of scores.json.
+    """
+    from mohawkify.analysis import scoring
+    from mohawkify.recipe.schema import KeepRecipe
+    from mohawkify.train.conversion import ConvertOptions
+
+    wanted: dict[str, Any] = {} if layers is None else {"layers": "auto"}
+    if layers is not None:
+        wanted["share" if isinstance(layers, str) else "number"] = layers
+    keep = KeepRecipe.model_validate(wanted | ({} if heads is None else {"heads": heads}))
+    return scoring.score(str(teacher), resolve_recipe(recipe, overrides), keep, options or ConvertOptions())
 
 
 def evaluate(

@@ -43,6 +43,7 @@ RANKS = (
     ("evaluation",),
     ("adapters", "auto"),
     ("train",),
+    ("analysis",),
     ("exporters",),
     ("serving",),
     ("api",),

@@ -40,6 +40,7 @@ from mohawkify.cli.options import (
 from mohawkify.cli.push_commands import push
 from mohawkify.cli.quiet import quiet_libraries
 from mohawkify.cli.recipe_commands import recipes
+from mohawkify.cli.score_commands import score
 from mohawkify.cli.serve_commands import serve
 from mohawkify.cli.short_imports import paused_collector
 from mohawkify.cli.tune_command import tune
@@ -369,6 +370,7 @@ main.add_command(import_checkpoint)
 main.add_command(chat)
 main.add_command(serve)
 main.add_command(push)
+main.add_command(score)
 
 
 @main.command()

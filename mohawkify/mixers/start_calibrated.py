@@ -140,7 +140,7 @@ class CalibratedStart(Calibration):
             self.sums["target"][:, index] += (features_hkf @ target_hf.unsqueeze(-1)).squeeze(-1)
         self.sums["square"] += y_bhlp.double().square().sum((0, 2, 3)).to(self.sums["square"])
         for key, part in (("q_moment", q_bhlp), ("k_moment", k_bgsp)):
-            part_xm = _with_constant(part).transpose(0, 1).flatten(1, 2)
+            part_xm = with_constant(part).transpose(0, 1).flatten(1, 2)
             self.sums[key] += part_xm.transpose(1, 2) @ part_xm
 
     def _solve_decays(self) -> None:
@@ -166,7 +166,7 @@ class CalibratedStart(Calibration):
             group = head // self.repeats
             mean_brs = decaying_means(float(self.log_decay_h[head]), call.document_starts_bl)[:, chosen_r]
             v_bsp = v_bgsp[:, group]
-            written_bsf = (_with_constant(k_bgsp[:, group]).unsqueeze(-1) * v_bsp.unsqueeze(-2)).flatten(2)
+            written_bsf = (with_constant(k_bgsp[:, group]).unsqueeze(-1) * v_bsp.unsqueeze(-2)).flatten(2)
             state_brmp = (mean_brs @ written_bsf).unflatten(-1, (-1, v_bsp.shape[-1]))
             features_brfp = head_features(q_bhlp[:, head, chosen_r], state_brmp, v_bsp[:, chosen_r])
             features_xf = features_brfp.transpose(2, 3).flatten(0, 2)
@@ -225,7 +225,7 @@ class CalibratedStart(Calibration):
         ours_blhp = self._gated_features(call).unflatten(-1, (y_bhlp.shape[1], -1))
         square_xh = ours_blhp.square().sum(-1).flatten(0, 1)
         product_xh = (ours_blhp * y_bhlp.transpose(1, 2)).sum(-1).flatten(0, 1)
-        query_xhm = _with_constant(q_bhlp.transpose(1, 2)).flatten(0, 1)
+        query_xhm = with_constant(q_bhlp.transpose(1, 2)).flatten(0, 1)
         for head in range(y_bhlp.shape[1]):
             query_xm = query_xhm[:, head]
             self.sums["gram"][head] += query_xm.T @ (query_xm * square_xh[:, head, None])
@@ -247,8 +247,8 @@ class CalibratedStart(Calibration):
         parts = [self._gated_features(call)]
         if self.beside is not None and call.beside_bhls is not None:
             v_bgsp = values(self.beside.weights, call.hidden_bld.float())
-            parts.append((call.beside_bhls @ _repeated(v_bgsp, call.beside_bhls.shape[1])).transpose(1, 2).flatten(2))
-        features_xf = _with_constant(torch.cat(parts, dim=-1)).flatten(0, 1)
+            parts.append((call.beside_bhls @ repeated(v_bgsp, call.beside_bhls.shape[1])).transpose(1, 2).flatten(2))
+        features_xf = with_constant(torch.cat(parts, dim=-1)).flatten(0, 1)
         self.sums["gram"] += features_xf.T @ features_xf
         output_xd = call.output_bld.float().flatten(0, 1)
         self.sums["target"] += features_xf.T @ output_xd
@@ -278,7 +278,7 @@ class CalibratedStart(Calibration):
         q_bhlp = hidden_b1ld @ self.q_hpd.transpose(1, 2) + self.q_bias_hp.unsqueeze(1)
         k_bgsp = hidden_b1ld @ self.weights.k_gpd.transpose(1, 2) + self.k_bias_gp.unsqueeze(1)
         v_bgsp = values(self.weights, call.hidden_bld.float())
-        y_bhlp = call.probabilities_bhls @ _repeated(v_bgsp, q_bhlp.shape[1])
+        y_bhlp = call.probabilities_bhls @ repeated(v_bgsp, q_bhlp.shape[1])
         return q_bhlp, k_bgsp, v_bgsp, y_bhlp
 
     def _gated_features(self, call: AttentionCall) -> Tensor:
@@ -298,7 +298,8 @@ def values(weights: AttentionWeights, hidden_bld: Tensor) -> Tensor:
     return hidden_bld.unsqueeze(1) @ weights.v_gpd.transpose(1, 2) + bias_gp.unsqueeze(1)
 
 
-def _repeated(v_bgsp: Tensor, num_heads: int) -> Tensor:
+def repeated(v_bgsp: Tensor, num_heads: int) -> Tensor:
+    """The values of every query head (b, h, s, p)."""
     return v_bgsp.repeat_interleave(num_heads // v_bgsp.shape[1], dim=1)
 
 
@@ -408,7 +409,7 @@ def _roots(moment_mm: Tensor) -> tuple[Tensor, Tensor]:
     return vector * root @ vector.T, vector * inverse @ vector.T
 
 
-def _with_constant(x: Tensor) -> Tensor:
+def with_constant(x: Tensor) -> Tensor:
     """(..., p) with a 1 behind it."""
     return F.pad(x, (0, 1), value=1.0)
 

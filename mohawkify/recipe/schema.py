@@ -23,8 +23,8 @@ from mohawkify.recipe.stages import StageRecipe as StageRecipe
 from mohawkify.recipe.stages import StagesRecipe as StagesRecipe
 from mohawkify.recipe.types import (
     Count,
-    Heads,
-    Layers,
+    KeptHeads,
+    KeptLayers,
     Line,
     ListOf,
     MicroBatch,
@@ -33,6 +33,7 @@ from mohawkify.recipe.types import (
     PositiveCount,
     Scalars,
     Section,
+    Share,
     Text,
     conflict,
 )
@@ -41,15 +42,35 @@ from mohawkify.recipe.types import (
 class KeepRecipe(Section):
     """The teacher's attention that a hybrid keeps."""
 
-    layers: Layers = Field(default=(), description="numbers of the layers that keep all of their attention")
-    heads: Heads = Field(
+    layers: KeptLayers = Field(
         default=(),
-        description="single heads that are kept beside the heads of a mixer, each as its layer and its number there",
+        description="numbers of the layers that keep all their attention; auto: those with the best scores",
+    )
+    number: PositiveCount | None = Field(default=None, description="how many layers auto chooses")
+    share: Share | None = Field(default=None, description="the share of the layers that auto chooses, without number")
+    heads: KeptHeads = Field(
+        default=(),
+        description="single heads that are kept beside the heads of a mixer, each as its layer and its number there, or"
+        " the share of all heads that is kept: those with the best scores",
+    )
+    scores: Text | None = Field(
+        default=None,
+        description="scores.json of `mohawkify score`, for auto and shares; null: convert makes scores beside the run",
     )
     window: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
         description="tokens that kept attention reaches back to, the current one included; null: as the teacher's does",
     )
+
+    @model_validator(mode="after")
+    def _choice_is_clear(self) -> Self:
+        given = [key for key in ("number", "share") if getattr(self, key) is not None]
+        if len(given) != (self.layers == "auto"):
+            found = " and ".join(given) or "neither number nor share"
+            conflict(("layers",), f"found {show(self.layers)} with {found}, expected one of both beside auto only")
+        if self.scores is not None and self.layers != "auto" and not isinstance(self.heads, str):
+            conflict(("scores",), "found scores, expected layers: auto or a share of heads that they choose")
+        return self
 
 
 class StudentRecipe(Section):

@@ -58,6 +58,12 @@ def _distinct(items: tuple[Any, ...]) -> tuple[Any, ...]:
     return items
 
 
+def _above_zero(share: str) -> str:
+    if float(share.removesuffix("%")) == 0:
+        raise ValueError("a share of nothing")
+    return share
+
+
 def _plain_values(value: Any) -> Any:
     items = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, str | int | float | bool) for item in items):
@@ -115,10 +121,16 @@ Layers = Annotated[
     AfterValidator(_distinct),
     Expected("a list of layer numbers, each once"),
 ]
-Heads = Annotated[
-    ListOf[Pair[Annotated[int, Field(ge=0)]]],
-    AfterValidator(_distinct),
-    Expected("a list of pairs of a layer and a head, each once"),
+Share = Annotated[
+    str,
+    Field(pattern=r"^[0-9]{1,2}(\.[0-9]{1,3})?%$"),
+    AfterValidator(_above_zero),
+    Expected("a share above 0, such as 2%"),
+]
+KeptLayers = Annotated[Layers | Literal["auto"], Expected("a list of layer numbers, each once, or auto")]
+KeptHeads = Annotated[
+    Annotated[ListOf[Pair[Annotated[int, Field(ge=0)]]], AfterValidator(_distinct)] | Share,
+    Expected("a list of pairs of a layer and a head, each once, or a share such as 2%"),
 ]
 
 

@@ -16,7 +16,7 @@ from mohawkify.data.teacher_logits import TeacherLogits
 from mohawkify.data.write_corpus import UNFINISHED
 from mohawkify.distributed.device import choose_device
 from mohawkify.distributed.process_group import World
-from mohawkify.errors import MohawkifyError, TeacherError, UsageError
+from mohawkify.errors import MohawkifyError, RecipeError, TeacherError, UsageError
 from mohawkify.files import atomic, disk
 from mohawkify.files.lock import run_lock
 from mohawkify.mixers.kinds import use_kernels
@@ -27,6 +27,7 @@ from mohawkify.recipe.loading import comparable_text, dump_recipe
 from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RUNS, RunFolder, changed_files, run_identity
 from mohawkify.student.build import build_student, checkpoint_activations
+from mohawkify.student.keep import is_open
 from mohawkify.student.student_spec import StudentSpec
 from mohawkify.student.verify import verify_family
 from mohawkify.teacher.lm_head import verify_head
@@ -88,6 +89,8 @@ def read_request(source: str, recipe: Recipe, options: ConvertOptions, world: Wo
     Raises:
         MohawkifyError: processes, engine, device or kernels do not fit the recipe, or the teacher has no family.
     """
+    if is_open(recipe.student.keep):
+        raise RecipeError("student.keep: found layers or heads to be chosen, expected their numbers")
     options = options if world.is_rank0 else replace(options, report=ignore)
     require_even_shares(recipe, world)
     choose_engine(recipe.compute, world)

@@ -15,7 +15,9 @@ EVERY_KEY = """\
 name: every-key
 description: every key of the schema
 teacher: nowhere
-student: {name: small, init: attention, keep: {layers: [1]}, write: decay, conv_activation: silu, gated_norm: true}
+student:
+  {name: small, init: attention, keep: {layers: auto, number: 1, heads: 5%, scores: s.json, window: 9}, write: decay,
+   conv_activation: silu, gated_norm: true}
 data:
   train: [{path: a.txt, weight: 2, where: [{column: score, operator: ">=", value: 4.0}]}]
   final_phase: [{hub: some/chats, name: default, split: test, revision: main, chat: messages, loss: all}]
@@ -31,11 +33,13 @@ stages:
 evaluation: {every_tokens: 1M}
 compute: {micro_batch_sequences: 4, threads: 1, zero: 2, offload: none, deepspeed_config: d.json}
 """
-# The two keys that cannot stand beside the others.
-OTHERS = ("logits", "begin")
-WITH_LOGITS = EVERY_KEY.replace("teacher: somewhere, teacher_bits: 8", "logits: kept").replace(
-    "init: attention", "begin: runs/first"
-)
+# The keys that cannot stand beside the others.
+OTHERS = {
+    "teacher: somewhere, teacher_bits: 8": "logits: kept",
+    "init: attention": "begin: runs/first",
+    "number: 1": "share: 25%",
+}
+WITH_LOGITS = re.sub("|".join(OTHERS), lambda match: OTHERS[match[0]], EVERY_KEY)
 LEAF = re.compile(r"^( *(?:- )?)(\w+): (\S.*)$")
 # No key takes any of these.
 VALUES = ("{x: 1}", ".nan", "!!python/name:os.system 1", "&a 1", "*a", "[{x: 1}]", "[[]]")
@@ -68,7 +72,7 @@ def test_every_mistake_is_named_with_its_line(tmp_path: Path) -> None:
     mutations += [
         (wrong, line)
         for wrong, line in wrong_recipes(with_logits)
-        if any(key in wrong.splitlines()[line - 1] for key in OTHERS)
+        if any(key.split(":")[0] in wrong.splitlines()[line - 1] for key in OTHERS.values())
     ]
     for mutation, line in mutations:
         file.write_text(mutation)

@@ -1,0 +1,1 @@
+"""Which layers and heads of a teacher are worth keeping."""
