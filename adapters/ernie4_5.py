@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     config_class="Ernie4_5Config",
     tiny_config={"head_dim": 12, "use_bias": True},
     mlx_module="ernie4_5",
+    mamba2="layers",
 )

@@ -20,4 +20,5 @@ ADAPTER = Adapter(
     },
     logits=Logits(divisor="logits_scaling"),
     mlx_module="granite",
+    mamba2="hybrids",
 )

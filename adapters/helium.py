@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     config_class="HeliumConfig",
     tiny_config={"head_dim": 8, "attention_bias": False},
     mlx_module="helium",
+    mamba2="layers",
 )

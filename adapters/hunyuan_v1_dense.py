@@ -12,4 +12,5 @@ ADAPTER = Adapter(
     tiny_config={"head_dim": 12},
     qk_norms=("query_layernorm", "key_layernorm"),
     mlx_module="hunyuan_v1_dense",
+    mamba2="layers",
 )

@@ -32,4 +32,5 @@ ADAPTER = Adapter(
         },
     },
     mlx_module="llama",
+    mamba2="hybrids",
 )

@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     config_class="MinistralConfig",
     tiny_config={"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 12},
     mlx_module="llama",
+    mamba2="hybrids",
 )

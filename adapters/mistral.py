@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     config_class="MistralConfig",
     tiny_config={"sliding_window": 5, "head_dim": 12},
     mlx_module="llama",
+    mamba2="hybrids",
 )

@@ -35,4 +35,5 @@ ADAPTER = Adapter(
     read_weights=read_weights,
     mlx_module="phi3",
     mlx_tiny_config={"sliding_window": None},
+    mamba2="layers",
 )

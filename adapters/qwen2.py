@@ -14,4 +14,5 @@ ADAPTER = Adapter(
     config_class="Qwen2Config",
     tiny_config={"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     mlx_module="qwen2",
+    mamba2="hybrids",
 )

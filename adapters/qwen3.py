@@ -15,4 +15,5 @@ ADAPTER = Adapter(
     tiny_config={"head_dim": 12},
     qk_norms=("q_norm", "k_norm"),
     mlx_module="qwen3",
+    mamba2="layers",
 )

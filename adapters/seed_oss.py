@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     config_class="SeedOssConfig",
     tiny_config={"head_dim": 12, "attention_bias": True, "attention_out_bias": False},
     mlx_module="seed_oss",
+    mamba2="hybrids",
 )

@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     config_class="SmolLM3Config",
     tiny_config={"no_rope_layers": [1, 0]},
     mlx_module="smollm3",
+    mamba2="hybrids",
 )

@@ -246,10 +246,10 @@ def export(
     dtype: str | None = None,
     report: Callable[[str], None] = _ignore,
 ) -> dict[str, Any]:
-    """Write a student for transformers or mlx-lm; the export is loaded again and compared with the run.
+    """Write a student for other libraries; the export is loaded again and compared with the run.
 
     Args:
-        target: ``hf``, ``mlx``, ``mlx-q8`` or ``mlx-q4``.
+        target: ``hf``, ``mlx``, ``mlx-q8``, ``mlx-q4``, ``mamba2``, ``mamba2-mlx-q8`` or ``mamba2-mlx-q4``.
         output: a new or empty folder; None for ``exports/<target>`` in the run.
         dtype: ``bfloat16`` (the default) or ``float32``.
 

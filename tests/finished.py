@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,13 +42,22 @@ Keep = tuple[int, ...] | dict[str, Any]  # the layers of `student.keep`, or all 
 
 
 def tiny_student(
-    family: str, folder: Path, keep: Keep = (), mixer: str = "discrete_mamba2", **changes: Any
+    family: str,
+    folder: Path,
+    keep: Keep = (),
+    mixer: str = "discrete_mamba2",
+    options: Mapping[str, Any] = MappingProxyType({}),
+    **changes: Any,
 ) -> tuple[PreTrainedModel, Any]:
-    """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``."""
+    """A random student whose every parameter is off its start value, and its facts; the teacher goes to ``folder``.
+
+    ``options`` are further keys of a recipe's ``student``; the changes are of the teacher's configuration.
+    """
     teacher = tiny_teacher(family, vocab_size=258, bos_token_id=256, eos_token_id=257, **changes)
     save_teacher(teacher, folder)
     found = resolve_teacher(str(folder))
-    recipe = StudentRecipe(state_size=16, keep=keep if isinstance(keep, dict) else {"layers": keep}, mixer=mixer)
+    kept = keep if isinstance(keep, dict) else {"layers": keep}
+    recipe = StudentRecipe(**{"state_size": 16, "keep": kept, "mixer": mixer, **options})
     spec = design_student("tiny", found.spec, found.config, found.adapter, recipe)
     student = build_student(teacher, found.adapter, spec, "attention", seed=0)
     generator = torch.Generator().manual_seed(1)

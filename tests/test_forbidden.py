@@ -36,6 +36,7 @@ PLACES = {
         "teacher/tokenizer.py",
         "teacher/load.py",
         "student/save.py",
+        "exporters/granite_hybrid.py",  # the folder that was just written
     },
     "transformers.Auto*": {"teacher/tokenizer.py", "student/save.py"},
     "importlib.import_module": {

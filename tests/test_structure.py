@@ -75,6 +75,7 @@ WRITERS = {
     *("exporters/export.py:export_run", "exporters/mlx.py:write_mlx", "data/teacher_logits.py:_write_records"),
     "exporters/card_facts.py:carry_licence",
     "exporters/llamba.py:write_llamba",
+    "exporters/granite_hybrid.py:write_mamba2",
     "evaluation/harness_tasks.py:load_tasks",  # a folder for what datasets makes of rows, gone when they are in memory
     "teacher/gguf.py:_write",
     *("files/lock.py:_take_lock", "files/lock.py:_lock_file"),

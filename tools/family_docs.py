@@ -18,8 +18,8 @@ def family_reference() -> str:
         [
             f"## The {len(families)} families with a file",
             "",
-            "| type | family | for example | what is odd about it | hybrids | MLX |",
-            "|---|---|---|---|---|---|",
+            "| type | family | for example | what is odd about it | hybrids | MLX | Mamba-2 |",
+            "|---|---|---|---|---|---|---|",
             *(_family_row(family) for family in families),
             "",
             "## What cannot be converted",
@@ -45,7 +45,8 @@ def _family_row(family: Adapter) -> str:
     examples = ", ".join(f"`{name}`" for name in family.examples)
     # A layer that keeps its attention is the teacher's own, whatever the family.
     mlx = "yes" if family.mlx_module else "no"
-    return _row(f"`{family.model_type}`", family.title, examples, " ".join(family.notes), "yes", mlx)
+    mamba2 = {"hybrids": "yes", "layers": "no hybrids", None: "no"}[family.mamba2]
+    return _row(f"`{family.model_type}`", family.title, examples, " ".join(family.notes), "yes", mlx, mamba2)
 
 
 def _row(*cells: str) -> str:

@@ -313,14 +313,19 @@ def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("run", required=False, type=FOLDER)
-@click.option("--target", required=True, metavar="TARGET", help="hf, mlx, mlx-q8, mlx-q4 or llamba.")
+@click.option(
+    "--target",
+    required=True,
+    metavar="TARGET",
+    help="hf, mlx, mlx-q8, mlx-q4, mamba2, mamba2-mlx-q8, mamba2-mlx-q4 or llamba.",
+)
 @click.option(
     "--output", type=FOLDER, metavar="DIR", help="A new or empty folder; by default exports/TARGET in the run."
 )
 @click.option("--dtype", metavar="DTYPE", help="bfloat16 (the default) or float32.")
 @as_json
 def export(run: Path | None, target: str, output: Path | None, dtype: str | None, as_json: bool) -> None:
-    """Write a student for transformers or mlx-lm.
+    """Write a student for transformers, mlx-lm or, as mamba2, for engines that load no code.
 
     The export is loaded again and compared with the run before it is kept. Prints the folder.
     """
@@ -328,7 +333,7 @@ def export(run: Path | None, target: str, output: Path | None, dtype: str | None
         from mohawkify import api
 
         done = api.export(run, target, output, dtype, print_line)
-    print_line(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run")
+    print_line(f"{target}: {done['bytes']:,} bytes, {done['kl']:.2g} nats per token from the run on {done['text']}")
     click.echo(json.dumps(done, indent=2) if as_json else done["directory"])
 
 

@@ -24,6 +24,30 @@ model = AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 The Python files beside the weights are the model's code: read them before you trust them. With mohawkify installed they
 are not needed; `import mohawkify.auto` makes both calls work without `trust_remote_code`.
 """
+_RUN_STOCK = """\
+The model has the layers of GraniteMoeHybrid, which transformers, vLLM and mlx-lm have: no code travels with it.
+
+```
+vllm serve DIR
+python -m mlx_lm generate --model DIR --prompt "Once upon a time"
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(DIR)
+model = AutoModelForCausalLM.from_pretrained(DIR)
+```
+
+It needs float32 or bfloat16: float16 does not reach down to its numbers.
+"""
+_RUN_STOCK_MLX = """\
+```
+python -m mlx_lm generate --model DIR --prompt "Once upon a time"
+```
+
+mlx-lm 0.32 or newer, which has the model, GraniteMoeHybrid: no code travels with it.
+"""
 _RUN_MLX = """\
 ```
 python -m mlx_lm generate --model DIR --trust-remote-code --prompt "Once upon a time"
@@ -35,7 +59,13 @@ _RUN_LLAMBA = """\
 The folder has the names and sizes of the released Llamba checkpoints: it is laid out for `LlambaLMHeadModel` of
 `cartesia_pytorch`, which was not tried, and `mohawkify import DIR` makes a run of it.
 """
-_RUN = {"transformers": _RUN_TRANSFORMERS, "mlx": _RUN_MLX, "llamba": _RUN_LLAMBA}
+_RUNS = {
+    ("transformers", False): _RUN_TRANSFORMERS,
+    ("transformers", True): _RUN_STOCK,
+    ("mlx", False): _RUN_MLX,
+    ("mlx", True): _RUN_STOCK_MLX,
+    ("llamba", False): _RUN_LLAMBA,
+}
 _LIMITS = """\
 - The mixers' memory has a fixed size: recalling a detail word for word from far back is where such models are weakest.
 - A state cannot be rolled back: no speculative decoding with this model as the draft or the target.
@@ -43,7 +73,7 @@ _LIMITS = """\
 """
 
 
-def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str, Any]) -> str:
+def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str, Any], is_stock: bool = False) -> str:
     """Write the card.
 
     Args:
@@ -51,6 +81,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
         library: ``transformers``, ``mlx`` or ``llamba``.
         bits: of the quantised weights, None where there are none.
         result: precision and agreement with the run, as `export_run` returns them.
+        is_stock: whether the library has the model, so that no code travels.
 
     Returns:
         Markdown with a YAML header. It names no path of the machine it was made on.
@@ -73,7 +104,7 @@ def model_card(run: RunFolder, library: str, bits: int | None, result: dict[str,
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n",
         _description(base or (teacher_name(source) if source else "its teacher"), student),
         "## Quality\n\n" + _quality(run.results()),
-        "## How to run it\n\n" + _RUN[library],
+        "## How to run it\n\n" + _RUNS[library, is_stock],
         "## Precision\n\n" + _precision(bits, result),
         "## Limits\n\n" + _LIMITS,
     ]
@@ -122,7 +153,7 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
     dtypes = result["dtypes"].items()
     text = (
         f"{weights}; the mixers' parameters that need it are float32.\n\n"
-        f"Against the run in float32, on {result['tokens']:,} tokens the student wrote:\n"
+        f"Against the run in float32, on {result['tokens']:,} tokens of {result['text']}:\n"
         f"KL {result['kl']:.2g} nats per token, top-1 agreement {result['top1']:.4f}, largest difference of a logit\n"
         f"{result['max_logit_difference']:.2g}, perplexity {result['run_perplexity']:.4g} of the run, "
         f"{result['perplexity']:.4g} of this export.\n\n"

@@ -1,24 +1,19 @@
-"""How closely a written export follows its run: logits on text that the student itself writes.
+"""How closely a written export follows its run: their logits on the same text.
 
-Generated text needs no data, is like the model's input in use, and is the same for every export of a run.
-
-Shapes: b sequences, l length, v vocabulary.
+Shapes: l length, v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mohawkify.errors import ExportError
-from mohawkify.families.positions import declared_length
 
-NUM_SEQUENCES = 4
-LENGTH = 160  # longer than a chunk of either scan; less where the model has fewer positions
 LOGIT_TOLERANCE = 1e-4  # of float32, relative to the largest logit (at least 1)
 # Nats by which the run may prefer its own first choice to the export's while the two count as a tie. bfloat16 measured:
 # up to 0.13 for trained students, which plain top-1 of 99.9 % therefore does not allow for; of random ones of all
@@ -42,8 +37,8 @@ class Agreement:
         kl: KL(run || export) in nats per token.
         top1: share of tokens where both prefer the same next token.
         near_top1: share of tokens where the run puts the export's first choice less than `TIE` nats behind its own.
-        run_perplexity: the run's perplexity on the text that it wrote.
-        perplexity: the export's on the same text.
+        run_perplexity: the run's perplexity on the text.
+        perplexity: the export's.
         tokens: how many tokens were compared.
     """
 
@@ -58,42 +53,23 @@ class Agreement:
 
 
 @torch.no_grad()
-def sample_ids(student: Any, seed: int = 0) -> Tensor:
-    """Let the student write, sampling at temperature 1 from its start token; returns token ids (b, l).
-
-    Raises:
-        ExportError: it computes logits that are not finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    first = student.config.bos_token_id
-    length = min(LENGTH, declared_length(student.config))
-    ids_bl = torch.full((NUM_SEQUENCES, 1), 0 if first is None else first)
-    memory, newest = None, ids_bl
-    while ids_bl.shape[1] < length:
-        output = student(newest, past_key_values=memory, use_cache=True, logits_to_keep=1)
-        _require_finite_run(output.logits)
-        memory = output.past_key_values
-        newest = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-        ids_bl = torch.cat([ids_bl, newest], dim=1)
-    return ids_bl
-
-
-@torch.no_grad()
-def compare(reference: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], ids_bl: Tensor) -> Agreement:
-    """Compare the logits of two models, a sequence at a time.
+def compare(
+    reference: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], texts: Sequence[Tensor]
+) -> Agreement:
+    """Compare the logits of two models, a text at a time.
 
     Args:
         reference: maps token ids (1, l) to the run's logits (1, l, v).
         exported: the same of the export.
-        ids_bl: token ids.
+        texts: token ids (l,) of each, of at least two tokens.
 
     Raises:
         ExportError: the run's logits or the export's are not finite.
     """
     difference, scale, kl, same, near, run_loss, loss = 0.0, 0.0, 0.0, 0, 0, 0.0, 0.0
-    for ids_l in ids_bl:
+    for ids_l in tqdm(texts, "comparing the export with the run", delay=1.0, leave=False, disable=None):
         expected_lv, actual_lv = reference(ids_l[None])[0].float(), exported(ids_l[None])[0].float()
-        _require_finite_run(expected_lv)
+        require_finite_run(expected_lv)
         if not torch.isfinite(actual_lv).all():
             raise ExportError("the export computes logits that are not finite", hint="try --dtype float32")
         difference = max(difference, (expected_lv - actual_lv).abs().max().item())
@@ -106,7 +82,7 @@ def compare(reference: Callable[[Tensor], Tensor], exported: Callable[[Tensor], 
         near += int((behind_l < TIE).sum())
         run_loss += _loss(expected_log_lv, ids_l)
         loss += _loss(actual_log_lv, ids_l)
-    tokens, predicted = ids_bl.numel(), ids_bl[:, 1:].numel()
+    tokens, predicted = sum(len(ids_l) for ids_l in texts), sum(len(ids_l) - 1 for ids_l in texts)
     return Agreement(
         max_logit_difference=difference,
         scale=scale,
@@ -128,7 +104,8 @@ def _perplexity(nats: float) -> float:
     return torch.tensor(nats, dtype=torch.float64).exp().item()  # infinite where Python's would overflow
 
 
-def _require_finite_run(logits: Tensor) -> None:
+def require_finite_run(logits: Tensor) -> None:
+    """Refuse a run that computes logits that are not finite; raises ExportError."""
     if not torch.isfinite(logits).all():
         raise ExportError(
             "the run computes logits that are not finite",

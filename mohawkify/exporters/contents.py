@@ -64,6 +64,8 @@ def expected_tensors(
 ) -> dict[str, Stored]:
     """The tensors an export must have; in a quantised one every matrix is packed that is neither precise nor plain.
 
+    MLX's convolutions of single channels are no matrices: their last size is 1.
+
     Args:
         shapes: of the student's tensors, all floating-point, by the name they have in the export.
         dtype: precision of what is neither quantised nor precise, a key of `STORED_AS`.
@@ -74,7 +76,7 @@ def expected_tensors(
     for name, shape in shapes.items():
         module = name.removesuffix(WEIGHT)
         packing = None
-        if quantised is not None and len(shape) > 1 and module not in quantised.plain:
+        if quantised is not None and len(shape) > 1 and shape[-1] > 1 and module not in quantised.plain:
             packing = quantised.packed.get(module, Packing(quantised.bits, USUAL_GROUP))
         if any(re.search(pattern, name) for pattern in precise):
             expected[name] = Stored(PRECISE, shape)

@@ -27,11 +27,12 @@ GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that di
 HEAD = "lm_head.weight"
 
 
-def require_mlx(values: Mapping[str, Any]) -> None:
+def require_mlx(values: Mapping[str, Any], is_stock: bool) -> None:
     """Refuse at once what no MLX target can hold.
 
     Args:
         values: the content of the student's config.json.
+        is_stock: whether it is to be a model that needs no code, whatever its family.
 
     Raises:
         MissingExtraError: mlx-lm is not installed.
@@ -40,7 +41,7 @@ def require_mlx(values: Mapping[str, Any]) -> None:
     if util.find_spec("mlx_lm") is None:
         raise MissingExtraError("mlx_lm", "mlx", "exporting to MLX")
     adapter = family_of(values.get("model_type", ""))
-    if adapter.mlx_module is None:
+    if adapter.mlx_module is None and not is_stock:
         raise ExportError(f"mlx-lm has no model of the family {adapter.title}", hint="export to hf instead")
 
 
@@ -123,8 +124,9 @@ def write_mlx(model: Any, config: dict[str, Any], directory: Path, dtype: str, b
     quantised = None if bits is None else _quantise(model, config, bits)
     save_model(directory, model)
     save_config(config, directory / "config.json")
-    code = resources.files("mohawkify.exporters").joinpath(MODEL_FILE)
-    (directory / MODEL_FILE).write_bytes(code.read_bytes())
+    if "model_file" in config:
+        code = resources.files("mohawkify.exporters").joinpath(MODEL_FILE)
+        (directory / MODEL_FILE).write_bytes(code.read_bytes())
     return quantised
 
 
@@ -137,21 +139,17 @@ class _Literal(PosixPath):
 
 def load_mlx(directory: Path) -> Any:
     """Load a written MLX folder with mohawkify's own copy of its code, to compute its logits here."""
-    import mlx.core as mx
-    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.utils import load_model
 
     from mohawkify.exporters import mlx_model
 
+    if not (directory / MODEL_FILE).is_file():
+        return load_model(_Literal(directory))[0]  # a model that mlx-lm has
     model, _ = load_model(
         _Literal(directory),
         model_config={"model_file": None},
         get_model_classes=lambda config: (mlx_model.Model, mlx_model.ModelArgs),  # type: ignore[arg-type,return-value]
     )
-    if mx.default_device() == mx.Device(mx.cpu):
-        for module in model.modules():
-            if isinstance(module, SwitchLinear):
-                module.weight = module.weight.astype(mx.float32)  # MLX multiplies experts in nothing else on CPUs
     return model
 
 
@@ -159,6 +157,10 @@ def mlx_logits(model: Any) -> Callable[[Tensor], Tensor]:
     """The map from token ids (b, l) to a model's logits (b, l, v), both as torch has them."""
     import mlx.core as mx
     import numpy
+
+    from mohawkify.exporters.mlx_on_cpu import use_torch_on_cpu
+
+    use_torch_on_cpu(model)
 
     def logits(ids_bl: Tensor) -> Tensor:
         return torch.from_numpy(numpy.array(model(mx.array(ids_bl.numpy())).astype(mx.float32)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,8 @@ class Adapter:
         mlx_prefix: start of the tensors' names that mlx-lm expects to be cut off.
         mlx_counts_tokens: mlx-lm's model has learned positions, and reads the next one from its first layer's cache.
         mlx_tiny_config: changes of ``tiny_config`` for the tests of MLX, where mlx-lm's model lacks a feature.
+        mamba2: ``layers`` where all but attention is as in transformers' GraniteMoeHybrid, RMS norms and SwiGLU under
+            Llama's names; ``hybrids`` where attention is Granite's too; None where neither is.
         autodetected: read from the modules of a family without a file; verified on the weights before a run trains.
     """
 
@@ -126,4 +128,5 @@ class Adapter:
     mlx_prefix: str = ""
     mlx_counts_tokens: bool = False
     mlx_tiny_config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    mamba2: Literal["layers", "hybrids"] | None = None
     autodetected: bool = False

@@ -74,13 +74,16 @@ class Mohawk{model}(GraftedModel, {model}):
 
 
 def save_student(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype | None = None
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a student with its tokenizer and its code.
 
     Args:
         student: the model; it is not changed.
-        tokenizer: its teacher's tokenizer.
+        tokenizer: its teacher's tokenizer; None leaves it to the caller.
         directory: an existing, empty folder; make it with `atomic.atomic_directory`.
         dtype: of the weights; None keeps theirs. Its mixers' `precise_parameters` never go below float32.
     """
@@ -101,7 +104,8 @@ def save_student(
     config.save_pretrained(directory)
     # Not save_pretrained: it refuses sampling settings without do_sample, which published teachers have.
     model.generation_config.to_json_file(directory / "generation_config.json")
-    save_tokenizer(tokenizer, directory)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, directory)
     _write_code(adapter, config.mixer, directory)
 
 

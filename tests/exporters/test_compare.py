@@ -17,10 +17,10 @@ from mohawkify.exporters.compare import (
     compare,
     require_agreement,
     require_same_model,
-    sample_ids,
 )
 from mohawkify.exporters.contents import Packing, Quantised, Stored, expected_tensors, require_contents
 from mohawkify.exporters.export import export_run
+from mohawkify.exporters.texts import sample_ids
 from mohawkify.mixers.mamba2 import DiscreteMamba2
 from tests.finished import finished_run
 
