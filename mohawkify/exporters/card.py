@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from mohawkify.exporters.card_facts import card_facts
+from mohawkify.exporters.mlx import FINER_BITS
 from mohawkify.mixers.kinds import mixer_class, mixer_kinds
 from mohawkify.run.folder import RunFolder
 from mohawkify.student.student_spec import memory_text
@@ -147,8 +148,9 @@ def _precision(bits: int | None, result: dict[str, Any]) -> str:
     weights = f"The weights are {result['dtype']}"
     if bits is not None:
         weights = (
-            f"Projections, MLPs or experts, embedding and head have {bits} bits (8 where mlx-lm asks for them, as for"
-            f" some routers), the rest is {result['dtype']}"
+            f"Projections, MLPs or experts, embedding and head have {bits} bits (at least {FINER_BITS} where errors"
+            " cost most: embedding, head, values and the last projection of MLPs; 8 where mlx-lm asks for them), the"
+            f" rest is {result['dtype']}"
         )
     dtypes = result["dtypes"].items()
     text = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Mapping
 from importlib import resources, util
 from pathlib import Path, PosixPath
@@ -25,6 +26,9 @@ from mohawkify.teacher.validate import without_code
 MODEL_FILE = "mlx_model.py"
 GROUP_SIZES = (USUAL_GROUP, 32)  # weights that share a scale; the first that divides a weight's rows is taken
 HEAD = "lm_head.weight"
+# Where 4 bits cost most, as in mlx-lm's own mixed recipes: values, what MLPs add to the stream, embedding and head.
+FINER_BITS = 6
+FINER = re.compile(r"(^|\.)(x_proj|v_proj|down_proj|fc2|dense_4h_to_h|mlp\.c_proj|output_linear|lm_head|embed_out)$")
 
 
 def require_mlx(values: Mapping[str, Any], is_stock: bool) -> None:
@@ -295,7 +299,9 @@ def _quantise(model: Any, config: dict[str, Any], bits: int) -> Quantised:
             quantised.plain.append(path)
             return False
         # mlx-lm uses more bits for modules of some families that lose much.
-        own = {"bits": max(bits, wanted["bits"])} if isinstance(wanted, dict) else {}
+        least = wanted["bits"] if isinstance(wanted, dict) else 0
+        is_finer = isinstance(module, nn.Embedding) or FINER.search(path) is not None
+        own = {"bits": max(bits, least, FINER_BITS if is_finer else 0)}
         chosen = {**common, **own, "group_size": sizes[0]}
         quantised.packed[path] = Packing(chosen["bits"], chosen["group_size"])
         if chosen != common:

@@ -148,6 +148,9 @@ def test_quantised_exports_keep_the_decay_precise(tmp_path, mixer, target, bits,
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["bits"] == bits
     assert config["quantization"]["model.layers.0.mlp.down_proj"]["group_size"] == 32  # 96 is no multiple of 64
+    finer = {"model.embed_tokens", *(name for name in quantised if name.endswith((".x_proj", ".down_proj", ".v_proj")))}
+    stored = {name for name in quantised if config["quantization"].get(name, {"bits": bits})["bits"] == max(bits, 6)}
+    assert stored == (finer if bits == 4 else quantised)
     assert config["model_file"] == "mlx_model.py"
     assert "auto_map" not in config
 
