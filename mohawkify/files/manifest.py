@@ -1,6 +1,6 @@
 """The manifest of a folder: the size and sha256 of each file, and a hash of itself.
 
-Nothing is written here, and errors of the operating system are raised as they are: `storage` writes, and finds words.
+Nothing is written here, and errors of the operating system are raised as they are: `atomic` writes, and finds words.
 """
 
 from __future__ import annotations
