@@ -290,6 +290,14 @@ main.add_command(cache_logits)
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions per forward pass."
 )
 @click.option("--speed", is_flag=True, help="Also time how many tokens per second are generated.")
+@click.option("--validation", metavar="PATH", help="Measure on this text instead of the run's held-out text.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Another value of data.validation or evaluation, such as evaluation.tokens=50k. May be given again.",
+)
 @click.option(
     "--teacher",
     "teacher_source",
@@ -297,7 +305,9 @@ main.add_command(cache_logits)
     help="Where the teacher is now; by default where it was when the run was made.",
 )
 @as_json
-def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
+def evaluate(
+    run: Path | None, as_json: bool, validation: str | None, overrides: tuple[str, ...], **options: Any
+) -> None:
     """Measure a student against its teacher.
 
     Perplexity, KL(teacher || student) and top-1 agreement on the run's held-out text, and lm-eval tasks. Also writes
@@ -307,7 +317,8 @@ def evaluate(run: Path | None, as_json: bool, **options: Any) -> None:
         from mohawkify import api
         from mohawkify.evaluation.report import console_table
 
-        results = api.evaluate(run, api.EvaluateOptions(**options), print_line)
+        chosen = api.EvaluateOptions(**options, overrides=(*own_text(None, validation), *overrides))
+        results = api.evaluate(run, chosen, print_line)
     print_result(results, console_table, as_json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from mohawkify.evaluation.response_cache import ResponseCache
 from mohawkify.evaluation.speed import decode_speed
 from mohawkify.files import atomic
 from mohawkify.files.lock import run_lock
+from mohawkify.recipe.loading import apply_overrides
+from mohawkify.recipe.schema import Recipe
 from mohawkify.run.folder import RunFolder, changed_files
 from mohawkify.student.save import load_student
 from mohawkify.teacher.load import load_teacher
@@ -32,6 +35,7 @@ from mohawkify.teacher.resolve import ResolvedTeacher, resolve_teacher
 from mohawkify.teacher.tokenizer import load_tokenizer
 
 Report = Callable[[str], None]
+_MEASURED = re.compile(r"data\.validation$|evaluation\.\w+$")  # keys that decide what a student is measured on
 EVAL_JSON, EVAL_MARKDOWN = "eval.json", "eval.md"
 RESPONSES = "responses"  # the folder of a run where responses are kept until its evaluation is done
 
@@ -110,6 +114,7 @@ class EvaluateOptions:
         include_path: a folder with more tasks.
         batch_size: questions per forward pass.
         speed: whether to time generation too.
+        overrides: other held-out text: values of ``data.validation`` and ``evaluation`` instead of the run's.
     """
 
     against: str = "teacher"
@@ -121,6 +126,7 @@ class EvaluateOptions:
     include_path: Path | None = None
     batch_size: int = 8
     speed: bool = False
+    overrides: tuple[str, ...] = ()
 
 
 def evaluate_run(run: RunFolder, options: EvaluateOptions, *, device: torch.device, report: Report) -> dict[str, Any]:
@@ -159,7 +165,7 @@ def evaluate_run(run: RunFolder, options: EvaluateOptions, *, device: torch.devi
 def _measure(
     run: RunFolder, tasks: TaskSet | None, options: EvaluateOptions, device: torch.device, report: Report
 ) -> dict[str, Any]:
-    recipe = run.recipe()
+    recipe = _with_own_text(run.recipe(), options.overrides)
     resolved = run_teacher(run, options.teacher_source) if options.against == "teacher" else None
     report(f"loading the student from {run.final}" + (f" and the teacher from {resolved.folder}" if resolved else ""))
     models, tokenizer = load_run_models(run, resolved, device)
@@ -168,7 +174,9 @@ def _measure(
     # Before the tasks, which may take hours. Text beside the teacher is found without it being compared, or even whole.
     text_base = resolved.require_folder() if resolved else Path(run.teacher()["folder"])
     recorded = run.text()
-    if not recorded:
+    if options.overrides:
+        recorded, results["overrides"] = {}, list(options.overrides)
+    elif not recorded:
         report(
             "warning: the run does not say which text it was measured on; if that has changed, metrics do not compare"
         )
@@ -195,6 +203,24 @@ def _measure(
     if options.speed:
         results["speed"] = {f"{name}_tokens_per_second": decode_speed(model, device) for name, model in models.items()}
     return results
+
+
+def _with_own_text(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe with other held-out text.
+
+    Raises:
+        UsageError: an override is of something else, or training text would count as held out.
+    """
+    foreign = [key for key in (override.partition("=")[0] for override in overrides) if not _MEASURED.match(key)]
+    if foreign:
+        raise UsageError(f"--set: found {foreign[0]}, expected data.validation or a key of evaluation")
+    changed = apply_overrides(recipe, overrides)
+    if overrides and not changed.data.validation:
+        raise UsageError(
+            "--set: found a change of what the run held out of its own text, expected other text beside it",
+            hint="name text of your own with --validation",
+        )
+    return changed
 
 
 def _responses(

@@ -197,6 +197,24 @@ def test_two_evaluations_do_not_meet(inside: Path) -> None:
     assert "is working in run" in result.stderr
 
 
+def test_other_text_is_measured_as_if_the_run_had_held_it_out(inside: Path) -> None:
+    own = json.loads(run_well("eval", "run", "--json").stdout)
+    (inside / "other.txt").write_text("one two three four five six seven\n\n" * 40)
+    other = json.loads(run_well("eval", "run", "--validation", "other.txt", "--json").stdout)
+    assert other["student"]["kl"] != own["student"]["kl"]
+    assert other["overrides"] == ["data.validation=- path: other.txt\n"]
+    few = ("eval", "run", "--validation", "other.txt", "--set", "evaluation.tokens=20", "--json")
+    assert json.loads(run_well(*few).stdout)["evaluation_tokens"] < other["evaluation_tokens"]
+    assert json.loads(run_well("eval", "run", "--json").stdout)["student"] == own["student"]
+    for wrong, says in (
+        ("stages.distill.tokens=1k", "expected data.validation or a key of evaluation"),
+        ("evaluation.tokens=20", "expected other text beside it"),
+    ):
+        refused = run("eval", "run", "--set", wrong)
+        assert refused.exit_code == 2
+        assert says in refused.stderr
+
+
 def test_text_that_was_removed_is_tokenised_again(inside: Path) -> None:
     shutil.rmtree("run/corpora")
     found = json.loads(run_well("eval", "run", "--json").stdout)
