@@ -210,6 +210,8 @@ def score(
     Returns:
         The content of scores.json.
     """
+    from pydantic import ValidationError
+
     from mohawkify.analysis import scoring
     from mohawkify.recipe.schema import KeepRecipe
     from mohawkify.train.conversion import ConvertOptions
@@ -217,7 +219,11 @@ def score(
     wanted: dict[str, Any] = {} if layers is None else {"layers": "auto"}
     if layers is not None:
         wanted["share" if isinstance(layers, str) else "number"] = layers
-    keep = KeepRecipe.model_validate(wanted | ({} if heads is None else {"heads": heads}))
+    try:
+        keep = KeepRecipe.model_validate(wanted | ({} if heads is None else {"heads": heads}))
+    except ValidationError as error:
+        expected = "layers as a number or a share such as 25%, and heads as a share such as 5%"
+        raise UsageError(f"found {layers} for layers and {heads} for heads, expected {expected}") from error
     return scoring.score(str(teacher), resolve_recipe(recipe, overrides), keep, options or ConvertOptions())
 
 

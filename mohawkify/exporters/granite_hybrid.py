@@ -23,8 +23,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from mohawkify.errors import ExportError
 from mohawkify.families.adapter import Adapter
-from mohawkify.mixers.kinds import mixers_of
-from mohawkify.mixers.mamba2 import DiscreteMamba2
+from mohawkify.mixers.kinds import mixer_class, mixers_of
 from mohawkify.student.layer_spec import ATTENTION, read_layer_specs
 from mohawkify.student.save import family_of, is_precise, saved_tensors
 
@@ -49,7 +48,7 @@ def require_mamba2(student: PreTrainedModel) -> None:
     if adapter.mamba2 is None:
         raise ExportError(f"GraniteMoeHybrid has no layers like those of {adapter.title}", hint=OTHER_TARGET)
     for mixer in mixers_of(student).values():
-        if not isinstance(mixer, DiscreteMamba2):
+        if not isinstance(mixer, mixer_class("discrete_mamba2")):
             raise _refused(f"the mixer {mixer.kind}", "student.mixer: discrete_mamba2")
         for key, wanted in (("write", "decay"), ("conv_activation", "none"), ("gated_norm", False)):
             found = getattr(mixer.config, key)
@@ -187,7 +186,7 @@ _SHARED = (
 )  # fmt: skip
 
 
-def _layer(own: dict[str, Tensor], mixer: DiscreteMamba2 | None, config: Any) -> dict[str, Tensor]:
+def _layer(own: dict[str, Tensor], mixer: Any, config: Any) -> dict[str, Tensor]:
     """The tensors of a layer under Granite's names; what was used is taken out of ``own``."""
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
     made = {name: own.pop(name) for name in norms if name in own}
@@ -206,7 +205,7 @@ def _layer(own: dict[str, Tensor], mixer: DiscreteMamba2 | None, config: Any) ->
 
 
 @torch.no_grad()
-def _mixer(mixer: DiscreteMamba2, config: Any) -> dict[str, Tensor]:
+def _mixer(mixer: Any, config: Any) -> dict[str, Tensor]:
     """The tensors of GraniteMoeHybrid's Mamba-2 that compute what the mixer computes."""
     own, width, state = mixer.config, mixer.config.head_dim, mixer.config.state_size
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from mohawkify.cli import main
+from mohawkify.cli import options
 from mohawkify.data.tokenize import Document, encode_documents
 from mohawkify.errors import BUG, DataError, is_panic
 from tests.bytes_tokenizer import bytes_tokenizer
@@ -38,7 +38,7 @@ def test_any_other_panic_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     def give_up(*arguments: object) -> None:
         raise panic
 
-    monkeypatch.setattr(main, "chosen_recipe", give_up)
+    monkeypatch.setattr(options, "chosen_recipe", give_up)
     result = run("convert", "demo", "--recipe", "llamba-1b")
     assert result.exit_code == BUG
     assert "error: unexpected PanicException" in result.stderr

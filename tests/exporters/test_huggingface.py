@@ -264,6 +264,7 @@ def test_exports_name_no_path_of_this_machine(run, tmp_path):
 
 RESULT = {
     "dtype": "bfloat16", "kl": 0.0, "top1": 0.9, "max_logit_difference": 0.5, "tokens": 640, "run_perplexity": 12.5,
+    "text": "held-out text",
     "perplexity": 13.0, "dtypes": {"BF16": {"tensors": 3, "elements": 1234}}, "plain": [],
 }  # fmt: skip
 
