@@ -185,6 +185,7 @@ ARGUMENTS = ("generate", "--trust-remote-code", "--ignore-chat-template", "--tem
 @pytest.mark.full
 def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_teacher):
     from mohawkify.files.atomic import atomic_directory, write_json
+    from mohawkify.recipe.loading import dump_recipe, load_recipe
     from mohawkify.recipe.schema import StudentRecipe
     from mohawkify.student.build import build_student, design_student
     from mohawkify.teacher.load import load_teacher
@@ -198,6 +199,7 @@ def test_mlx_lm_writes_the_students_text_without_mohawkify(tmp_path, stories_tea
     tokenizer = load_tokenizer(stories_teacher, 512)
     with atomic_directory(tmp_path / "final") as final:
         save_student(student, tokenizer, final)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("stories")))
     write_json(tmp_path / "results.json", {"teacher": {}, "stages": {}})
     write_json(tmp_path / "teacher.json", {"source": str(stories_teacher), "folder": str(stories_teacher), "files": {}})
     for target, dtype in (("mlx-q4", None), ("mlx", "float32")):
